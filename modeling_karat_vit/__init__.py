@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Kolmogorov-Arnold Attention (KArAt, arXiv 2503.10632) for Transformers' Vision Transformer.
+
+Importing this package registers the model with Transformers' auto classes.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+)
+from transformers.utils import is_torchvision_available
+
+from .configuration_karat_vit import KArAtViTConfig
+from .conversion import convert_timm_state_dict
+from .modeling_karat_vit import KArAtViTForImageClassification, KArAtViTModel, KArAtViTPreTrainedModel
+
+
+AutoConfig.register(KArAtViTConfig.model_type, KArAtViTConfig, exist_ok=True)
+AutoModel.register(KArAtViTConfig, KArAtViTModel, exist_ok=True)
+AutoModelForImageClassification.register(KArAtViTConfig, KArAtViTForImageClassification, exist_ok=True)
+# Without torchvision, Transformers has a placeholder for its class.
+_processors = {"pil": ViTImageProcessorPil} | ({"torchvision": ViTImageProcessor} if is_torchvision_available() else {})
+AutoImageProcessor.register(KArAtViTConfig, image_processor_classes=_processors, exist_ok=True)
+
+__all__ = [
+    "KArAtViTConfig",
+    "KArAtViTForImageClassification",
+    "KArAtViTModel",
+    "KArAtViTPreTrainedModel",
+    "convert_timm_state_dict",
+]

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The operator of Kolmogorov-Arnold Attention and its ways to compute it.
+
+`KArAtOperator` holds the parameters. `activate` is the mathematics: rows of scores in, activated rows out. Two
+functions attend with it: `eager_karat_attention`, the reference, which gives the attention maps, and
+`portable_karat_attention`, which never forms the activated map of phi1_w2 and keeps nothing of the size of the scores
+for the backward pass.
+
+Shapes: B images, h KArAt heads, N tokens, d head size, r rank. Scores are S = Q K^T * scaling, (B, h, N, N).
+"""
+
+import contextlib
+import math
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .basis import Start, make_edges
+
+
+_MEAN_COMPONENT = slice(0, 1)
+
+
+class KArAtOperator(nn.Module):
+    """
+    The learnable activation of every row of scores: a composition of steps Phi and, in the modular variants, a linear
+    projector W without bias.
+
+    | variant | steps | `edges` | `projector` |
+    | --- | --- | --- | --- |
+    | phi1_w2 | W Phi(s) | N -> r | (h, N, r) |
+    | w1_phi2 | Phi(W s) | r -> N | (h, r, N) |
+    | depth L >= 2 | Phi_L(... Phi_1(s)) | N -> r, r -> r, ..., r -> N | none |
+    | full rank | Phi(s) | N -> N | none |
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        heads = config.num_karat_heads or config.num_attention_heads
+        tokens, rank = config.num_tokens, config.karat_rank
+        self.mode = config.modular_mode
+        if self.mode == "phi1_w2":
+            widths = [tokens, rank]
+        elif self.mode == "w1_phi2":
+            widths = [rank, tokens]
+        else:
+            widths = [tokens] + [rank] * (config.karat_depth - 1) + [tokens]
+        self.edges = nn.ModuleList(
+            make_edges(config, heads, n_in, n_out, self._start(n_in, index == len(widths) - 2))
+            for index, (n_in, n_out) in enumerate(zip(widths, widths[1:]))
+        )
+        self.projector = None
+        if self.mode is not None:
+            shape = (tokens, rank) if self.mode == "phi1_w2" else (rank, tokens)
+            self.projector = nn.Parameter(torch.empty(heads, *shape))
+
+    def extra_repr(self) -> str:
+        projector = "" if self.projector is None else f", projector={tuple(self.projector.shape)}"
+        return f"{self.mode or 'phi only'}, project_l1={self.config.project_l1}{projector}"
+
+    def _start(self, in_features: int, last: bool) -> Start:
+        """
+        The start of one step under `karat_init="scaled"`, which keeps the variance of the attention output for scores of
+        unit variance, and makes a row of zero scores start near 1/N, which is where softmax starts.
+        """
+        tokens = self.config.num_tokens
+        if self.mode == "phi1_w2":
+            # One component is the plain mean over the tokens; its column of W spreads it evenly.
+            return Start(in_features**-0.5, 1.0 / tokens, _MEAN_COMPONENT)
+        if last:
+            # This step gives the row itself, which sums over the N tokens once more when it meets V.
+            return Start((in_features * tokens) ** -0.5, 1.0 / (tokens * in_features), slice(None))
+        return Start(in_features**-0.5, 0.0, _MEAN_COMPONENT)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise W, leaving it alone if it was loaded. The steps in `edges` initialise themselves."""
+        if self.projector is None:
+            return
+        scaled, tokens = self.config.karat_init == "scaled", self.config.num_tokens
+        # W of w1_phi2 meets the scores themselves: 1/sqrt(N) hands their variance on.
+        std = tokens**-0.5 if scaled and self.mode == "w1_phi2" else 0.02
+        values = init.trunc_normal_(torch.empty_like(self.projector.data), mean=0.0, std=std, a=-2.0, b=2.0)
+        if scaled and self.mode == "phi1_w2":
+            values[..., _MEAN_COMPONENT] += 1.0 / tokens
+        init.copy_(self.projector, values)
+
+    def freeze(self) -> None:
+        """Switch off the gradients that `train_basis`, `train_base` and a zero base function rule out."""
+        for step in self.edges:
+            for name, parameter in step.named_parameters():
+                if name == "scale_base":
+                    trainable = self.config.train_base and step.base is not None
+                else:
+                    trainable = self.config.train_basis
+                if not trainable:
+                    parameter.requires_grad_(False)
+
+    def tensors(self, dtype: torch.dtype, grids=None) -> dict[str, torch.Tensor]:
+        """
+        The parameters by name, cast to `dtype`, and resampled where `grids`, a pair of patch grids (own, wanted), says
+        so.
+        """
+        tensors = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        if grids is not None and tuple(grids[0]) != tuple(grids[1]):
+            tensors = {name: self.resample(name, tensor, *grids) for name, tensor in tensors.items()}
+        return tensors
+
+    def resample(self, name: str, tensor: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]):
+        """
+        One parameter for another patch grid, (rows, columns).
+
+        Each token axis is interpolated as position embeddings are: [CLS] apart, the patches bicubic in two dimensions.
+        The patch part of the scales and of W is multiplied by (N-1)/(N'-1) per token axis, so that sums over the tokens
+        keep their size. Widths of wavelets are interpolated as log|s|.
+        """
+        ratio = 1.0
+        if name == "projector" or name.endswith(("scale_base", "scale_basis")):
+            ratio = grid[0] * grid[1] / (new_grid[0] * new_grid[1])
+        is_width = name.endswith(".width")
+        for axis in self._token_axes(name):
+            tensor = tensor.movedim(axis, -1)
+            if is_width:
+                sign = resample_tokens(tensor.sign(), grid, new_grid, mode="nearest")
+                tensor = sign * resample_tokens(tensor.abs().log(), grid, new_grid).exp()
+            else:
+                tensor = resample_tokens(tensor, grid, new_grid)
+                tensor = torch.cat([tensor[..., :1], tensor[..., 1:] * ratio], dim=-1)
+            tensor = tensor.movedim(-1, axis)
+        return tensor
+
+    def _token_axes(self, name: str) -> tuple[int, ...]:
+        """The axes of a parameter that run over the N tokens, counted from the end."""
+        if name == "projector":
+            return (-2,) if self.mode == "phi1_w2" else (-1,)
+        step = int(name.split(".")[1])
+        axes = (-1,) if step == 0 and self.mode != "w1_phi2" else ()
+        if step == len(self.edges) - 1 and self.mode != "phi1_w2":
+            axes += (-2,)
+        return axes
+
+    def reduce(self, scores, tensors, keep=None, lean=False) -> torch.Tensor:
+        """Everything but the last step: what is left of the scores has r columns, or N with full rank."""
+        x = scores
+        if self.mode == "w1_phi2":
+            return x @ tensors["projector"].mT
+        steps = self.edges if self.mode == "phi1_w2" else self.edges[:-1]
+        for index, step in enumerate(steps):
+            x = step(x, _of(tensors, f"edges.{index}."), keep if index == 0 else None, lean)
+        return x
+
+    def activate(self, scores, tensors, keep=None, lean=False) -> torch.Tensor:
+        """
+        The activated attention map.
+
+        Args:
+            scores: (B, h, N, N), finite.
+            tensors: the parameters, from `tensors()`.
+            keep: boolean, broadcastable to `scores`; keys that are False neither shape the row nor appear in it.
+            lean: use the cheaper arithmetic of the portable path.
+
+        Returns:
+            (B, h, N, N)
+        """
+        scores = scores if keep is None else scores.masked_fill(~keep, 0.0)
+        x = self.reduce(scores, tensors, keep, lean)
+        if self.mode == "phi1_w2":
+            x = x @ tensors["projector"].mT
+        else:
+            # With full rank the last step is the first, and meets the keys.
+            first = len(self.edges) == 1 and self.mode is None
+            x = self.edges[-1](x, _of(tensors, f"edges.{len(self.edges) - 1}."), keep if first else None, lean)
+        if self.config.project_l1:
+            return project_on_simplex(x, keep)
+        return x if keep is None else x * keep
+
+    def forward(self, query, key, value, scaling: float, keep=None, grids=None, need_maps: bool = False):
+        """
+        Attend.
+
+        Args:
+            query, key, value: (B, h, N, d), the KArAt heads alone.
+            scaling: factor of the scores, 1/sqrt(d).
+            keep: boolean mask of the keys (B, N), or per query (B, 1 or h, N, N), or `None`.
+            grids: patch grids (own, wanted) to resample the parameters between, or `None`.
+            need_maps: compute the reference path, and return the maps; otherwise the portable one.
+
+        Returns:
+            Output (B, h, N, d) in the dtype of `query`; the activated maps and the scores, (B, h, N, N) each, or `None`
+            on the portable path.
+        """
+        if keep is not None and keep.dim() == 2:
+            keep = keep[:, None, None, :]
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        # Half precision is computed in fp32, so autocast has to stay out.
+        with _no_autocast(query.device.type):
+            tensors = self.tensors(dtype, grids)
+            if need_maps:
+                return eager_karat_attention(self, query, key, value, scaling, tensors, keep)
+            return portable_karat_attention(self, query, key, value, scaling, tensors, keep), None, None
+
+
+def eager_karat_attention(operator, query, key, value, scaling, tensors, keep=None):
+    """
+    The reference: scores, activation, product, at least in fp32.
+
+    Returns:
+        Output (B, h, N, d), activated maps and scores (B, h, N, N), all in the dtype of `query`.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(dtype) @ key.to(dtype).mT) * scaling
+    maps = operator.activate(scores, tensors, keep)
+    output = maps @ _zero_rows(value.to(dtype), keep)
+    return output.to(query.dtype), maps.to(query.dtype), scores.to(query.dtype)
+
+
+def portable_karat_attention(operator, query, key, value, scaling, tensors, keep=None):
+    """
+    The same output, lean in memory: the batch is worked through in chunks, and the backward pass redoes a chunk from
+    q, k and v, so that nothing of the size of the scores outlives its chunk. For phi1_w2, (H W^T) V = H (W^T V), and the
+    N x N map is never formed; the other variants and the L1 projection form it for one chunk at a time.
+
+    Memory beyond the inputs: O(chunk * h * N^2), with the chunk chosen so that this is a fixed budget.
+
+    Returns:
+        Output (B, h, N, d) in the dtype of `query`.
+    """
+    names = list(tensors)
+    factored = operator.mode == "phi1_w2" and not operator.config.project_l1
+
+    def attend(keep, query, key, value, *parameters):
+        tensors = dict(zip(names, parameters))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = (query.to(dtype) @ key.to(dtype).mT) * scaling
+        value = _zero_rows(value.to(dtype), keep)
+        if factored:
+            scores = scores if keep is None else scores.masked_fill(~keep, 0.0)
+            output = operator.reduce(scores, tensors, keep, lean=True) @ (tensors["projector"].mT @ value)
+        else:
+            output = operator.activate(scores, tensors, keep, lean=True) @ value
+        return output.to(query.dtype)
+
+    arguments = (query, key, value, *tensors.values())
+    if torch.compiler.is_compiling():
+        # The compiler plans memory and recomputation itself.
+        return attend(keep, *arguments)
+    scores_per_image = query.shape[1] * query.shape[2] * key.shape[2]
+    floats = scores_per_image * max(step.floats_per_score for step in operator.edges)
+    chunk = max(1, _budget(query.device) // floats)
+    return _ChunkedRecompute.apply(attend, chunk, keep, *arguments)
+
+
+def _budget(device: torch.device) -> int:
+    """Floats that a chunk of the portable path may hold: near the cache on a CPU, filling the machine on a GPU."""
+    return 2**23 if device.type == "cpu" else 2**28
+
+
+class _ChunkedRecompute(torch.autograd.Function):
+    """
+    `attend(keep, query, key, value, *parameters)` over chunks of the batch; the backward pass recomputes each chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, attend, chunk, keep, query, key, value, *parameters):
+        ctx.attend, ctx.chunk = attend, chunk
+        ctx.save_for_backward(keep, query, key, value, *parameters)
+        outputs = [attend(*part, *parameters) for part in _chunks(chunk, keep, query, key, value)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        keep, *batched = ctx.saved_tensors[:4]
+        parameters = ctx.saved_tensors[4:]
+        needed = ctx.needs_input_grad[3:]
+        batched_grads = [torch.empty_like(x) if need else None for x, need in zip(batched, needed)]
+        parameter_grads = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed[3:])]
+        leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needed[3:])]
+        start = 0
+        for keep_part, *parts in _chunks(ctx.chunk, keep, *batched):
+            stop = start + parts[0].shape[0]
+            parts = [x.detach().requires_grad_(need) for x, need in zip(parts, needed)]
+            with torch.enable_grad(), _no_autocast(grad_output.device.type):
+                output = ctx.attend(keep_part, *parts, *leaves)
+            wanted = [x for x in (*parts, *leaves) if x.requires_grad]
+            grads = iter(torch.autograd.grad(output, wanted, grad_output[start:stop]))
+            for whole, need in zip(batched_grads, needed):
+                if need:
+                    whole[start:stop] = next(grads)
+            for whole, need in zip(parameter_grads, needed[3:]):
+                if need:
+                    whole += next(grads)
+            start = stop
+        return None, None, None, *batched_grads, *parameter_grads
+
+
+def _chunks(size: int, keep, *batched):
+    """Parts of at most `size` images; `keep` may have a batch of its own or one for all."""
+    batch = batched[0].shape[0]
+    for start in range(0, batch, size):
+        part = slice(start, start + size)
+        yield (keep if keep is None or keep.shape[0] == 1 else keep[part]), *(x[part] for x in batched)
+
+
+def project_on_simplex(rows: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Euclidean projection of each row on the probability simplex (paper, algorithm of the L1 projection; Duchi et al. 2008).
+
+    Args:
+        rows: (..., N).
+        keep: boolean, broadcastable; entries that are False leave before the projection and come out as 0. A row of
+            which nothing is left is all 0.
+
+    Returns:
+        (..., N), non-negative, each row of sum 1.
+    """
+    with torch.no_grad():
+        if keep is None:
+            shifted = rows - rows.amax(-1, keepdim=True)
+        else:
+            lowest = torch.finfo(rows.dtype).min
+            shifted = rows - rows.masked_fill(~keep, lowest).amax(-1, keepdim=True)
+            # The threshold is never more than 1 below the largest entry: what lies lower takes no part.
+            shifted = shifted.masked_fill(~keep, -2.0)
+        ordered = shifted.sort(dim=-1, descending=True).values
+        counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device, dtype=rows.dtype)
+        inside = ordered - (ordered.cumsum(-1) - 1) / counts > 0
+        rho = inside.sum(-1, keepdim=True).clamp(min=1)
+        threshold = (ordered.cumsum(-1).gather(-1, rho - 1) - 1) / rho
+        support = shifted > threshold
+        support = support if keep is None else support & keep
+        size = support.sum(-1, keepdim=True).clamp(min=1)
+    # On its support the projection is linear, so this has the right gradient without one for the sort.
+    kept = torch.where(support, rows, torch.zeros_like(rows))
+    threshold = (kept.sum(-1, keepdim=True) - 1) / size
+    return torch.where(support, rows - threshold, torch.zeros_like(rows))
+
+
+def resample_tokens(tensor: torch.Tensor, grid, new_grid, mode: str = "bicubic") -> torch.Tensor:
+    """
+    Interpolate the last axis, [CLS] and `grid` = (rows, columns) patches, to `new_grid`; [CLS] stays as it is.
+
+    Args:
+        tensor: (..., 1 + rows * columns).
+        mode: `"bicubic"` or `"nearest"`.
+
+    Returns:
+        (..., 1 + new rows * new columns); the tensor itself if the grids are equal.
+    """
+    if tuple(grid) == tuple(new_grid):
+        return tensor
+    cls, patches = tensor[..., :1], tensor[..., 1:]
+    leading = patches.shape[:-1]
+    patches = rearrange(patches.reshape(-1, patches.shape[-1]), "b (y x) -> b 1 y x", y=grid[0], x=grid[1])
+    options = {"align_corners": False} if mode == "bicubic" else {}
+    dtype = torch.promote_types(patches.dtype, torch.float32)
+    patches = F.interpolate(patches.to(dtype), size=tuple(new_grid), mode=mode, **options).to(tensor.dtype)
+    return torch.cat([cls, patches.reshape(*leading, math.prod(new_grid))], dim=-1)
+
+
+def eager_softmax_attention(query, key, value, scaling, dropout: float = 0.0, keep=None):
+    """
+    Softmax attention with its maps, for the heads beside KArAt heads: at least in fp32, fp64 stays fp64.
+
+    Args:
+        query, key, value: (B, h, N, d).
+        dropout: probability of dropping an attention weight.
+        keep: boolean, broadcastable to the scores.
+
+    Returns:
+        Output (B, h, N, d), maps and scores (B, h, N, N), all in the dtype of `query`.
+    """
+    with _no_autocast(query.device.type):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = (query.to(dtype) @ key.to(dtype).mT) * scaling
+        visible = scores if keep is None else scores.masked_fill(~keep, torch.finfo(dtype).min)
+        maps = F.dropout(visible.softmax(-1), p=dropout)
+        output = maps @ value.to(dtype)
+        return output.to(query.dtype), maps.to(query.dtype), scores.to(query.dtype)
+
+
+def _of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _zero_rows(value: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """Values of keys that nobody may see, as zeros; a mask per query has no such keys, and acts on the map."""
+    if keep is None or keep.shape[-2] != 1:
+        return value
+    return value.masked_fill(~keep.mT, 0.0)
+
+
+def _no_autocast(device_type: str):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

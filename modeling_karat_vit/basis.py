@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The learnable scalar functions of Kolmogorov-Arnold Attention, one class per family of basis functions.
+
+A step of the operator, Phi: R^Q -> R^P, has one scalar function per edge (p, q) and head (paper, section 4):
+
+    Phi(s)_p = sum_q phi_pq(s_q),    phi_pq(x) = scale_base_pq * b(x) + scale_basis_pq * basis_pq(x)
+
+Shapes: h heads, P outputs, Q inputs, T rows (queries). Parameters of an edge are stored as (h, ..., P, Q), so that
+the inputs are contiguous. Every function takes its parameters as a dictionary of tensors, because attention also runs
+on resampled or cast copies of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    Where `karat_init="scaled"` starts the functions of a step.
+
+    Args:
+        spread: standard deviation of phi_pq(x) to aim at, for x ~ N(0, 1).
+        constant: added to phi_pq(0) of the outputs `components`.
+        components: a slice of the outputs p.
+    """
+
+    spread: float
+    constant: float
+    components: slice
+
+
+class EdgeFunctions(nn.Module):
+    """
+    Phi: R^in_features -> R^out_features with h x out_features x in_features learnable scalar functions.
+
+    Args:
+        config: a `KArAtViTConfig`.
+        heads: number of KArAt heads h.
+        in_features, out_features: Q and P.
+        start: what `karat_init="scaled"` aims at.
+    """
+
+    def __init__(self, config, heads: int, in_features: int, out_features: int, start: "Start"):
+        super().__init__()
+        self.heads, self.in_features, self.out_features = heads, in_features, out_features
+        self.karat_init, self.start = config.karat_init, start
+        self.base = None if config.base_fn == "zero" else ACT2FN[config.base_fn]
+        self.scale_base = nn.Parameter(torch.ones(heads, out_features, in_features))
+        self.scale_basis = nn.Parameter(torch.ones(heads, out_features, in_features))
+
+    def _coefficients(self, *shape: int) -> nn.Parameter:
+        """An uninitialised parameter with `shape` numbers per edge, (h, *shape, P, Q)."""
+        return nn.Parameter(torch.empty(self.heads, *shape, self.out_features, self.in_features))
+
+    @property
+    def floats_per_score(self) -> int:
+        """Floats that evaluating Phi keeps per score, to size the chunks of the portable path."""
+        raise NotImplementedError
+
+    def basis(self, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """basis_pq(x) for `x` of shape (..., h, T, 1 or P, Q): the closed formula, (..., h, T, P, Q)."""
+        raise NotImplementedError
+
+    def edges(self, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        phi_pq(x) of every edge.
+
+        Args:
+            x: (..., h, T, 1 or P, Q), one value per edge or one per input.
+            tensors: the parameters, named as in this module.
+
+        Returns:
+            (..., h, T, P, Q)
+        """
+        values = _per_row(tensors["scale_basis"]) * self.basis(x, tensors)
+        if self.base is not None:
+            values = values + _per_row(tensors["scale_base"]) * self.base(x)
+        return values
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        keep: torch.Tensor | None = None,
+        lean: bool = False,
+    ) -> torch.Tensor:
+        """
+        Phi of every row of `x`.
+
+        Args:
+            x: (..., h, T, Q).
+            tensors: the parameters, named as in this module.
+            keep: boolean, broadcastable to `x`; inputs that are False contribute nothing.
+            lean: use the cheaper arithmetic of the portable path, where the family has one.
+
+        Returns:
+            (..., h, T, P)
+        """
+        values = self.edges(x.unsqueeze(-2), tensors)
+        if keep is not None:
+            values = values * keep.unsqueeze(-2)
+        return values.sum(-1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as `config.karat_init` says, leaving alone whatever was loaded from a checkpoint."""
+        scaled = self.karat_init == "scaled"
+        init.ones_(self.scale_basis)
+        # N(0, 1) knows no base function. Scaled, it starts as a mean over the inputs, as the constant component does.
+        init.constant_(self.scale_base, 1.0 / self.in_features if scaled and self.base is not None else 1.0)
+        self._reset_basis(self.start if scaled else None)
+
+    def _reset_basis(self, start: "Start | None") -> None:
+        """Initialise the basis by `start`, or as N(0, 1)."""
+        raise NotImplementedError
+
+
+class LinearEdgeFunctions(EdgeFunctions):
+    """
+    Families that are linear in their coefficients: basis_pq(x) = sum_k C_kpq F_k(x). Phi is then a matrix product,
+    `sum_k F_k(x) C_k^T`, and the P x Q edges of a row never have to exist.
+    """
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """F_k(x), each of the shape of `x`, in the order of `stack_coefficients`."""
+        raise NotImplementedError
+
+    def lean_features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The same features by cheaper arithmetic."""
+        return self.features(x)
+
+    def features_and_derivatives(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """F_k(x) and dF_k/dx."""
+        raise NotImplementedError
+
+    def stack_coefficients(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """C, (h, K, P, Q), without the scales."""
+        raise NotImplementedError
+
+    def basis(self, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        coefficients = self.stack_coefficients(tensors)
+        return sum(_per_row(coefficients[:, index]) * feature for index, feature in enumerate(self.features(x)))
+
+    def forward(self, x, tensors, keep=None, lean=False):
+        coefficients = self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1)
+        if lean and not torch.compiler.is_compiling():
+            y = _FeatureProduct.apply(self, x, keep, coefficients)
+        else:
+            features = self.lean_features(x) if lean else self.features(x)
+            y = sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
+        if self.base is not None:
+            y = y + _masked(self.base(x), keep) @ tensors["scale_base"].mT
+        return y
+
+
+class _FeatureProduct(torch.autograd.Function):
+    """
+    sum_k F_k(x) C_k^T with the derivative written out: the features are evaluated once, and shared by both passes.
+
+    dC_k = dy^T F_k and dx = sum_k F'_k(x) * (dy C_k).
+    """
+
+    @staticmethod
+    def forward(ctx, family, x, keep, coefficients):
+        needs_x = ctx.needs_input_grad[1]
+        if needs_x:
+            features, derivatives = family.features_and_derivatives(x)
+        else:
+            features, derivatives = family.lean_features(x), []
+        ctx.family, ctx.has_keep = family, keep is not None
+        ctx.feature_count = len(features)
+        ctx.save_for_backward(*([keep] if keep is not None else []), coefficients, *features, *derivatives)
+        return sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
+
+    @staticmethod
+    def backward(ctx, dy):
+        keep, coefficients, *rest = ctx.saved_tensors if ctx.has_keep else (None, *ctx.saved_tensors)
+        features, derivatives = rest[: ctx.feature_count], rest[ctx.feature_count :]
+        dx = d_coefficients = None
+        if ctx.needs_input_grad[1]:
+            dx = sum(derivative * (dy @ coefficients[:, index]) for index, derivative in enumerate(derivatives))
+            dx = _masked(dx, keep)
+        if ctx.needs_input_grad[3]:
+            d_coefficients = torch.stack([_sum_to_heads(dy.mT @ _masked(feature, keep)) for feature in features], dim=1)
+        return None, dx, None, d_coefficients
+
+
+class FourierEdges(LinearEdgeFunctions):
+    """sum_{m=1..G} a_m cos(m x) + b_m sin(m x): integer frequencies, no constant term (paper, equation 4)."""
+
+    def __init__(self, config, heads, in_features, out_features, start):
+        super().__init__(config, heads, in_features, out_features, start)
+        self.grid_size = config.grid_size
+        self.cos_coef = self._coefficients(self.grid_size)
+        self.sin_coef = self._coefficients(self.grid_size)
+
+    @property
+    def floats_per_score(self) -> int:
+        return 4 * self.grid_size
+
+    def features(self, x):
+        harmonics = range(1, self.grid_size + 1)
+        return [torch.cos(m * x) for m in harmonics] + [torch.sin(m * x) for m in harmonics]
+
+    def lean_features(self, x):
+        # One sine and one cosine; cos((m+1)x) = 2 cos(x) cos(mx) - cos((m-1)x), and the same for the sine.
+        cos, sin = [torch.cos(x)], [torch.sin(x)]
+        twice = 2 * cos[0] if self.grid_size > 1 else None
+        for m in range(1, self.grid_size):
+            cos.append(twice * cos[m - 1] - (cos[m - 2] if m > 1 else 1))
+            sin.append(twice * sin[m - 1] - (sin[m - 2] if m > 1 else 0))
+        return cos + sin
+
+    def features_and_derivatives(self, x):
+        features = self.lean_features(x)
+        cos, sin = features[: self.grid_size], features[self.grid_size :]
+        derivatives = [-m * s for m, s in enumerate(sin, 1)] + [m * c for m, c in enumerate(cos, 1)]
+        return features, derivatives
+
+    def stack_coefficients(self, tensors):
+        return torch.cat([tensors["cos_coef"], tensors["sin_coef"]], dim=1)
+
+    def _reset_basis(self, start):
+        for parameter in (self.cos_coef, self.sin_coef):
+            values = _normal_like(parameter)
+            if start is not None:
+                harmonics = torch.arange(1, self.grid_size + 1, device=values.device, dtype=values.dtype)
+                values = values * (start.spread / self.grid_size**0.5 / harmonics**2).view(-1, 1, 1)
+                if parameter is self.cos_coef:
+                    values[:, 0, start.components] += start.constant
+            init.copy_(parameter, values)
+
+
+class SplineEdges(LinearEdgeFunctions):
+    """sum_i c_i B_i(x): G + k B-splines of degree k on a uniform grid, extended by k knots on each side (as pykan)."""
+
+    def __init__(self, config, heads, in_features, out_features, start):
+        super().__init__(config, heads, in_features, out_features, start)
+        self.grid_size, self.order = config.grid_size, config.spline_order
+        self.low, self.high = config.grid_range
+        self.spline_coef = self._coefficients(self.grid_size + self.order)
+
+    @property
+    def floats_per_score(self) -> int:
+        return 3 * (self.grid_size + self.order)
+
+    def _cardinal(self, x: torch.Tensor, order: int) -> list[torch.Tensor]:
+        """B-splines of degree `order` on the knots of the full order, by the Cox-de Boor recursion."""
+        # In units of the knot spacing the knots are 0, 1, ..., G + 2k.
+        u = (x - self.low) * (self.grid_size / (self.high - self.low)) + self.order
+        splines = [((u >= i) & (u < i + 1)).to(x.dtype) for i in range(self.grid_size + 2 * self.order)]
+        for k in range(1, order + 1):
+            splines = [((u - i) * splines[i] + (i + k + 1 - u) * splines[i + 1]) / k for i in range(len(splines) - 1)]
+        return splines
+
+    def features(self, x):
+        return self._cardinal(x, self.order)
+
+    def features_and_derivatives(self, x):
+        if self.order == 0:
+            return self.features(x), [torch.zeros_like(x)] * self.grid_size
+        lower = self._cardinal(x, self.order - 1)
+        u = (x - self.low) * (self.grid_size / (self.high - self.low)) + self.order
+        features = [
+            ((u - i) * lower[i] + (i + self.order + 1 - u) * lower[i + 1]) / self.order for i in range(len(lower) - 1)
+        ]
+        slope = self.grid_size / (self.high - self.low)
+        return features, [slope * (lower[i] - lower[i + 1]) for i in range(len(lower) - 1)]
+
+    def stack_coefficients(self, tensors):
+        return tensors["spline_coef"]
+
+    def _reset_basis(self, start):
+        values = _normal_like(self.spline_coef)
+        if start is not None:
+            values = values * start.spread
+            # The splines sum to one inside the grid.
+            values[:, :, start.components] += start.constant
+        init.copy_(self.spline_coef, values)
+
+
+class WaveletEdges(EdgeFunctions):
+    """
+    w psi((x - tau) / s), with the mother wavelets of Wav-KAN. tau starts at 0 and s at 1, and both are learned.
+
+    Shannon's Hamming window runs along the inputs q; it is a function of their number, so it is not stored.
+    """
+
+    def __init__(self, config, heads, in_features, out_features, start):
+        super().__init__(config, heads, in_features, out_features, start)
+        self.wavelet_type = config.wavelet_type
+        self.amplitude = self._coefficients()
+        self.translation = self._coefficients()
+        self.width = self._coefficients()
+
+    @property
+    def floats_per_score(self) -> int:
+        return 8 * self.out_features
+
+    def mother(self, x: torch.Tensor) -> torch.Tensor:
+        """psi(x), elementwise; for Shannon of shape (..., Q), because of the window."""
+        if self.wavelet_type == "mexican_hat":
+            return 2 / (math.sqrt(3) * math.pi**0.25) * (x * x - 1) * torch.exp(-x * x / 2)
+        if self.wavelet_type == "morlet":
+            return torch.cos(5 * x) * torch.exp(-x * x / 2)
+        if self.wavelet_type == "dog":
+            return x * torch.exp(-x * x / 2)
+        if self.wavelet_type == "meyer":
+            t = x.abs()
+            # Clamping keeps the branch that is not taken finite: 0 * inf would poison the gradient.
+            v = (2 * t - 1).clamp(0, 1)
+            nu = v**4 * (35 - 84 * v + 70 * v**2 - 20 * v**3)
+            return torch.where(t < 1, torch.sin(math.pi * t) * torch.cos(math.pi / 2 * nu), torch.zeros_like(x))
+        return torch.sinc(x / math.pi) * self.window(x)
+
+    def window(self, like: torch.Tensor) -> torch.Tensor:
+        """omega, the Hamming window over the inputs, (Q,)."""
+        if like.shape[-1] == 1:
+            return torch.ones(1, dtype=like.dtype, device=like.device)
+        position = torch.arange(like.shape[-1], dtype=like.dtype, device=like.device) / (like.shape[-1] - 1)
+        return 0.54 - 0.46 * torch.cos(2 * math.pi * position)
+
+    def basis(self, x, tensors):
+        x = (x - _per_row(tensors["translation"])) / _per_row(tensors["width"])
+        return _per_row(tensors["amplitude"]) * self.mother(x)
+
+    def _reset_basis(self, start):
+        amplitude = _normal_like(self.amplitude)
+        translation = torch.zeros_like(amplitude)
+        if start is not None:
+            amplitude = amplitude * start.spread
+            if self.wavelet_type == "dog":  # peaks at 1, where it is exp(-1/2)
+                translation[:, start.components] = -1.0
+                amplitude[:, start.components] += start.constant * math.exp(0.5)
+            elif self.wavelet_type == "meyer":  # peaks at 1/2, where it is 1
+                translation[:, start.components] = -0.5
+                amplitude[:, start.components] += start.constant
+            else:
+                amplitude[:, start.components] += (
+                    start.constant / self.mother(torch.zeros_like(amplitude))[:, start.components]
+                )
+        init.copy_(self.amplitude, amplitude)
+        init.copy_(self.translation, translation)
+        init.ones_(self.width)
+
+
+class RationalEdges(EdgeFunctions):
+    """(a_0 + ... + a_m x^m) / (1 + |b_1 x + ... + b_n x^n|), the safe Pade form."""
+
+    def __init__(self, config, heads, in_features, out_features, start):
+        super().__init__(config, heads, in_features, out_features, start)
+        degree, denominator_degree = config.rational_order
+        self.numerator = self._coefficients(degree + 1)
+        self.denominator = self._coefficients(denominator_degree) if denominator_degree else None
+
+    @property
+    def floats_per_score(self) -> int:
+        return 4 * self.out_features * (self.numerator.shape[1] + 2)
+
+    def basis(self, x, tensors):
+        value = _polynomial(x, tensors["numerator"])
+        if self.denominator is not None:
+            value = value / (1 + (x * _polynomial(x, tensors["denominator"])).abs())
+        return value
+
+    def _reset_basis(self, start):
+        for parameter, first in ((self.numerator, 0), (self.denominator, 1)):
+            if parameter is None:
+                continue
+            values = _normal_like(parameter)
+            if start is not None:
+                # Damped like a Taylor series, so that strong scores do not make the high powers dominate.
+                count = values.shape[1]
+                damping = torch.tensor([1 / math.factorial(j + first) for j in range(count)])
+                values = values * (damping / count**0.5).to(values).view(-1, 1, 1)
+                if parameter is self.numerator:
+                    values = values * start.spread
+                    values[:, 0, start.components] += start.constant
+            init.copy_(parameter, values)
+
+
+def make_edges(config, heads: int, in_features: int, out_features: int, start: Start) -> EdgeFunctions:
+    """Phi: R^in_features -> R^out_features of the family that `config.basis_type` names."""
+    families = {"fourier": FourierEdges, "spline": SplineEdges, "wavelet": WaveletEdges, "rational": RationalEdges}
+    return families[config.basis_type](config, heads, in_features, out_features, start)
+
+
+def _per_row(parameter: torch.Tensor) -> torch.Tensor:
+    """(h, P, Q) as (h, 1, P, Q): the same for every row."""
+    return parameter.unsqueeze(1)
+
+
+def _polynomial(x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """c_0 + c_1 x + ... by Horner's rule, for coefficients (h, degree + 1, P, Q)."""
+    value = _per_row(coefficients[:, -1])
+    for index in range(coefficients.shape[1] - 2, -1, -1):
+        value = value * x + _per_row(coefficients[:, index])
+    return value
+
+
+def _masked(values: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    return values if keep is None else values * keep
+
+
+def _sum_to_heads(gradient: torch.Tensor) -> torch.Tensor:
+    """(..., h, P, Q) summed to (h, P, Q)."""
+    return gradient.flatten(0, -4).sum(0) if gradient.dim() > 3 else gradient
+
+
+def _normal_like(parameter: torch.Tensor) -> torch.Tensor:
+    """A fresh N(0, 1) tensor: the flags of the parameter, which protect loaded weights, stay behind."""
+    return torch.empty_like(parameter.data).normal_()

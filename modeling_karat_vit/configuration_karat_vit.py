@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a Vision Transformer with Kolmogorov-Arnold Attention (KArAt, arXiv 2503.10632)."""
+
+import difflib
+import math
+from dataclasses import fields
+from numbers import Real
+
+from huggingface_hub.dataclasses import strict
+from transformers import ViTConfig
+from transformers.generation import GenerationConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+
+BASIS_TYPES = ("fourier", "spline", "wavelet", "rational")
+WAVELET_TYPES = ("mexican_hat", "morlet", "dog", "meyer", "shannon")
+MODULAR_MODES = ("phi1_w2", "w1_phi2")
+SHARINGS = ("blockwise", "universal")
+KARAT_INITS = ("scaled", "normal")
+# The elementwise, parameter-free, deterministic activations of Transformers' ACT2FN.
+BASE_FUNCTIONS = (
+    "zero",
+    "gelu",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "swish",
+    "tanh",
+)
+
+# What the weights of a checkpoint were trained for: changing one of these makes another model.
+STRUCTURAL_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "basis_type",
+    "wavelet_type",
+    "grid_size",
+    "spline_order",
+    "grid_range",
+    "rational_order",
+    "base_fn",
+    "karat_rank",
+    "karat_depth",
+    "modular_mode",
+    "sharing",
+    "num_karat_heads",
+    "karat_layers",
+    "project_l1",
+)
+
+# Keys that PreTrainedConfig takes although they are no dataclass fields.
+_PRETRAINED_KEYS = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "distributed_config",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_attention_scores",
+    "quantization_config",
+    "tie_last_hidden_states",
+    "torch_dtype",
+}
+
+
+@strict
+class KArAtViTConfig(ViTConfig):
+    r"""
+    Configuration of [`KArAtViTModel`] and [`KArAtViTForImageClassification`]: every field of Transformers' `ViTConfig`,
+    and the fields below. Defaults give the paper's operator (`phi1_w2`, Fourier, blockwise) on ViT-Base.
+
+    Args:
+        basis_type (`str`, defaults to `"fourier"`):
+            Basis of the learnable scalar functions: `"fourier"`, `"spline"`, `"wavelet"` or `"rational"`.
+        wavelet_type (`str`, defaults to `"mexican_hat"`):
+            `"mexican_hat"`, `"morlet"`, `"dog"`, `"meyer"` or `"shannon"`; read with `basis_type="wavelet"`.
+        grid_size (`int`, defaults to 3):
+            G: the number of harmonics of the Fourier basis, or of intervals of the B-spline's grid.
+        spline_order (`int`, defaults to 3):
+            Degree k of the B-splines (0 or more; 0 gives the scores no gradient).
+        grid_range (pair of `float`, defaults to `(-4.0, 4.0)`):
+            The scores that the B-spline's grid spans. The splines fade to zero k intervals beyond it.
+        rational_order (pair of `int`, defaults to `(5, 4)`):
+            Degrees (m, n) of numerator and denominator of the rational functions.
+        base_fn (`str`, defaults to `"zero"`):
+            `"zero"`, or the name of an activation in Transformers' `ACT2FN`, added to every scalar function as
+            `scale_base * base_fn(x)`.
+        karat_rank (`int`, defaults to 12):
+            r, the width between the two steps of the operator (the official `hidden_dim`).
+        karat_depth (`int`, defaults to 2):
+            Steps of the operator. 1 is the full-rank operator (N x N functions). With `modular_mode=None`, a depth of 2
+            or more composes that many learnable steps N -> r -> ... -> r -> N.
+        modular_mode (`str` or `None`, defaults to `"phi1_w2"`):
+            `"phi1_w2"`: scalar functions N -> r, then a linear projector r -> N (the paper's operator). `"w1_phi2"`: a
+            linear projector N -> r, then scalar functions r -> N. `None`: every step has scalar functions.
+        sharing (`str`, defaults to `"blockwise"`):
+            `"blockwise"`: each block has its own operator. `"universal"`: all blocks share one.
+        num_karat_heads (`int`, *optional*):
+            The first `num_karat_heads` heads are KArAt and the others softmax. `None`: all heads are KArAt.
+        karat_layers (list of `int`, *optional*):
+            Indices of the blocks with KArAt heads (negative ones count from the end); the others are plain softmax
+            blocks. `None`: all blocks.
+        project_l1 (`bool`, defaults to `False`):
+            Project each activated row on the probability simplex.
+        train_basis (`bool`, defaults to `True`):
+            `False` freezes the parameters of the basis and `scale_basis`. The projector still learns.
+        train_base (`bool`, defaults to `True`):
+            `False` freezes `scale_base`. With the zero base function it never needs a gradient.
+        karat_init (`str`, defaults to `"scaled"`):
+            `"scaled"` keeps the variance of the attention output, damps the harmonics and starts one component at the
+            mean over the tokens; `"normal"` is the paper's N(0, 1).
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth: rate of the last block; the others rise linearly towards it from 0 in the first.
+        format_version (`int`):
+            Version of the checkpoint format, written by the library.
+
+    Raises:
+        ValueError: a field is unknown, out of range, or does not go with another; the message names it.
+
+    Example:
+
+    ```python
+    >>> from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+
+    >>> config = KArAtViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, grid_size=3)
+    >>> model = KArAtViTForImageClassification(config)
+    ```"""
+
+    model_type = "karat_vit"
+
+    basis_type: str = "fourier"
+    wavelet_type: str = "mexican_hat"
+    grid_size: int | float = 3
+    spline_order: int | float = 3
+    grid_range: list | tuple = (-4.0, 4.0)
+    rational_order: list | tuple = (5, 4)
+    base_fn: str = "zero"
+    karat_rank: int | float = 12
+    karat_depth: int | float = 2
+    modular_mode: str | None = "phi1_w2"
+    sharing: str = "blockwise"
+    num_karat_heads: int | float | None = None
+    karat_layers: list | tuple | None = None
+    project_l1: bool = False
+    train_basis: bool = True
+    train_base: bool = True
+    karat_init: str = "scaled"
+    drop_path_rate: float | int = 0.0
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        self._reject_unknown_keys(kwargs)
+        self.check()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _reject_unknown_keys(cls, keys) -> None:
+        unknown = sorted(set(keys) - _known_keys())
+        if not unknown:
+            return
+        hints = []
+        for key in unknown:
+            close = difflib.get_close_matches(key, _known_keys(), n=1)
+            hints.append(f"`{key}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
+        raise ValueError(
+            f"KArAtViTConfig does not know {', '.join(hints)}. Correct or remove the key; "
+            "`help(KArAtViTConfig)` lists every field."
+        )
+
+    def check(self) -> None:
+        """Normalise the numbers and pairs, and raise a `ValueError` for anything that cannot be built."""
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` is {self.format_version}, and this release reads up to {FORMAT_VERSION}: the "
+                "checkpoint was written by a newer release of KArAt-ViT. Upgrade the package to load it."
+            )
+        for name, allowed in (
+            ("basis_type", BASIS_TYPES),
+            ("wavelet_type", WAVELET_TYPES),
+            ("base_fn", BASE_FUNCTIONS),
+            ("modular_mode", (*MODULAR_MODES, None)),
+            ("sharing", SHARINGS),
+            ("karat_init", KARAT_INITS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"`{name}` is {value!r}, expected one of {', '.join(map(repr, allowed))}.")
+        self.grid_size = _integer("grid_size", self.grid_size, 1)
+        self.spline_order = _integer("spline_order", self.spline_order, 0)
+        self.karat_rank = _integer("karat_rank", self.karat_rank, 1)
+        self.karat_depth = _integer("karat_depth", self.karat_depth, 1)
+        self.grid_range = _pair("grid_range", self.grid_range, _finite)
+        if self.grid_range[0] >= self.grid_range[1]:
+            raise ValueError(f"`grid_range` is {self.grid_range}, expected (low, high) with low < high.")
+        self.rational_order = _pair("rational_order", self.rational_order, lambda name, x: _integer(name, x, 0))
+        self.drop_path_rate = _finite("drop_path_rate", self.drop_path_rate)
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, expected at least 0 and less than 1.")
+        if self.modular_mode is not None and self.karat_depth != 2:
+            raise ValueError(
+                f"`modular_mode={self.modular_mode!r}` is an operator of two steps, and `karat_depth` is "
+                f"{self.karat_depth}. Set `modular_mode=None` for a depth of 1 or more than 2, or `karat_depth=2`."
+            )
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 1 or more.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) is no multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.num_karat_heads is not None:
+            self.num_karat_heads = _integer("num_karat_heads", self.num_karat_heads, 1)
+            if self.num_karat_heads > self.num_attention_heads:
+                raise ValueError(
+                    f"`num_karat_heads` is {self.num_karat_heads}, and the model has "
+                    f"`num_attention_heads={self.num_attention_heads}`."
+                )
+        if self.karat_layers is not None:
+            self.karat_layers = self._checked_layers()
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            sides = [_integer(name, side, 1) for side in (value if isinstance(value, (list, tuple)) else [value])]
+            if len(sides) > 2 or not sides:
+                raise ValueError(f"`{name}` is {value}, expected an integer or a (height, width) pair.")
+            setattr(self, name, sides if isinstance(value, (list, tuple)) else sides[0])
+        if 0 in self.patch_grid():
+            raise ValueError(f"`patch_size` {self.patch_size} is larger than `image_size` {self.image_size}.")
+
+    def _checked_layers(self) -> list[int]:
+        layers = []
+        for value in self.karat_layers:
+            index = _integer("karat_layers", value, -self.num_hidden_layers)
+            if index >= self.num_hidden_layers:
+                raise ValueError(
+                    f"`karat_layers` names block {index}, and the model has blocks 0 to {self.num_hidden_layers - 1}."
+                )
+            layers.append(index % self.num_hidden_layers)
+        if not layers:
+            raise ValueError("`karat_layers` is empty: use Transformers' `ViTConfig` for a model without KArAt blocks.")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"`karat_layers` names a block twice: {list(self.karat_layers)}.")
+        return sorted(layers)
+
+    def patch_grid(self, image_size: "int | list[int] | tuple[int, int] | None" = None) -> tuple[int, int]:
+        """Patches along (height, width) of an image of `image_size` pixels (default: the model's own)."""
+        height, width = _height_width(self.image_size if image_size is None else image_size)
+        patch_height, patch_width = _height_width(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the patches and the [CLS] token."""
+        height, width = self.patch_grid()
+        return height * width + 1
+
+    def is_karat_layer(self, index: int) -> bool:
+        """Whether block `index` has KArAt heads."""
+        return self.karat_layers is None or index in self.karat_layers
+
+    def describe_operator(self) -> str:
+        """One line that says which operator runs, for logs and model cards."""
+        basis = {
+            "fourier": f"Fourier (G={self.grid_size})",
+            "spline": f"B-spline (G={self.grid_size}, order {self.spline_order}, range {self.grid_range})",
+            "wavelet": f"wavelet ({self.wavelet_type})",
+            "rational": f"rational {self.rational_order}",
+        }[self.basis_type]
+        if self.karat_depth == 1:
+            operator = f"full rank, Phi: {self.num_tokens} -> {self.num_tokens}"
+        elif self.modular_mode is not None:
+            operator = f"{self.modular_mode}, r={self.karat_rank}"
+        else:
+            operator = f"depth {self.karat_depth}, all steps learnable, r={self.karat_rank}"
+        heads = (
+            "all heads" if self.num_karat_heads in (None, self.num_attention_heads) else f"{self.num_karat_heads} of"
+        )
+        heads = heads if heads == "all heads" else f"{heads} {self.num_attention_heads} heads"
+        blocks = "all blocks" if self.karat_layers is None else f"blocks {self.karat_layers}"
+        extras = [f"base {self.base_fn}", *(["L1 projection"] if self.project_l1 else [])]
+        extras += [] if self.train_basis else ["basis frozen"]
+        extras += [] if self.train_base or self.base_fn == "zero" else ["base frozen"]
+        return f"KArAt {operator}, {basis}, {', '.join(extras)}, {self.sharing}, {heads}, {blocks}"
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls._adopt(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        config_dict = cls._adopt(dict(config_dict))
+        # Fields given as keywords take part in the construction, so that they are checked with the others.
+        for key in [key for key in kwargs if key in _own_keys()]:
+            config_dict[key] = kwargs.pop(key)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _adopt(cls, config_dict: dict) -> dict:
+        """Make the configuration of a ViT or DeiT checkpoint ours: keep what we know, name what is dropped."""
+        source = config_dict.get("model_type", cls.model_type)
+        if source == cls.model_type:
+            return config_dict
+        if source not in ("vit", "deit"):
+            raise ValueError(
+                f"The configuration is of model type {source!r}: KArAtViTConfig reads 'karat_vit', and takes over the "
+                "backbone of 'vit' and 'deit' checkpoints."
+            )
+        dropped = sorted(set(config_dict) - _known_keys())
+        if dropped:
+            logger.warning_once(
+                f"Keys of the {source} configuration that KArAt-ViT does not use: {', '.join(dropped)}."
+            )
+        ours = {key: value for key, value in config_dict.items() if key in _known_keys()}
+        for key in ("model_type", "auto_map", "architectures"):
+            ours.pop(key, None)
+        return ours
+
+
+def _known_keys() -> set[str]:
+    names = {field.name for field in fields(KArAtViTConfig)}
+    return names | _PRETRAINED_KEYS | set(GenerationConfig._get_default_generation_params())
+
+
+def _own_keys() -> set[str]:
+    """The fields of KArAt and of ViT, without those of every Transformers configuration."""
+    return {field.name for field in fields(KArAtViTConfig)} - {field.name for field in fields(ViTConfig.__mro__[1])}
+
+
+def _height_width(size) -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return (sides[0], sides[-1])
+
+
+def _integer(name: str, value, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value != int(value):
+        raise ValueError(f"`{name}` is {value!r}, expected an integer.")
+    if value < minimum:
+        raise ValueError(f"`{name}` is {value}, expected {minimum} or more.")
+    return int(value)
+
+
+def _finite(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"`{name}` is {value!r}, expected a finite number.")
+    return float(value)
+
+
+def _pair(name: str, value, convert) -> tuple:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"`{name}` is {value!r}, expected a pair of numbers.")
+    return tuple(convert(name, element) for element in value)
+
+
+KArAtViTConfig.register_for_auto_class()
+
+__all__ = ["KArAtViTConfig"]

@@ -1,0 +1,600 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision Transformer with Kolmogorov-Arnold Attention (KArAt, arXiv 2503.10632): what KArAt adds to Transformers' ViT."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import (
+    ViTAttention,
+    ViTEmbeddings,
+    ViTLayer,
+    ViTPooler,
+    ViTPreTrainedModel,
+)
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import KArAtOperator, eager_softmax_attention, resample_tokens
+from .basis import EdgeFunctions
+from .configuration_karat_vit import STRUCTURAL_FIELDS, KArAtViTConfig
+from .conversion import load_deit_state_dict
+
+
+logger = logging.get_logger(__name__)
+
+# Names of `attn_implementation` that say how KArAt heads are computed; softmax heads beside them use SDPA.
+KARAT_IMPLEMENTATIONS = ("karat_portable",)
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_karat_vit.KArAtViTConfig",
+    "AutoModel": "modeling_karat_vit.KArAtViTModel",
+    "AutoModelForImageClassification": "modeling_karat_vit.KArAtViTForImageClassification",
+}
+
+
+def karat_attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """
+    What `attn_implementation="karat_*"` means to Transformers' attention modules, which hold no operator: softmax by
+    SDPA. KArAt heads never come here (see `KArAtViTAttention.forward`).
+    """
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+for _name in KARAT_IMPLEMENTATIONS:
+    ALL_ATTENTION_FUNCTIONS.register(_name, karat_attention_forward)
+    # Without this, Transformers drops attention masks silently.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+# ViT's renamings, old layout to new. Classes outside Transformers would skip them, and lose the backbone.
+register_checkpoint_conversion_mapping(
+    KArAtViTConfig.model_type, get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
+)
+
+
+@dataclass
+class KArAtViTModelOutput(BaseModelOutputWithPooling):
+    """
+    `BaseModelOutputWithPooling`, and the scores.
+
+    Args:
+        attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
+            Per block the scores before the activation, (B, heads, N, N).
+    """
+
+    attention_scores: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class KArAtViTImageClassifierOutput(ImageClassifierOutput):
+    """
+    `ImageClassifierOutput`, and the scores.
+
+    Args:
+        attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
+            Per block the scores before the activation, (B, heads, N, N).
+    """
+
+    attention_scores: tuple[torch.FloatTensor, ...] | None = None
+
+
+class KArAtViTEmbeddings(ViTEmbeddings):
+    """ViT's embeddings, with clear errors, and positions that interpolate for any grid and any patch shape."""
+
+    def __init__(self, config: KArAtViTConfig, use_mask_token: bool = False):
+        super().__init__(config, use_mask_token=use_mask_token)
+        self.config = config
+
+    def check_pixels(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
+        """Raise a `ValueError` for what is no batch of images of this model."""
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (batch, channels, height, width)."
+            )
+        channels, height, width = pixel_values.shape[1:]
+        if channels != self.config.num_channels:
+            raise ValueError(
+                f"The images have {channels} channels, and the model takes {self.config.num_channels}: convert them "
+                'before the image processor, e.g. `image.convert("RGB")`.'
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` is {pixel_values.dtype}, expected floating point: pass raw images through the "
+                "checkpoint's image processor, which rescales and normalises them."
+            )
+        own_height, own_width = self.patch_embeddings.image_size
+        if not interpolate_pos_encoding and (height, width) != (own_height, own_width):
+            raise ValueError(
+                f"Input image size ({height}*{width}) doesn't match model ({own_height}*{own_width}). Resize the images, "
+                "pass `interpolate_pos_encoding=True`, or make the model larger or smaller with `model.resize(...)`."
+            )
+        if 0 in self.config.patch_grid((height, width)):
+            raise ValueError(
+                f"The images of {height}*{width} pixels are smaller than a patch ({self.config.patch_size})."
+            )
+        # A check on another device would wait for it at every step.
+        if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not torch.isfinite(pixel_values).all():
+                bad = (~torch.isfinite(pixel_values.flatten(1))).any(1).nonzero().flatten().tolist()
+                raise ValueError(f"`pixel_values` has NaN or infinite values, in the images {bad} of the batch.")
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        grid, new_grid = self.config.patch_grid(), self.config.patch_grid((height, width))
+        return resample_tokens(self.position_embeddings.mT, grid, new_grid).mT
+
+
+class KArAtViTAttention(ViTAttention):
+    """
+    Self-attention of one block. The first heads are KArAt, as many as the operator has, and the others softmax.
+
+    The operator is the block's own, or is handed to `forward` where all blocks share one.
+    """
+
+    def __init__(self, config: KArAtViTConfig, layer_index: int):
+        super().__init__(config)
+        self.is_karat = config.is_karat_layer(layer_index)
+        self.karat_heads = (config.num_karat_heads or config.num_attention_heads) if self.is_karat else 0
+        self.operator = KArAtOperator(config) if self.is_karat and config.sharing == "blockwise" else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        masks: "AttentionMasks | None" = None,
+        operator: KArAtOperator | None = None,
+        implementation: str | None = None,
+        grids: tuple | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: (B, N, hidden).
+            masks: which keys may be seen.
+            operator: the universal operator.
+            implementation: how to attend; default `config._attn_implementation`.
+            grids: patch grids (own, wanted) if the image is not of the model's size.
+
+        Returns:
+            Output (B, N, hidden); attention maps and scores (B, heads, N, N), or `None` where they are not formed.
+        """
+        implementation = implementation or self.config._attn_implementation
+        masks = masks or NO_MASKS
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(hidden_shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        split = self.karat_heads
+        parts = []
+        if split:
+            operator = operator if self.operator is None else self.operator
+            need_maps = implementation == "eager" or masks.per_query
+            output, maps, scores = operator(
+                query[:, :split], key[:, :split], value[:, :split], self.scaling, masks.keep, grids, need_maps
+            )
+            parts.append((output.transpose(1, 2), maps, scores))
+        if split < self.num_attention_heads:
+            query, key, value = query[:, split:], key[:, split:], value[:, split:]
+            parts.append(self.softmax_heads(query, key, value, masks, implementation))
+        outputs, maps, scores = zip(*parts)
+        attn_output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1))
+        return attn_output, _join(maps), _join(scores)
+
+    def softmax_heads(self, query, key, value, masks: "AttentionMasks", implementation: str):
+        """Softmax attention the Transformers way: output (B, N, h, d), and with `eager` the maps and scores."""
+        dropout = self.attention_dropout if self.training else 0.0
+        if implementation == "eager":
+            keep = masks.keep if masks.keep is None or masks.per_query else masks.keep[:, None, None, :]
+            output, maps, scores = eager_softmax_attention(query, key, value, self.scaling, dropout, keep)
+            return output.transpose(1, 2), maps, scores
+        attend = ALL_ATTENTION_FUNCTIONS[_softmax_name(implementation)]
+        output, _ = attend(
+            self, query, key, value, masks.softmax, dropout=dropout, scaling=self.scaling, is_causal=False
+        )
+        return output, None, None
+
+
+class KArAtViTLayer(ViTLayer):
+    """ViT's block with KArAt heads and stochastic depth."""
+
+    def __init__(self, config: KArAtViTConfig, layer_index: int):
+        super().__init__(config)
+        self.attention = KArAtViTAttention(config, layer_index)
+        self.drop_path_rate = config.drop_path_rate * layer_index / max(1, config.num_hidden_layers - 1)
+
+    def forward(self, hidden_states: torch.Tensor, masks=None, **kwargs) -> torch.Tensor:
+        branch, *_ = self.attention(self.layernorm_before(hidden_states), masks, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.dropout(branch))
+        branch = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.dropout(branch))
+
+    def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
+        """Leave the branch out for whole images, and scale up the others (Huang et al. 2016)."""
+        if not self.training or self.drop_path_rate == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path_rate
+        return branch * (torch.rand(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device) < keep) / keep
+
+
+class KArAtViTPreTrainedModel(ViTPreTrainedModel):
+    """Weights, initialisation and loading, as every Transformers model has them, and what KArAt needs beyond."""
+
+    config: KArAtViTConfig
+    config_class = KArAtViTConfig
+    _no_split_modules = ["KArAtViTEmbeddings", "KArAtViTLayer", "KArAtOperator"]
+    _can_record_outputs = {
+        "hidden_states": KArAtViTLayer,
+        "attentions": KArAtViTAttention,
+        "attention_scores": OutputRecorder(KArAtViTAttention, index=2),
+    }
+    # Our losses take no `num_items_in_batch`: Trainer has to divide by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (KArAtOperator, EdgeFunctions)):
+            module.reset_parameters()
+
+    def post_init(self):
+        super().post_init()
+        self.freeze_untrained()
+
+    def freeze_untrained(self) -> None:
+        """Switch off the gradients that the configuration rules out (`train_basis`, `train_base`, zero base)."""
+        for module in self.modules():
+            if isinstance(module, KArAtOperator):
+                module.freeze()
+
+    def karat_parameter_names(self) -> set[str]:
+        """Names of the parameters that KArAt adds to the ViT."""
+        prefixes = [f"{name}." for name, module in self.named_modules() if isinstance(module, KArAtOperator)]
+        return {name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes))}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """`None` is the fastest way for KArAt heads; Transformers' names say how softmax heads are computed."""
+        if requested_attention is None:
+            return "karat_portable"
+        if requested_attention in KARAT_IMPLEMENTATIONS:
+            return requested_attention
+        if requested_attention.startswith("karat_"):
+            raise ValueError(
+                f"`attn_implementation={requested_attention!r}` does not exist here. KArAt heads are computed by "
+                f"{', '.join(map(repr, KARAT_IMPLEMENTATIONS))} or 'eager', the reference."
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config=None,
+        drop_distillation_token: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """
+        Load a KArAt checkpoint, or take over the backbone of a ViT or DeiT checkpoint of Transformers; the KArAt
+        parameters are then newly initialised. Arguments are those of `PreTrainedModel.from_pretrained`, and:
+
+        Args:
+            drop_distillation_token (`bool`, defaults to `False`):
+                Load a distilled DeiT without its distillation token and head.
+
+        Raises:
+            ValueError: a keyword or `config` asks for another operator or size than a KArAt checkpoint has, or the
+                checkpoint is a distilled DeiT and `drop_distillation_token` is not set.
+        """
+        source = {}
+        if pretrained_model_name_or_path is not None:
+            hub = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+            source, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            wanted = {key: kwargs[key] for key in STRUCTURAL_FIELDS if key in kwargs}
+            if isinstance(config, KArAtViTConfig):
+                wanted = {key: getattr(config, key) for key in STRUCTURAL_FIELDS} | wanted
+            _check_same_structure(pretrained_model_name_or_path, source, wanted)
+        if source.get("model_type") == "deit":
+            if not drop_distillation_token:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a distilled DeiT, whose sequence has a distillation token more "
+                    "than KArAt-ViT's. Pass `drop_distillation_token=True` to load the rest of it."
+                )
+            if config is None:
+                own = {
+                    key: kwargs.pop(key) for key in list(kwargs) if hasattr(KArAtViTConfig, key) or key == "num_labels"
+                }
+                config = KArAtViTConfig.from_dict({**source, **own})
+            kwargs["state_dict"] = load_deit_state_dict(pretrained_model_name_or_path, **hub)
+            pretrained_model_name_or_path = None
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        # Transformers makes every float parameter trainable again.
+        model.freeze_untrained()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """
+        As in Transformers, with two differences: parameters keep their present names (`save_original_format=True` writes
+        ViT's old ones, which Trainer cannot resume from), and `auto_map` names all three auto classes.
+        """
+        self.config.auto_map = dict(AUTO_CLASSES)
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @torch.no_grad()
+    def resize(self, image_size: int | tuple[int, int] | list[int]):
+        """
+        Change the model's image size in place: position embeddings and operators are resampled along the token axis
+        (`KArAtOperator.resample`). At the present size nothing changes.
+
+        Args:
+            image_size: pixels, or (height, width).
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: no size, or smaller than a patch.
+        """
+        new = KArAtViTConfig.from_dict({**self.config.to_dict(), "image_size": image_size})
+        grid, new_grid = self.config.patch_grid(), new.patch_grid()
+        for module in self.modules():
+            if isinstance(module, KArAtViTEmbeddings):
+                positions = module.position_embeddings
+                resized = resample_tokens(positions.mT, grid, new_grid).mT.contiguous()
+                module.position_embeddings = nn.Parameter(resized, requires_grad=positions.requires_grad)
+                patches = module.patch_embeddings
+                patches.image_size = module.image_size = _pair(new.image_size)
+                patches.num_patches = new_grid[0] * new_grid[1]
+            elif isinstance(module, KArAtOperator):
+                for name, parameter in list(module.named_parameters()):
+                    resized = module.resample(name, parameter, grid, new_grid).contiguous()
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(
+                        module.get_submodule(owner), leaf, nn.Parameter(resized, requires_grad=parameter.requires_grad)
+                    )
+                for step in module.edges:
+                    step.out_features, step.in_features = step.scale_basis.shape[1:]
+        self.config.image_size = new.image_size
+        return self
+
+
+class KArAtViTModel(KArAtViTPreTrainedModel):
+    """
+    The encoder, without a head.
+
+    Args:
+        config: the configuration.
+        add_pooling_layer (`bool`, defaults to `True`): add ViT's pooler.
+        use_mask_token (`bool`, defaults to `False`): add a mask token for masked image modelling.
+    """
+
+    def __init__(self, config: KArAtViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        config.check()
+        if config.attention_probs_dropout_prob > 0:
+            logger.warning_once(
+                f"`attention_probs_dropout_prob={config.attention_probs_dropout_prob}` acts on softmax heads only: KArAt "
+                "rows are no probabilities, and are not dropped."
+            )
+        self.embeddings = KArAtViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.operator = KArAtOperator(config) if config.sharing == "universal" else None
+        self.layers = nn.ModuleList(KArAtViTLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = ViTPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> KArAtViTModelOutput:
+        """
+        Args:
+            pixel_values: images (B, C, H, W), normalised by the image processor.
+            bool_masked_pos: patches to replace by the mask token, (B, patches).
+            interpolate_pos_encoding: take images of another size than the model's: position embeddings and operators
+                are resampled for this call.
+            attention_mask: keys that may be seen (True or 1), (B, N) with [CLS] first; or per query, (B, 1 or heads, N,
+                N), boolean or additive (0 where visible). A mask per query is computed by `eager`.
+            output_attentions, output_attention_scores, output_hidden_states: return the activated attention maps, the
+                scores before the activation (this call then runs `eager`), the hidden states.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify `pixel_values`.")
+        if bool_masked_pos is not None and self.embeddings.mask_token is None:
+            raise ValueError("`bool_masked_pos` needs a model made with `use_mask_token=True`.")
+        self.embeddings.check_pixels(pixel_values, bool(interpolate_pos_encoding))
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(
+            pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
+        )
+        implementation = self._implementation_of_call(kwargs)
+        masks = _attention_masks(attention_mask, hidden_states, implementation)
+        grids = None
+        if interpolate_pos_encoding:
+            grids = (self.config.patch_grid(), self.config.patch_grid(tuple(pixel_values.shape[2:])))
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                masks,
+                operator=self.operator if layer.attention.is_karat else None,
+                implementation=implementation,
+                grids=grids,
+            )
+        sequence_output = self.layernorm(hidden_states)
+        pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
+        return KArAtViTModelOutput(last_hidden_state=sequence_output, pooler_output=pooled_output)
+
+    def _implementation_of_call(self, kwargs) -> str:
+        """The configured implementation, or `eager` for a call that asks for maps or scores."""
+        implementation = self.config._attn_implementation
+        wanted = [
+            name
+            for name in ("output_attentions", "output_attention_scores")
+            if kwargs.get(name, getattr(self.config, name, False))
+        ]
+        if not wanted or implementation == "eager":
+            return implementation
+        if not torch.compiler.is_compiling():
+            logger.warning_once(f"`{wanted[0]}=True`: {implementation!r} forms no maps, so such calls run 'eager'.")
+        return "eager"
+
+
+class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
+    """The encoder and a linear classifier on the final [CLS] state."""
+
+    def __init__(self, config: KArAtViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = KArAtViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> KArAtViTImageClassifierOutput:
+        """
+        Args:
+            pixel_values, interpolate_pos_encoding, attention_mask: as in `KArAtViTModel`.
+            labels: class indices (B,), or by `config.problem_type` targets of `"multi_label_classification"` (B,
+                classes) or `"regression"`.
+
+        Returns:
+            Logits (B, classes), the loss if there are labels, and what `output_*` asks for.
+        """
+        outputs = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return KArAtViTImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attention_scores=outputs.attention_scores,
+        )
+
+
+@dataclass
+class AttentionMasks:
+    """
+    Args:
+        keep: boolean, keys that KArAt heads see, (B, N), or per query (B, 1 or heads, N, N).
+        softmax: the same as softmax heads take it; `None` with `eager`, which reads `keep`.
+    """
+
+    keep: torch.Tensor | None = None
+    softmax: torch.Tensor | None = None
+
+    @property
+    def per_query(self) -> bool:
+        return self.keep is not None and self.keep.dim() == 4
+
+
+NO_MASKS = AttentionMasks()
+
+
+def _attention_masks(attention_mask, hidden_states, implementation: str) -> AttentionMasks | None:
+    if attention_mask is None:
+        return None
+    batch, tokens = hidden_states.shape[:2]
+    shape = tuple(attention_mask.shape)
+    if shape != (batch, tokens) and not (len(shape) == 4 and shape[-1] == tokens and shape[-2] in (1, tokens)):
+        raise ValueError(
+            f"`attention_mask` has shape {shape}, expected (batch, tokens) = ({batch}, {tokens}), with [CLS] first, or "
+            f"({batch}, 1 or heads, {tokens}, {tokens})."
+        )
+    if attention_mask.dim() == 2:
+        keep = attention_mask.to(device=hidden_states.device, dtype=torch.bool)
+    elif attention_mask.is_floating_point():
+        keep = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    else:
+        keep = attention_mask.bool()
+    if keep.dim() == 4 and keep.shape[1] == 1 and keep.shape[2] == 1:
+        keep = keep[:, 0, 0]
+    if keep.dim() == 4 and implementation != "eager" and not torch.compiler.is_compiling():
+        logger.warning_once("A mask per query cannot be factored: KArAt heads run 'eager' under it.")
+    if implementation == "eager":
+        return AttentionMasks(keep)
+    name = _softmax_name(implementation)
+    if keep.dim() == 4 and name.startswith(("flash", "flex")):
+        raise ValueError(f"A mask per query needs `attn_implementation='sdpa'` or 'eager', not {name!r}.")
+    if keep.dim() == 4:
+        lowest = torch.finfo(hidden_states.dtype).min
+        softmax = torch.zeros_like(keep, dtype=hidden_states.dtype).masked_fill(~keep, lowest)
+    else:
+        # The implementation of this call, which may not be the configured one.
+        config = SimpleNamespace(_attn_implementation=name)
+        softmax = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=keep)
+    return AttentionMasks(keep, softmax)
+
+
+def _softmax_name(implementation: str) -> str:
+    return "sdpa" if implementation in KARAT_IMPLEMENTATIONS else implementation
+
+
+def _join(parts):
+    """Maps of KArAt and softmax heads side by side; `None` unless every part has one."""
+    if any(part is None for part in parts):
+        return None
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _pair(size) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _check_same_structure(name, source: dict, wanted: dict) -> None:
+    """A checkpoint cannot be loaded as another model than it was saved as."""
+    if not wanted:
+        return
+    if source.get("model_type") != KArAtViTConfig.model_type:
+        # A foreign backbone has no operator yet, so any may be asked for.
+        wanted = {key: value for key, value in wanted.items() if key in source}
+    stored = KArAtViTConfig.from_dict({**source})
+    asked = KArAtViTConfig.from_dict({**source, **wanted})
+    for key in wanted:
+        have, want = getattr(stored, key), getattr(asked, key)
+        if have != want:
+            advice = (
+                "Load it as it is, then call `model.resize(...)`."
+                if key == "image_size"
+                else "Load it as it is, or build a new model from a configuration of your own and train that."
+            )
+            raise ValueError(
+                f"The checkpoint {name} has `{key}={have!r}`, and `{key}={want!r}` was asked for. {advice}"
+            )
+
+
+KArAtViTModel.register_for_auto_class("AutoModel")
+KArAtViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = ["KArAtViTForImageClassification", "KArAtViTModel", "KArAtViTPreTrainedModel"]
