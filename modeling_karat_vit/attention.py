@@ -11,6 +11,7 @@ Shapes: B images, h KArAt heads, N tokens, d head size, r rank. Scores are S = Q
 """
 
 import contextlib
+import itertools
 import math
 
 import torch
@@ -51,8 +52,8 @@ class KArAtOperator(nn.Module):
         else:
             widths = [tokens] + [rank] * (config.karat_depth - 1) + [tokens]
         self.edges = nn.ModuleList(
-            make_edges(config, heads, n_in, n_out, self._start(n_in, index == len(widths) - 2))
-            for index, (n_in, n_out) in enumerate(zip(widths, widths[1:]))
+            make_edges(config, heads, n_in, n_out, self._start(n_in, last=index == len(widths) - 2))
+            for index, (n_in, n_out) in enumerate(itertools.pairwise(widths))
         )
         self.projector = None
         if self.mode is not None:
@@ -65,8 +66,8 @@ class KArAtOperator(nn.Module):
 
     def _start(self, in_features: int, last: bool) -> Start:
         """
-        The start of one step under `karat_init="scaled"`, which keeps the variance of the attention output for scores of
-        unit variance, and makes a row of zero scores start near 1/N, which is where softmax starts.
+        The start of one step under `karat_init="scaled"`, which keeps the variance of the attention output for scores
+        of unit variance, and makes a row of zero scores start near 1/N, which is where softmax starts.
         """
         tokens = self.config.num_tokens
         if self.mode == "phi1_w2":
@@ -222,8 +223,8 @@ def eager_karat_attention(operator, query, key, value, scaling, tensors, keep=No
 def portable_karat_attention(operator, query, key, value, scaling, tensors, keep=None):
     """
     The same output, lean in memory: the batch is worked through in chunks, and the backward pass redoes a chunk from
-    q, k and v, so that nothing of the size of the scores outlives its chunk. For phi1_w2, (H W^T) V = H (W^T V), and the
-    N x N map is never formed; the other variants and the L1 projection form it for one chunk at a time.
+    q, k and v, so that nothing of the size of the scores outlives its chunk. For phi1_w2, (H W^T) V = H (W^T V), and
+    the N x N map is never formed; the other variants and the L1 projection form it for one chunk at a time.
 
     Memory beyond the inputs: O(chunk * h * N^2), with the chunk chosen so that this is a fixed budget.
 
@@ -309,7 +310,7 @@ def _chunks(size: int, keep, *batched):
 
 def project_on_simplex(rows: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Euclidean projection of each row on the probability simplex (paper, algorithm of the L1 projection; Duchi et al. 2008).
+    Euclidean projection of each row on the probability simplex (the paper's L1 projection; Duchi et al. 2008).
 
     Args:
         rows: (..., N).
