@@ -6,8 +6,14 @@ import re
 import torch
 from einops import rearrange
 from torch.nn import functional as F
-from transformers import AutoConfig, DeiTForImageClassificationWithTeacher, DeiTModel, ViTConfig
-from transformers import DeiTForImageClassification, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 
 _TIMM_RENAMINGS = (
@@ -49,11 +55,13 @@ def convert_timm_state_dict(
         ValueError: a key is missing or of a part that ViT does not have, or the logits differ.
     """
     missing = [
-        key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight") if key not in state_dict
+        key
+        for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight")
+        if key not in state_dict
     ]
     if missing:
         raise ValueError(
-            f"This is no state dictionary of a timm VisionTransformer with a classifier: {', '.join(missing)} is missing."
+            f"This is no state dictionary of a timm VisionTransformer with a classifier: it has no {', '.join(missing)}."
         )
     config = _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps)
     converted, unknown = {}, []
@@ -69,8 +77,8 @@ def convert_timm_state_dict(
             converted[name] = tensor
     if unknown:
         raise ValueError(
-            f"Transformers' ViT has no place for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: only plain "
-            "ViTs with a [CLS] token convert (no distillation token, register tokens, layer scale or query norms)."
+            f"Transformers' ViT has no place for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: only "
+            "plain ViTs with a [CLS] token convert (no distillation token, register tokens, layer scale or query norms)."
         )
     model = ViTForImageClassification(config)
     model.load_state_dict(converted)
@@ -93,8 +101,8 @@ def _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps) ->
     height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if (height // patch_size[0]) * (width // patch_size[1]) != patches:
         raise ValueError(
-            f"`image_size` {height}x{width} has not the {patches} patches of {patch_size[0]}x{patch_size[1]} pixels that "
-            "the position embeddings are for."
+            f"`image_size` {height}x{width} has not the {patches} patches of {patch_size[0]}x{patch_size[1]} pixels "
+            "that the position embeddings are for."
         )
     blocks = {int(match[1]) for key in state_dict if (match := _TIMM_QKV.match(key))}
     return ViTConfig(

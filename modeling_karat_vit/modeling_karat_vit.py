@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision Transformer with Kolmogorov-Arnold Attention (KArAt, arXiv 2503.10632): what KArAt adds to Transformers' ViT."""
+"""Vision Transformer with Kolmogorov-Arnold Attention (arXiv 2503.10632): what KArAt adds to Transformers' ViT."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -111,8 +111,8 @@ class KArAtViTEmbeddings(ViTEmbeddings):
         own_height, own_width = self.patch_embeddings.image_size
         if not interpolate_pos_encoding and (height, width) != (own_height, own_width):
             raise ValueError(
-                f"Input image size ({height}*{width}) doesn't match model ({own_height}*{own_width}). Resize the images, "
-                "pass `interpolate_pos_encoding=True`, or make the model larger or smaller with `model.resize(...)`."
+                f"Input image size ({height}*{width}) doesn't match model ({own_height}*{own_width}). Resize the "
+                "images, pass `interpolate_pos_encoding=True`, or make the model larger or smaller with `model.resize(...)`."
             )
         if 0 in self.config.patch_grid((height, width)):
             raise ValueError(
@@ -304,14 +304,12 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         if source.get("model_type") == "deit":
             if not drop_distillation_token:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} is a distilled DeiT, whose sequence has a distillation token more "
-                    "than KArAt-ViT's. Pass `drop_distillation_token=True` to load the rest of it."
+                    f"{pretrained_model_name_or_path} is a distilled DeiT, whose sequence has one token more, for "
+                    "distillation, than KArAt-ViT's. Pass `drop_distillation_token=True` to load the rest of it."
                 )
             if config is None:
-                own = {
-                    key: kwargs.pop(key) for key in list(kwargs) if hasattr(KArAtViTConfig, key) or key == "num_labels"
-                }
-                config = KArAtViTConfig.from_dict({**source, **own})
+                fields = [key for key in kwargs if hasattr(KArAtViTConfig, key)]
+                config = KArAtViTConfig.from_dict(source, **{key: kwargs.pop(key) for key in fields})
             kwargs["state_dict"] = load_deit_state_dict(pretrained_model_name_or_path, **hub)
             pretrained_model_name_or_path = None
         loaded = super().from_pretrained(
@@ -324,8 +322,8 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """
-        As in Transformers, with two differences: parameters keep their present names (`save_original_format=True` writes
-        ViT's old ones, which Trainer cannot resume from), and `auto_map` names all three auto classes.
+        As in Transformers, with two differences: parameters keep their present names (`save_original_format=True`
+        writes ViT's old ones, which Trainer cannot resume from), and `auto_map` names all three auto classes.
         """
         self.config.auto_map = dict(AUTO_CLASSES)
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
@@ -383,8 +381,8 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
         config.check()
         if config.attention_probs_dropout_prob > 0:
             logger.warning_once(
-                f"`attention_probs_dropout_prob={config.attention_probs_dropout_prob}` acts on softmax heads only: KArAt "
-                "rows are no probabilities, and are not dropped."
+                f"`attention_probs_dropout_prob={config.attention_probs_dropout_prob}` acts on softmax heads only: "
+                "KArAt rows are no probabilities, and are not dropped."
             )
         self.embeddings = KArAtViTEmbeddings(config, use_mask_token=use_mask_token)
         self.operator = KArAtOperator(config) if config.sharing == "universal" else None
