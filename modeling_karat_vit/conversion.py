@@ -61,7 +61,7 @@ def convert_timm_state_dict(
     ]
     if missing:
         raise ValueError(
-            f"This is no state dictionary of a timm VisionTransformer with a classifier: it has no {', '.join(missing)}."
+            f"This is no state dictionary of a timm VisionTransformer with a classifier: no {', '.join(missing)}."
         )
     config = _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps)
     converted, unknown = {}, []
@@ -78,7 +78,7 @@ def convert_timm_state_dict(
     if unknown:
         raise ValueError(
             f"Transformers' ViT has no place for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: only "
-            "plain ViTs with a [CLS] token convert (no distillation token, register tokens, layer scale or query norms)."
+            "plain ViTs with a [CLS] token convert (no distillation or register tokens, layer scale, query norms)."
         )
     model = ViTForImageClassification(config)
     model.load_state_dict(converted)

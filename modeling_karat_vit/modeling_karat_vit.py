@@ -112,7 +112,7 @@ class KArAtViTEmbeddings(ViTEmbeddings):
         if not interpolate_pos_encoding and (height, width) != (own_height, own_width):
             raise ValueError(
                 f"Input image size ({height}*{width}) doesn't match model ({own_height}*{own_width}). Resize the "
-                "images, pass `interpolate_pos_encoding=True`, or make the model larger or smaller with `model.resize(...)`."
+                "images, pass `interpolate_pos_encoding=True`, or change the model with `model.resize(...)`."
             )
         if 0 in self.config.patch_grid((height, width)):
             raise ValueError(
