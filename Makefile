@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. Each does the set-up that it needs; what is done already is skipped.
+
+VENV ?= .venv
+# Arguments of `make train` and `make test-pinned`.
+ARGS ?=
+# Processes that run tests.
+JOBS ?= 2
+# Interpreters to make the environment from, in this order; constraints.txt is known to install on 3.11 to 3.14.
+PYTHON ?= python3.12 python3.11 python3.13 python3.14 python3 python
+
+python := $(VENV)/bin/python
+lowest := $(VENV)/lowest-transformers
+# What a clean-up may delete: nothing that training wrote, and no environment.
+caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test test-pinned test-lowest lint format clean
+
+help: ## List the targets
+	@echo "make TARGET [VENV=path of the Python environment, $(VENV) unless given]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  %-12s %s\n' "$$name" "$$text"; done
+
+train: $(VENV)/.installed-train ## Train; the handwritten digits by default, or ARGS="[recipe.yaml] [flags]"
+	$(python) run_image_classification.py $(ARGS)
+
+test: ## Lint, then run the tests with the pinned and with the lowest Transformers
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test-pinned
+	@$(MAKE) --no-print-directory test-lowest
+
+test-pinned: $(VENV)/.installed-test ## Run the tests with the versions of constraints.txt; ARGS go to pytest
+	$(python) -m pytest -n $(JOBS) $(ARGS)
+
+test-lowest: $(lowest)/.installed ## Run the tests of the model with the lowest Transformers
+	PYTHONPATH=$(lowest) $(python) -m pytest -n $(JOBS) \
+		tests/modeling_karat_vit tests/test_presets.py tests/test_remote_code.py tests/test_optional_packages.py
+
+lint: $(VENV)/.installed-test ## Check style and formatting
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+format: $(VENV)/.installed-test ## Mend style and formatting
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+clean: ## Delete caches and build leftovers
+	rm -rf $(caches)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Debian and Ubuntu leave out ensurepip, without which there is no environment: hence the second question.
+define question
+import importlib.util, sys; \
+old = sys.version_info < (3, 11); \
+print("old" if old else "fits" if importlib.util.find_spec("ensurepip") else "bare")
+endef
+
+$(python):
+	@if [ -n "$$(ls -A '$(VENV)' 2>/dev/null)" ]; then \
+		echo "VENV=$(VENV) is a folder with other things in it. Give the path of a Python environment, or of a" >&2; \
+		echo "folder that does not exist, to make one there." >&2; \
+		exit 1; \
+	fi; \
+	bare=; \
+	for candidate in $(PYTHON); do \
+		case "$$($$candidate -c '$(question)' 2>/dev/null)" in \
+			fits) echo "Making the environment $(VENV) with $$($$candidate -V)"; exec $$candidate -m venv '$(VENV)';; \
+			bare) bare="$$bare $$candidate";; \
+		esac; \
+	done; \
+	if [ -n "$$bare" ]; then \
+		echo "Found$$bare, but without Python's venv and ensurepip modules. On Debian and Ubuntu:" >&2; \
+		echo "    sudo apt-get install python3-venv" >&2; \
+	else \
+		echo "Found no Python 3.11 or later (tried: $(PYTHON)). Install one, or name yours:" >&2; \
+		echo "    make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; \
+	fi; \
+	exit 1
+
+# One stamp for each extra of setup.cfg. torch needs setuptools anyway, so the build uses the pinned one.
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt | $(python)
+	@echo "Installing KArAt-ViT and the '$*' packages into $(VENV): several GB on the first call, mostly PyTorch"
+	@$(python) -m pip --version >/dev/null 2>&1 || $(python) -m ensurepip
+	$(python) -m pip install --quiet --constraint constraints.txt setuptools
+	$(python) -m pip install --constraint constraints.txt --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(lowest)/.installed: requirements-lowest.txt $(VENV)/.installed-test
+	rm -rf $(lowest)
+	$(python) -m pip install --quiet --no-deps --target $(lowest) --requirement requirements-lowest.txt
+	@touch $@
