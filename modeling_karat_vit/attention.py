@@ -107,7 +107,9 @@ class KArAtOperator(nn.Module):
         The parameters by name, cast to `dtype`, and resampled where `grids`, a pair of patch grids (own, wanted), says
         so.
         """
-        tensors = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        tensors = {} if self.projector is None else {"projector": self.projector.to(dtype)}
+        for index, step in enumerate(self.edges):
+            tensors |= {f"edges.{index}.{name}": tensor for name, tensor in step(dtype).items()}
         if grids is not None and tuple(grids[0]) != tuple(grids[1]):
             tensors = {name: self.resample(name, tensor, *grids) for name, tensor in tensors.items()}
         return tensors
@@ -152,7 +154,7 @@ class KArAtOperator(nn.Module):
             return x @ tensors["projector"].mT
         steps = self.edges if self.mode == "phi1_w2" else self.edges[:-1]
         for index, step in enumerate(steps):
-            x = step(x, _of(tensors, f"edges.{index}."), keep if index == 0 else None, lean)
+            x = step.activate(x, _of(tensors, f"edges.{index}."), keep if index == 0 else None, lean)
         return x
 
     def activate(self, scores, tensors, keep=None, lean=False) -> torch.Tensor:
@@ -175,7 +177,8 @@ class KArAtOperator(nn.Module):
         else:
             # With full rank the last step is the first, and meets the keys.
             first = len(self.edges) == 1 and self.mode is None
-            x = self.edges[-1](x, _of(tensors, f"edges.{len(self.edges) - 1}."), keep if first else None, lean)
+            tensors = _of(tensors, f"edges.{len(self.edges) - 1}.")
+            x = self.edges[-1].activate(x, tensors, keep if first else None, lean)
         if self.config.project_l1:
             return project_on_simplex(x, keep)
         return x if keep is None else x * keep

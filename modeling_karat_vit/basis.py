@@ -84,7 +84,16 @@ class EdgeFunctions(nn.Module):
             values = values + _per_row(tensors["scale_base"]) * self.base(x)
         return values
 
-    def forward(
+    def forward(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """
+        The parameters by name, cast to `dtype`.
+
+        This, and not the mathematics, is `forward`, because only calling a module makes hooks bring weights that are
+        kept elsewhere (accelerate's offloading to memory and disk).
+        """
+        return {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+
+    def activate(
         self,
         x: torch.Tensor,
         tensors: dict[str, torch.Tensor],
@@ -148,7 +157,7 @@ class LinearEdgeFunctions(EdgeFunctions):
         coefficients = self.stack_coefficients(tensors)
         return sum(_per_row(coefficients[:, index]) * feature for index, feature in enumerate(self.features(x)))
 
-    def forward(self, x, tensors, keep=None, lean=False):
+    def activate(self, x, tensors, keep=None, lean=False):
         coefficients = self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1)
         if lean and not torch.compiler.is_compiling():
             y = _FeatureProduct.apply(self, x, keep, coefficients)

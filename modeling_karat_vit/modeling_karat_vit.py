@@ -178,6 +178,8 @@ class KArAtViTAttention(ViTAttention):
             output, maps, scores = operator(
                 query[:, :split], key[:, :split], value[:, :split], self.scaling, masks.keep, grids, need_maps
             )
+            # A universal operator may lie on another device than the block.
+            output, maps, scores = (x if x is None else x.to(value.device) for x in (output, maps, scores))
             parts.append((output.transpose(1, 2), maps, scores))
         if split < self.num_attention_heads:
             query, key, value = query[:, split:], key[:, split:], value[:, split:]
@@ -229,6 +231,8 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
     config: KArAtViTConfig
     config_class = KArAtViTConfig
     _no_split_modules = ["KArAtViTEmbeddings", "KArAtViTLayer", "KArAtOperator"]
+    # The universal operator, which the blocks get as an argument, stays on its own device.
+    _skip_keys_device_placement = ["operator"]
     _can_record_outputs = {
         "hidden_states": KArAtViTLayer,
         "attentions": KArAtViTAttention,
@@ -485,6 +489,7 @@ class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])
@@ -512,6 +517,11 @@ class AttentionMasks:
     @property
     def per_query(self) -> bool:
         return self.keep is not None and self.keep.dim() == 4
+
+    def to(self, *args, **kwargs) -> "AttentionMasks":
+        """The masks on another device: accelerate hands them from block to block where a model is spread."""
+        moved = (x if x is None else x.to(*args, **kwargs) for x in (self.keep, self.softmax))
+        return AttentionMasks(*moved)
 
 
 NO_MASKS = AttentionMasks()
