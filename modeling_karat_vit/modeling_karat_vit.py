@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision Transformer with Kolmogorov-Arnold Attention (arXiv 2503.10632): what KArAt adds to Transformers' ViT."""
 
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -175,15 +176,16 @@ class KArAtViTAttention(ViTAttention):
         if split:
             operator = operator if self.operator is None else self.operator
             need_maps = implementation == "eager" or masks.per_query
+            keep = masks.of_heads(slice(0, split)).keep
             output, maps, scores = operator(
-                query[:, :split], key[:, :split], value[:, :split], self.scaling, masks.keep, grids, need_maps
+                query[:, :split], key[:, :split], value[:, :split], self.scaling, keep, grids, need_maps
             )
             # A universal operator may lie on another device than the block.
             output, maps, scores = (x if x is None else x.to(value.device) for x in (output, maps, scores))
             parts.append((output.transpose(1, 2), maps, scores))
         if split < self.num_attention_heads:
             query, key, value = query[:, split:], key[:, split:], value[:, split:]
-            parts.append(self.softmax_heads(query, key, value, masks, implementation))
+            parts.append(self.softmax_heads(query, key, value, masks.of_heads(slice(split, None)), implementation))
         outputs, maps, scores = zip(*parts)
         attn_output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1))
@@ -302,8 +304,10 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
             hub = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
             source, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
             wanted = {key: kwargs[key] for key in STRUCTURAL_FIELDS if key in kwargs}
-            if isinstance(config, KArAtViTConfig):
-                wanted = {key: getattr(config, key) for key in STRUCTURAL_FIELDS} | wanted
+            if config is not None:
+                asked = KArAtViTConfig.from_pretrained(config, **hub) if _is_path(config) else config
+                _check_config_type(asked)
+                wanted = {key: getattr(asked, key) for key in STRUCTURAL_FIELDS} | wanted
             _check_same_structure(pretrained_model_name_or_path, source, wanted)
         if source.get("model_type") == "deit":
             if not drop_distillation_token:
@@ -381,6 +385,7 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
     """
 
     def __init__(self, config: KArAtViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        _check_config_type(config)
         super().__init__(config)
         config.check()
         if config.attention_probs_dropout_prob > 0:
@@ -426,7 +431,7 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
         )
         implementation = self._implementation_of_call(kwargs)
-        masks = _attention_masks(attention_mask, hidden_states, implementation)
+        masks = _attention_masks(attention_mask, hidden_states, self.config.num_attention_heads, implementation)
         grids = None
         if interpolate_pos_encoding:
             grids = (self.config.patch_grid(), self.config.patch_grid(tuple(pixel_values.shape[2:])))
@@ -461,6 +466,7 @@ class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
     """The encoder and a linear classifier on the final [CLS] state."""
 
     def __init__(self, config: KArAtViTConfig):
+        _check_config_type(config)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = KArAtViTModel(config, add_pooling_layer=False)
@@ -518,6 +524,12 @@ class AttentionMasks:
     def per_query(self) -> bool:
         return self.keep is not None and self.keep.dim() == 4
 
+    def of_heads(self, heads: slice) -> "AttentionMasks":
+        """The part of a mask per head that these heads see."""
+        if not self.per_query or self.keep.shape[1] == 1:
+            return self
+        return AttentionMasks(self.keep[:, heads], None if self.softmax is None else self.softmax[:, heads])
+
     def to(self, *args, **kwargs) -> "AttentionMasks":
         """The masks on another device: accelerate hands them from block to block where a model is spread."""
         moved = (x if x is None else x.to(*args, **kwargs) for x in (self.keep, self.softmax))
@@ -527,15 +539,16 @@ class AttentionMasks:
 NO_MASKS = AttentionMasks()
 
 
-def _attention_masks(attention_mask, hidden_states, implementation: str) -> AttentionMasks | None:
+def _attention_masks(attention_mask, hidden_states, heads: int, implementation: str) -> AttentionMasks | None:
     if attention_mask is None:
         return None
     batch, tokens = hidden_states.shape[:2]
     shape = tuple(attention_mask.shape)
-    if shape != (batch, tokens) and not (len(shape) == 4 and shape[-1] == tokens and shape[-2] in (1, tokens)):
+    per_query = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] in (1, tokens)
+    if shape != (batch, tokens) and not (per_query and shape[3] == tokens):
         raise ValueError(
             f"`attention_mask` has shape {shape}, expected (batch, tokens) = ({batch}, {tokens}), with [CLS] first, or "
-            f"({batch}, 1 or heads, {tokens}, {tokens})."
+            f"({batch}, 1 or {heads} heads, {tokens}, {tokens})."
         )
     if attention_mask.dim() == 2:
         keep = attention_mask.to(device=hidden_states.device, dtype=torch.bool)
@@ -544,7 +557,7 @@ def _attention_masks(attention_mask, hidden_states, implementation: str) -> Atte
     else:
         keep = attention_mask.bool()
     if keep.dim() == 4 and keep.shape[1] == 1 and keep.shape[2] == 1:
-        keep = keep[:, 0, 0]
+        keep = keep[:, 0, 0].expand(batch, tokens)
     if keep.dim() == 4 and implementation != "eager" and not torch.compiler.is_compiling():
         logger.warning_once("A mask per query cannot be factored: KArAt heads run 'eager' under it.")
     if implementation == "eager":
@@ -580,6 +593,18 @@ def _pair(size) -> tuple[int, int]:
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+def _is_path(config) -> bool:
+    return isinstance(config, (str, os.PathLike))
+
+
+def _check_config_type(config) -> None:
+    if getattr(config, "model_type", None) != KArAtViTConfig.model_type:
+        raise ValueError(
+            f"The model needs a KArAtViTConfig, not a {type(config).__name__}. "
+            "`KArAtViTConfig.from_dict(config.to_dict())` takes over a ViTConfig."
+        )
+
+
 def _check_same_structure(name, source: dict, wanted: dict) -> None:
     """A checkpoint cannot be loaded as another model than it was saved as."""
     if not wanted:
@@ -591,7 +616,8 @@ def _check_same_structure(name, source: dict, wanted: dict) -> None:
     asked = KArAtViTConfig.from_dict({**source, **wanted})
     for key in wanted:
         have, want = getattr(stored, key), getattr(asked, key)
-        if have != want:
+        same = _pair(have) == _pair(want) if key in ("image_size", "patch_size") else have == want
+        if not same:
             advice = (
                 "Load it as it is, then call `model.resize(...)`."
                 if key == "image_size"
