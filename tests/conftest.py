@@ -8,9 +8,13 @@ the interpreters that tests start inherit it.
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import hypothesis
+import pytest
 
 
 _hf_home = tempfile.mkdtemp(prefix="karat-vit-tests-")
@@ -32,3 +36,43 @@ hypothesis.settings.load_profile("karat")
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_hf_home, ignore_errors=True)
+
+
+# Hides modules as if they were not installed: asked for, they are not found, which is what `is_..._available` looks at.
+_HIDE = """
+import sys
+
+class _Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *args, **kwargs):
+        hidden = name.partition(".")[0] in {names!r}
+        return None if hidden else self.finder.find_spec(name, *args, **kwargs)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [_Without(finder) for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def fresh_interpreter(tmp_path):
+    """
+    A function `run(code, *arguments, hide=())` that runs Python code in an interpreter of its own, away from the
+    project's folder, without the modules named in `hide`; returns what it printed, and fails where it fails.
+    """
+    project = str(Path(__file__).parents[1])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def run(code: str, *arguments, hide=()) -> str:
+        # What PYTHONPATH lays over the environment stays; the project is found only where it is installed.
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", project)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))}
+        code = _HIDE.format(names=set(hide)) + code
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+        return result.stdout
+
+    return run

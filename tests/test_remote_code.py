@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved folder is all that a stranger needs: `trust_remote_code=True` loads it without this package."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel
+from modeling_karat_vit.configuration_karat_vit import BASIS_TYPES, WAVELET_TYPES
+
+
+OPERATORS = {basis: {"basis_type": basis} for basis in BASIS_TYPES if basis != "wavelet"}
+OPERATORS |= {wavelet: {"basis_type": "wavelet", "wavelet_type": wavelet} for wavelet in WAVELET_TYPES}
+OPERATORS["everything-else"] = {
+    "base_fn": "silu",
+    "sharing": "universal",
+    "num_karat_heads": 1,
+    "karat_layers": [-1],
+    "project_l1": True,
+}
+
+# Run by the interpreter without the package, once for all the folders: arguments are the folder of them, and an image.
+STRANGER = """
+import importlib.util, json, sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
+
+assert importlib.util.find_spec("modeling_karat_vit") is None, "the package must not be found here"
+root, image = Path(sys.argv[1]), sys.argv[2]
+trusted = {"trust_remote_code": True}
+
+def check(folder, expected, pixels):
+    config = AutoConfig.from_pretrained(folder, **trusted)
+    base = AutoModel.from_pretrained(folder, **trusted).eval()
+    classifier = AutoModelForImageClassification.from_pretrained(folder, **trusted).eval()
+    for thing in (config, base, classifier):
+        assert type(thing).__module__.startswith("transformers_modules."), type(thing)
+    with torch.no_grad():
+        states = base(pixels).last_hidden_state
+        outputs = classifier(pixels, output_hidden_states=True)
+    assert torch.equal(states, expected["states"]), f"{folder}: AutoModel"
+    backbone = classifier.vit.layernorm(outputs.hidden_states[-1])
+    assert torch.equal(backbone, expected["states"]), f"{folder}: the classifier's backbone"
+    if "logits" in expected:
+        assert torch.equal(outputs.logits, expected["logits"]), f"{folder}: AutoModelForImageClassification"
+    return classifier
+
+checked = []
+for folder in sorted(root.iterdir()):
+    expected = torch.load(folder / "expected.pt")
+    classifier = check(folder, expected, expected["pixels"])
+    if "logits" in expected:
+        top = pipeline("image-classification", model=str(folder), **trusted)(image)[0]
+        assert top["label"] in ("cat", "dog", "bird"), top
+        # What was loaded this way can be passed on.
+        again = root.parent / "again" / folder.name
+        classifier.save_pretrained(again)
+        check(again, expected, expected["pixels"])
+    checked.append(folder.name)
+print(json.dumps(checked))
+"""
+
+
+def save(folder, model, **expected):
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    torch.save(expected, folder / "expected.pt")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder for each basis, saved by the classifier, and by the model alone."""
+    root = tmp_path / "saved"
+    torch.manual_seed(0)
+    pixels = torch.randn(2, 3, 8, 8)
+    for name, operator in OPERATORS.items():
+        config = KArAtViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+            id2label={0: "cat", 1: "dog", 2: "bird"},
+            label2id={"cat": 0, "dog": 1, "bird": 2},
+            karat_rank=3,
+            **operator,
+        )
+        classifier = KArAtViTForImageClassification(config).eval()
+        model = KArAtViTModel(config).eval()
+        with torch.no_grad():
+            states, logits = classifier.vit(pixels).last_hidden_state, classifier(pixels).logits
+            save(root / f"{name}-classifier", classifier, pixels=pixels, states=states, logits=logits)
+            save(root / f"{name}-model", model, pixels=pixels, states=model(pixels).last_hidden_state)
+    return root
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (12, 9), (200, 80, 40)).save(path)
+    return path
+
+
+def test_a_stranger_loads_every_basis(folders, image, fresh_interpreter):
+    printed = fresh_interpreter(STRANGER, folders, image, hide=["modeling_karat_vit", "image_classification"])
+    assert json.loads(printed.splitlines()[-1]) == sorted(folder.name for folder in folders.iterdir())
+
+
+def test_the_folder_names_all_three_classes_and_holds_their_code(folders):
+    for folder in folders.iterdir():
+        config = json.loads((folder / "config.json").read_text())
+        assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+        for target in config["auto_map"].values():
+            module, name = target.split(".")
+            assert f"class {name}(" in (folder / f"{module}.py").read_text()
+        assert config["format_version"] == 1
+        assert (folder / "model.safetensors").is_file()
