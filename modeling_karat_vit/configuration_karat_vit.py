@@ -8,6 +8,7 @@ from numbers import Real
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
+from transformers.activations import ACT2FN
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
@@ -21,6 +22,7 @@ WAVELET_TYPES = ("mexican_hat", "morlet", "dog", "meyer", "shannon")
 MODULAR_MODES = ("phi1_w2", "w1_phi2")
 SHARINGS = ("blockwise", "universal")
 KARAT_INITS = ("scaled", "normal")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The elementwise, parameter-free, deterministic activations of Transformers' ACT2FN.
 BASE_FUNCTIONS = (
     "zero",
@@ -208,6 +210,9 @@ class KArAtViTConfig(ViTConfig):
             ("modular_mode", (*MODULAR_MODES, None)),
             ("sharing", SHARINGS),
             ("karat_init", KARAT_INITS),
+            ("problem_type", (*PROBLEM_TYPES, None)),
+            ("hidden_act", tuple(ACT2FN)),
+            ("pooler_act", tuple(ACT2FN)),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -228,6 +233,12 @@ class KArAtViTConfig(ViTConfig):
                 f"`modular_mode={self.modular_mode!r}` is an operator of two steps, and `karat_depth` is "
                 f"{self.karat_depth}. Set `modular_mode=None` for a depth of 1 or more than 2, or `karat_depth=2`."
             )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a probability, 0 to 1.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not _finite(name, getattr(self, name)) >= 0.0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more.")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 1 or more.")
@@ -320,6 +331,12 @@ class KArAtViTConfig(ViTConfig):
         # Fields given as keywords take part in the construction, so that they are checked with the others.
         for key in [key for key in kwargs if key in _own_keys()]:
             config_dict[key] = kwargs.pop(key)
+        # What else is given may be meant for the model (`device_map`, ...), unless it looks like a field misspelt.
+        cls._reject_unknown_keys(
+            key
+            for key in kwargs
+            if key not in _known_keys() and difflib.get_close_matches(key, _own_keys(), n=1, cutoff=0.8)
+        )
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
