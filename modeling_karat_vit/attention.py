@@ -279,8 +279,9 @@ class _ChunkedRecompute(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        keep, *batched = ctx.saved_tensors[:4]
-        parameters = ctx.saved_tensors[4:]
+        # Gradient checkpointing allows to read `saved_tensors` once.
+        keep, query, key, value, *parameters = ctx.saved_tensors
+        batched = (query, key, value)
         needed = ctx.needs_input_grad[3:]
         batched_grads = [torch.empty_like(x) if need else None for x, need in zip(batched, needed)]
         parameter_grads = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed[3:])]

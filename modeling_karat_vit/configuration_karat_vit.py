@@ -196,6 +196,9 @@ class KArAtViTConfig(ViTConfig):
             "`help(KArAtViTConfig)` lists every field."
         )
 
+    def validate_output_attentions(self) -> None:
+        """Transformers forbids `output_attentions` without `eager`; here such calls run `eager`, whatever is set."""
+
     def check(self) -> None:
         """Normalise the numbers and pairs, and raise a `ValueError` for anything that cannot be built."""
         if self.format_version > FORMAT_VERSION:
