@@ -20,7 +20,7 @@ caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
 
 help: ## List the targets
 	@echo "make TARGET [VENV=path of the Python environment, $(VENV) unless given]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  %-12s %s\n' "$$name" "$$text"; done
 
 train: $(VENV)/.installed-train ## Train; the handwritten digits by default, or ARGS="[recipe.yaml] [flags]"
@@ -88,6 +88,6 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt | $(python)
 	@touch $@
 
 $(lowest)/.installed: requirements-lowest.txt $(VENV)/.installed-test
-	rm -rf $(lowest)
+	rm -rf $(lowest) && mkdir $(lowest)
 	$(python) -m pip install --quiet --no-deps --target $(lowest) --requirement requirements-lowest.txt
 	@touch $@
