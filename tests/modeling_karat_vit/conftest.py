@@ -92,7 +92,9 @@ def pixels() -> torch.Tensor:
 
 @pytest.fixture
 def messages(caplog):
-    """What was logged in this test so far; what is said once per process counts as not said yet."""
+    """What we and Transformers logged in this test so far; what is said once counts as not said yet."""
     logging.warning_once.cache_clear()
+    logging.enable_propagation()
     with caplog.at_level("WARNING"):
         yield lambda: [record.getMessage() for record in caplog.records]
+    logging.disable_propagation()
