@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights from other Vision Transformers: timm's state dictionaries, and Transformers' distilled DeiT."""
 
+import copy
 import re
 
 import torch
 from einops import rearrange
+from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -35,6 +37,7 @@ def convert_timm_state_dict(
     num_attention_heads: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     layer_norm_eps: float = 1e-6,
+    original: nn.Module | None = None,
 ) -> tuple[ViTConfig, dict[str, torch.Tensor]]:
     """
     Convert a timm `VisionTransformer` (a plain ViT with a [CLS] token, or the DeiT of the official KArAt code without
@@ -45,6 +48,9 @@ def convert_timm_state_dict(
         num_attention_heads: the state dictionary does not say; default hidden size / 64, as in all standard sizes.
         image_size: pixels, or (height, width); default the square that the position embeddings fit.
         layer_norm_eps: timm's default 1e-6.
+        original: the timm model, to take the expected logits from. Only this finds out whether `num_attention_heads`,
+            `layer_norm_eps` and the activation, which a state dictionary does not hold, are the original's. Default:
+            timm's forward pass written out, with the same `num_attention_heads` and `layer_norm_eps`.
 
     Returns:
         The `ViTConfig`, and the state dictionary of a `ViTForImageClassification`. Load both with
@@ -63,7 +69,6 @@ def convert_timm_state_dict(
         raise ValueError(
             f"This is no state dictionary of a timm VisionTransformer with a classifier: no {', '.join(missing)}."
         )
-    config = _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps)
     converted, unknown = {}, []
     for key, tensor in state_dict.items():
         if match := _TIMM_QKV.match(key):
@@ -74,15 +79,16 @@ def convert_timm_state_dict(
         if name is None:
             unknown.append(key)
         else:
-            converted[name] = tensor
+            converted[name] = tensor.clone()
     if unknown:
         raise ValueError(
             f"Transformers' ViT has no place for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: only "
             "plain ViTs with a [CLS] token convert (no distillation or register tokens, layer scale, query norms)."
         )
+    config = _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps)
     model = ViTForImageClassification(config)
     model.load_state_dict(converted)
-    _check_logits(state_dict, model.double().eval(), config)
+    _check_logits(state_dict, model.double().eval(), config, original)
     return config, converted
 
 
@@ -92,6 +98,10 @@ def _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps) ->
         if hidden_size % 64:
             raise ValueError(f"The hidden size {hidden_size} is no multiple of 64: give `num_attention_heads`.")
         num_attention_heads = hidden_size // 64
+    if num_attention_heads < 1 or hidden_size % num_attention_heads:
+        raise ValueError(
+            f"The hidden size {hidden_size} is no multiple of `num_attention_heads={num_attention_heads}`."
+        )
     patches = state_dict["pos_embed"].shape[1] - 1
     if image_size is None:
         side = round(patches**0.5)
@@ -120,16 +130,20 @@ def _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps) ->
 
 
 @torch.no_grad()
-def _check_logits(state_dict, model: ViTForImageClassification, config: ViTConfig) -> None:
+def _check_logits(state_dict, model: ViTForImageClassification, config: ViTConfig, original: nn.Module | None) -> None:
     height, width = model.vit.embeddings.image_size
     pixels = torch.randn(1, config.num_channels, height, width, dtype=torch.float64)
-    expected = _timm_logits({key: value.double() for key, value in state_dict.items()}, pixels, config)
+    if original is None:
+        expected = _timm_logits({key: value.double() for key, value in state_dict.items()}, pixels, config)
+    else:
+        expected = copy.deepcopy(original).cpu().double().eval()(pixels)
     actual = model(pixels).logits
     if not torch.allclose(actual, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item()):
         raise ValueError(
             "The converted model does not give the logits of the original (largest difference "
-            f"{(actual - expected).abs().max().item():.3g}): the state dictionary is of another architecture, or "
-            "`num_attention_heads` or `layer_norm_eps` is not the original's."
+            f"{(actual - expected).abs().max().item():.3g}): the original is of another architecture, or "
+            f"`num_attention_heads={config.num_attention_heads}` or `layer_norm_eps={config.layer_norm_eps}` is not "
+            "the original's."
         )
 
 
