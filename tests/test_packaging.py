@@ -72,11 +72,13 @@ def test_version_and_licence_agree(setup):
 
 
 def test_every_source_file_begins_with_the_licence():
+    folders = [PROJECT, *(path for path in PROJECT.iterdir() if path.is_dir() and path.name[0] != ".")]
     sources = [
         path
+        for folder in folders
         for pattern in ("*.py", "*.yaml")
-        for path in PROJECT.rglob(pattern)
-        if not any(part.startswith((".", "output")) for part in path.relative_to(PROJECT).parts)
+        for path in (folder.glob(pattern) if folder == PROJECT else folder.rglob(pattern))
+        if not folder.name.startswith("output")
     ]
     assert len(sources) > 20
     without = [path for path in sources if not path.read_text(encoding="utf-8").startswith(SPDX)]
