@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile without graph breaks, torch.export and ONNX: the portable path, for every basis and variant."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from modeling_karat_vit import KArAtViTModel
+from modeling_karat_vit import attention as attention_module
+
+
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _only_the_portable_path(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(attention_module, "eager_karat_attention", refuse)
+
+
+def step(function, model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    outputs = function(**inputs)
+    outputs.loss.backward()
+    return outputs.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_compiles(model, inputs, backend: str, tolerance: float = 1e-5):
+    logits, gradients = step(model, model, **inputs)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled_logits, compiled_gradients = step(compiled, model, **inputs)
+    assert torch.allclose(compiled_logits, logits, rtol=tolerance, atol=tolerance)
+    assert compiled_gradients.keys() == gradients.keys()
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        error = (compiled_gradients[name] - gradient).norm()
+        assert error <= tolerance * gradient.norm() + 1e-2 * tolerance * largest, name
+
+
+def test_every_basis_compiles(make_model, pixels, basis):
+    assert_compiles(
+        make_model(**basis, base_fn="silu", num_hidden_layers=1).train(),
+        {"pixel_values": pixels, "labels": LABELS},
+        "aot_eager",
+    )
+
+
+def test_every_variant_compiles(make_model, pixels, variant):
+    model = make_model(**variant, num_hidden_layers=1)
+    assert_compiles(model, {"pixel_values": pixels, "labels": LABELS}, "aot_eager")
+
+
+@pytest.mark.parametrize("changes", [{"num_karat_heads": 1, "karat_layers": [1]}, {"sharing": "universal"}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_mixtures_and_masks_compile(make_model, pixels, changes, masked):
+    inputs = {"pixel_values": pixels, "labels": LABELS}
+    if masked:
+        inputs["attention_mask"] = torch.ones(4, 7, dtype=torch.bool).index_fill(1, torch.tensor([3]), False)
+    assert_compiles(make_model(**changes), inputs, "aot_eager")
+
+
+def test_inductor_compiles_the_defaults(make_model, pixels):
+    assert_compiles(make_model(num_hidden_layers=1), {"pixel_values": pixels, "labels": LABELS}, "inductor", 1e-4)
+
+
+def test_autocast_compiles(make_model, pixels):
+    model = make_model(num_hidden_layers=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_compiles(model, {"pixel_values": pixels, "labels": LABELS}, "aot_eager", 5e-2)
+
+
+def test_another_image_size_compiles(make_model):
+    model = make_model(num_hidden_layers=1)
+    pixels = torch.randn(4, 3, 12, 16)
+    inputs = {"pixel_values": pixels, "labels": LABELS, "interpolate_pos_encoding": True}
+    assert_compiles(model, inputs, "aot_eager", 1e-4)
+
+
+def test_batches_of_any_size_need_one_more_compilation_at_most(make_model, pixels):
+    model = make_model(num_hidden_layers=1)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for batch in (4, 4, 3, 2, 3):
+            assert torch.allclose(compiled(pixels[:batch]).logits, model(pixels[:batch]).logits, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+def test_checkpointed_blocks_compile(make_model, pixels):
+    model = make_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_compiles(model, {"pixel_values": pixels, "labels": LABELS}, "aot_eager")
+
+
+# -------------------------------------------------------------------------------------------------- export and ONNX
+
+
+def export(model, pixels, **inputs):
+    """An exported program for batches of any size."""
+    batch = torch.export.Dim("batch", max=64)
+    shapes = {"pixel_values": {0: batch}} | {name: {0: batch} for name in inputs}
+    return torch.export.export(model, (), {"pixel_values": pixels, **inputs}, dynamic_shapes=shapes)
+
+
+def run_onnx(path, **inputs) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert {value.name for value in session.get_inputs()} == set(inputs)
+    assert all(isinstance(value.shape[0], str) for value in session.get_inputs()), "the batch is fixed"
+    return session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+
+
+def assert_exports(model, pixels, folder):
+    program = export(model, pixels)
+    more = torch.cat([pixels, pixels.flip(0), pixels[:1]]) * 2
+    with torch.no_grad():
+        expected = model(more).logits
+    assert torch.allclose(program.module()(pixel_values=more).logits, expected, atol=1e-6)
+    torch.onnx.export(program, f=folder / "model.onnx", dynamo=True, verbose=False)
+    for images, logits in ((more, expected), (more[:1], expected[:1])):
+        actual = torch.from_numpy(run_onnx(folder / "model.onnx", pixel_values=images))
+        assert torch.allclose(actual, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_basis_exports(make_model, pixels, tmp_path, basis):
+    assert_exports(make_model(**basis, base_fn="silu", num_hidden_layers=1), pixels, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modular_mode": "w1_phi2", "num_hidden_layers": 1},
+        {"modular_mode": None, "karat_depth": 3, "num_hidden_layers": 1},
+        {"modular_mode": None, "karat_depth": 1, "num_hidden_layers": 1},
+        {"project_l1": True, "num_hidden_layers": 1},
+        {"num_karat_heads": 1, "karat_layers": [1], "sharing": "universal"},
+    ],
+    ids=["w1_phi2", "depth_3", "full_rank", "project_l1", "mixed_universal"],
+)
+def test_variants_export(make_model, pixels, tmp_path, changes):
+    assert_exports(make_model(**changes), pixels, tmp_path)
+
+
+def test_masks_export(make_model, pixels):
+    model = make_model(num_karat_heads=1, num_hidden_layers=1)
+    mask = torch.ones(4, 7, dtype=torch.bool)
+    program = export(model, pixels, attention_mask=mask)
+    mask[:, 3] = False
+    with torch.no_grad():
+        expected = model(pixels, attention_mask=mask).logits
+    actual = program.module()(pixel_values=pixels, attention_mask=mask).logits
+    assert torch.allclose(actual, expected, atol=1e-6) and not torch.allclose(model(pixels).logits, expected, atol=1e-3)
+
+
+def test_onnx_straight_from_a_model(make_config, pixels, tmp_path):
+    model = KArAtViTModel(make_config(), add_pooling_layer=False).eval()
+    torch.onnx.export(
+        model,
+        (pixels,),
+        tmp_path / "model.onnx",
+        dynamo=True,
+        verbose=False,
+        input_names=["pixel_values"],
+        output_names=["last_hidden_state"],
+        dynamic_shapes={"pixel_values": {0: "batch"}},
+    )
+    actual = run_onnx(tmp_path / "model.onnx", pixel_values=pixels[:3])
+    assert np.allclose(actual, model(pixels[:3]).last_hidden_state.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_program_survives_saving(make_model, pixels, tmp_path):
+    model = make_model(num_hidden_layers=1)
+    torch.export.save(export(model, pixels), tmp_path / "model.pt2")
+    loaded: nn.Module = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.allclose(loaded(pixel_values=pixels).logits, model(pixels).logits, atol=1e-6)
