@@ -94,6 +94,11 @@ class KArAtViTEmbeddings(ViTEmbeddings):
 
     def check_pixels(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
         """Raise a `ValueError` for what is no batch of images of this model."""
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                f"`pixel_values` is a {type(pixel_values).__name__}, expected a tensor: the image processor makes one "
+                'with `return_tensors="pt"`.'
+            )
         if pixel_values.dim() != 4:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (batch, channels, height, width)."
@@ -166,7 +171,7 @@ class KArAtViTAttention(ViTAttention):
         implementation = implementation or self.config._attn_implementation
         masks = masks or NO_MASKS
         input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
+        hidden_shape = (*input_shape, self.num_attention_heads, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(hidden_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -188,7 +193,7 @@ class KArAtViTAttention(ViTAttention):
             parts.append(self.softmax_heads(query, key, value, masks.of_heads(slice(split, None)), implementation))
         outputs, maps, scores = zip(*parts)
         attn_output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1))
+        attn_output = self.o_proj(attn_output.flatten(2))
         return attn_output, _join(maps), _join(scores)
 
     def softmax_heads(self, query, key, value, masks: "AttentionMasks", implementation: str):

@@ -4,6 +4,7 @@
 import copy
 import inspect
 import math
+import pickle
 
 import pytest
 import torch
@@ -191,6 +192,14 @@ def test_images_of_a_batch_do_not_mix(make_model, pixels, basis):
     apart = torch.cat([model(image[None].double()).logits for image in pixels])
     assert torch.allclose(together, apart, atol=1e-12)
     assert torch.equal(together, model(pixels.double()).logits)
+
+
+def test_models_pickle_and_copy(make_model, pixels, sharing):
+    model = make_model(sharing=sharing)
+    expected = model(pixels)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(pixels).logits, expected.logits)
+        assert len(other(pixels, output_attentions=True).attentions) == 2
 
 
 def test_no_labels_gives_the_hidden_state(make_model, pixels):
@@ -485,6 +494,8 @@ BAD_PIXELS = {
     "channels": (torch.randn(2, 1, 8, 12), "1 channels.*takes 3"),
     "channels_last": (torch.randn(2, 8, 12, 3), "8 channels.*takes 3"),
     "no_batch": (torch.randn(3, 8, 12), r"\(3, 8, 12\).*\(batch, channels, height, width\)"),
+    "array": (torch.zeros(2, 3, 8, 12).numpy(), "ndarray.*tensor.*return_tensors"),
+    "list": ([torch.zeros(3, 8, 12)], "list.*tensor.*return_tensors"),
     "bytes": (torch.zeros(2, 3, 8, 12, dtype=torch.uint8), "torch.uint8.*image processor"),
     "nan": (torch.randn(3, 3, 8, 12).index_fill(0, torch.tensor([1]), math.nan), r"NaN or infinite.*\[1\]"),
     "infinity": (torch.randn(3, 3, 8, 12).index_fill(0, torch.tensor([0, 2]), math.inf), r"NaN or infinite.*\[0, 2\]"),
