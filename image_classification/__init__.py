@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `run_image_classification.py` is made of: arguments, data, transforms, models, trainer, metrics, reports."""

@@ -1,0 +1,562 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Settings of a run: three dataclasses, and how they are read.
+
+Four sources, each over the one before: the defaults here, the model preset (for the model's own fields), the recipe
+(YAML), the command line. One setting given twice with different values in the same source is an error that names both
+spellings; so is a key or flag that does not exist. Nothing is abbreviated.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from . import official_flags
+from .errors import InputError, did_you_mean
+from .official_flags import OFFICIAL_FLAGS, Given
+
+
+CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
+DEFAULT_RECIPE = CONFIGURATION / "digits.yaml"
+# The official learning rate is given for this many images a step.
+REFERENCE_BATCH = 512
+
+# Settings of which a source may give only one; one given in a higher source replaces the other from a lower one.
+EXCLUSIVE = (
+    ("learning_rate", "base_lr"),
+    ("sched", "lr_scheduler_type"),
+    ("warmup_epochs", "warmup_steps"),
+    ("data_set", "dataset_name"),
+    ("data_path", "dataset_name"),
+    ("num_train_epochs", "max_steps"),
+)
+
+
+def _optional(help: str, **metadata: Any) -> Any:
+    return field(default=None, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which model. Everything below `attn_implementation` overrides the preset; unset leaves what the preset says."""
+
+    _argument_group_name = "model"
+
+    model: str | None = _optional(
+        "Architecture, trained from scratch: a preset of configuration/ (vit_tiny_patch16_224_karat, ...), or a folder "
+        "with a config.json."
+    )
+    finetune: str | None = _optional(
+        "Start from these weights: a checkpoint folder or Hub name. A ViT or DeiT gives its backbone to a KArAt "
+        "--model; another --image_size resamples positions and operator; another set of classes gets a new head."
+    )
+    drop_distillation_token: bool = field(
+        default=False, metadata={"help": "Start from a distilled DeiT without its distillation token and head."}
+    )
+    attn_implementation: str | None = _optional(
+        "How attention is computed: eager (the reference), karat_portable, or for softmax heads sdpa, ... Unset: the "
+        "fastest that applies."
+    )
+    image_size: list[int] | None = _optional("Image side in pixels, or height and width.")
+    patch_size: list[int] | None = _optional("Patch side in pixels, or height and width.")
+    hidden_size: int | None = _optional("Width of the model.")
+    num_hidden_layers: int | None = _optional("Number of blocks.")
+    num_attention_heads: int | None = _optional("Heads in each block.")
+    intermediate_size: int | None = _optional("Width of the MLPs.")
+    hidden_dropout_prob: float | None = _optional("Dropout after attention and MLP.")
+    attention_probs_dropout_prob: float | None = _optional("Dropout of attention weights; softmax heads only.")
+    drop_path_rate: float | None = _optional("Stochastic depth: rate of the last block (KArAt models).")
+    basis_type: str | None = _optional("Basis of the learnable functions: fourier, spline, wavelet, rational.")
+    wavelet_type: str | None = _optional("mexican_hat, morlet, dog, meyer or shannon.")
+    grid_size: int | None = _optional("G: harmonics of the Fourier basis, or intervals of the spline's grid.")
+    spline_order: int | None = _optional("Degree of the B-splines.")
+    grid_range: list[float] | None = _optional("The two scores between which the splines' grid lies.")
+    rational_order: list[int] | None = _optional("Degrees of numerator and denominator.")
+    base_fn: str | None = _optional("Base function: zero, or the name of an activation (silu, gelu, ...).")
+    karat_rank: int | None = _optional("r, the width between the operator's two steps.")
+    karat_depth: int | None = _optional("Steps of the operator; 1 is full rank.")
+    modular_mode: str | None = _optional("phi1_w2, w1_phi2, or none for an operator whose every step is learnable.")
+    sharing: str | None = _optional("blockwise (each block has its operator) or universal (all blocks share one).")
+    num_karat_heads: int | None = _optional(
+        "KArAt heads in each block, the others softmax. 0 is the paper's number: 1, 3, 6 for Tiny, Small, Base."
+    )
+    karat_layers: list[int] | None = _optional("Blocks with KArAt heads (from 0; -1 is the last); unset: all.")
+    project_l1: bool | None = _optional("Project activated rows on the probability simplex.")
+    train_basis: bool | None = _optional("false freezes the basis.")
+    train_base: bool | None = _optional("false freezes the scale of the base function.")
+    karat_init: str | None = _optional("scaled (keeps the variance) or normal (the paper's N(0, 1)).")
+
+
+# Fields of `ModelArguments` that are no fields of a model configuration.
+NOT_OF_THE_CONFIG = ("model", "finetune", "drop_distillation_token", "attn_implementation")
+
+
+@dataclass
+class DataArguments:
+    """Which images, and what is done to them."""
+
+    _argument_group_name = "data"
+
+    data_set: str | None = _optional(
+        "A known data set: digits (embedded), CIFAR10, CIFAR100, IMNET, SVHN, Flowers102 or STL10; downloaded from the "
+        "Hub unless --data_path says where it lies."
+    )
+    data_path: str | None = _optional(
+        "Local data: a folder with train/CLASS/*.jpg and validation/CLASS/*.jpg (also val/ or test/), a folder of "
+        "parquet or arrow files named after their split, or a folder written by save_to_disk."
+    )
+    dataset_name: str | None = _optional("Any image classification data set of the Hub, by its name.")
+    dataset_config_name: str | None = _optional("Its configuration, where it has several.")
+    train_split: str | None = _optional("Split to train on; unset: train.")
+    validation_split: str | None = _optional("Split to evaluate on; unset: validation, valid, val or test.")
+    image_column: str | None = _optional("Column of the images; unset: the one that holds images.")
+    label_column: str | None = _optional("Column of the labels; unset: the one that holds class labels.")
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Where there is no split to evaluate on: the part of the training split that is held out."},
+    )
+    max_train_samples: int | None = _optional("Train on this many images, drawn with the seed.")
+    max_eval_samples: int | None = _optional("Evaluate on this many images, drawn with the seed.")
+    check_images: str = field(
+        default="auto",
+        metadata={
+            "help": "Decode every image before training starts: all, none, or auto (up to 20,000 images; of larger "
+            "sets each image is checked when it is first read).",
+            "choices": ["auto", "all", "none"],
+        },
+    )
+    image_mean: list[float] | None = _optional(
+        "Mean of each channel, pixels from 0 to 1; unset: of the --finetune checkpoint, else ImageNet's."
+    )
+    image_std: list[float] | None = _optional("Standard deviation of each channel; unset as for the mean.")
+    eval_crop_ratio: float | None = _optional(
+        "Evaluation resizes the shorter side to image size / ratio, bicubic, and crops the centre; 1 keeps it whole. "
+        "Unset: of the checkpoint, else 0.9."
+    )
+    train_crop_scale: list[float] = field(
+        default_factory=lambda: [0.08, 1.0],
+        metadata={"help": "Training crops a random part of this size, as a share of the image, and resizes it."},
+    )
+    train_crop_ratio: list[float] = field(
+        default_factory=lambda: [3 / 4, 4 / 3], metadata={"help": "Aspect ratios of the random crops."}
+    )
+    train_interpolation: str = field(
+        default="bicubic",
+        metadata={"help": "Interpolation of the training crops.", "choices": ["bicubic", "bilinear", "nearest"]},
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
+    color_jitter: float = field(
+        default=0.4, metadata={"help": "Strength of the random changes of brightness, contrast and saturation."}
+    )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """Transformers' `TrainingArguments` with the defaults of the paper's recipe, and what they lack for it."""
+
+    _argument_group_name = "training (ours, and all of Transformers' TrainingArguments)"
+
+    base_lr: float | None = _optional(
+        f"Learning rate for {REFERENCE_BATCH} images a step: the rate that runs is base_lr * global batch / "
+        f"{REFERENCE_BATCH}. 5e-4 unless learning_rate is given, which runs as it is."
+    )
+    scale_lr: bool = field(default=True, metadata={"help": "Scale base_lr (and attn_lr beside it) with the batch."})
+    learning_rate: float | None = _optional("Learning rate as it runs, in place of base_lr.")
+    attn_lr: float | None = _optional(
+        "Learning rate of the KArAt parameters; scaled with the batch exactly when base_lr is. Unset: as all others."
+    )
+    sched: str | None = field(
+        default="cosine",
+        metadata={
+            "help": "Learning rate over the run: cosine or linear (both down to min_lr), step (times decay_rate every "
+            "decay_epochs) or constant, after the warm-up. `--lr_scheduler_type` takes Transformers' own instead.",
+            "choices": ["cosine", "linear", "step", "constant"],
+        },
+    )
+    warmup_epochs: float | None = field(
+        default=5.0, metadata={"help": "Epochs in which the rate rises linearly from warmup_lr."}
+    )
+    warmup_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the start of the warm-up."})
+    min_lr: float = field(default=1e-5, metadata={"help": "Lowest learning rate of cosine and linear."})
+    decay_epochs: float = field(default=30.0, metadata={"help": "Epochs between the drops of the step schedule."})
+    decay_rate: float = field(default=0.1, metadata={"help": "Factor of each drop of the step schedule."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD (Nesterov's) and RMSprop."})
+
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per device and step."})
+    per_device_eval_batch_size: int | None = _optional("Images per device in evaluation; unset: as in training.")
+    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, of matrices only."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm at this; 0: never."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: epoch, steps, no."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: epoch, steps, no."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the training loss."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep this many checkpoint-* folders of the run, the newest (0: all)."}
+    )
+    do_train: bool = field(default=True, metadata={"help": "false only evaluates the checkpoint to resume from."})
+    resume_from_checkpoint: str | None = _optional(
+        "Go on from this checkpoint-* folder, or from the last one of a run's folder. The same command in the same "
+        "output_dir resumes by itself."
+    )
+    dataloader_num_workers: int = field(
+        default=min(4, os.cpu_count() or 1), metadata={"help": "Processes that read and augment images; 0: none apart."}
+    )
+    cpu_threads: int | None = _optional(
+        "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: no column is unused."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a loss of NaN stops the run."})
+
+    def __post_init__(self):
+        scaled = self.learning_rate is None
+        if scaled:
+            self.base_lr = 5e-4 if self.base_lr is None else self.base_lr
+            self.learning_rate = self.base_lr
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.save_total_limit == 0:
+            self.save_total_limit = None
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # PyTorch warns at every epoch.
+        if scaled and self.scale_lr:
+            factor = self.global_batch_size / REFERENCE_BATCH
+            self.learning_rate = self.base_lr * factor
+            self.attn_lr = None if self.attn_lr is None else self.attn_lr * factor
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images in one step, over all devices and accumulated batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def describe_learning_rate(self) -> str:
+        """One line that says which rates run, and why."""
+        line = f"{self.learning_rate:.4g}"
+        if self.base_lr is not None and self.scale_lr:
+            line += f" (base_lr {self.base_lr:g} x batch {self.global_batch_size} / {REFERENCE_BATCH})"
+        if self.attn_lr is not None:
+            line += f", KArAt parameters {self.attn_lr:.4g}"
+        if self.sched is None:
+            return f"{line}, schedule {self.lr_scheduler_type.value}"
+        warmup = f", {self.warmup_epochs:g} warm-up epochs" if self.warmup_epochs else ""
+        floor = f" to {min(self.min_lr, self.learning_rate):.4g}" if self.sched in ("cosine", "linear") else ""
+        return f"{line}, {self.sched}{floor}{warmup}"
+
+
+@dataclass
+class Settings:
+    """
+    What a run was asked for.
+
+    Args:
+        model, data, training: the settings.
+        record: all of them by name, as given, before anything is derived from them.
+        recipe: the YAML file, if any.
+        warnings: what was given and has no effect.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: RunArguments
+    record: dict[str, Any]
+    recipe: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Record(argparse._StoreAction):
+    """Store, and keep the spelling."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string is None:
+            setattr(namespace, self.dest, values)
+        else:
+            namespace.given.append((option_string, self.dest, values))
+
+
+class _RecordTrue(argparse._StoreTrueAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.given.append((option_string, self.dest, True))
+
+
+class _RecordFalse(argparse._StoreFalseAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.given.append((option_string, self.dest, False))
+
+
+class _Help(argparse.HelpFormatter):
+    """Defaults where there are any."""
+
+    def _get_help_string(self, action):
+        shown = action.help or ""
+        if action.option_strings and action.default not in (None, False, argparse.SUPPRESS):
+            default = getattr(action.default, "value", action.default)
+            shown += f" (default: {str(default).replace('%', '%%')})"
+        return shown
+
+
+class Parser(HfArgumentParser):
+    """`HfArgumentParser` over the three dataclasses, with the official flags beside them."""
+
+    def __init__(self):
+        super().__init__(
+            prog="run_image_classification.py",
+            usage="%(prog)s [recipe.yaml] [flags]",
+            formatter_class=_Help,
+            allow_abbrev=False,
+            description=(
+                "Train and evaluate image classifiers with Kolmogorov-Arnold Attention. Without arguments: a small "
+                "model on the embedded handwritten digits. A recipe gives settings, flags override them."
+            ),
+            epilog=(
+                "Examples: run_image_classification.py --model vit_tiny_patch16_224_karat --data_path path/to/imagenet "
+                "--output_dir outputs/tiny | run_image_classification.py configuration/digits.yaml --num_train_epochs 5"
+            ),
+        )
+        self.register("action", None, _Record)
+        self.register("action", "store", _Record)
+        self.register("action", "store_true", _RecordTrue)
+        self.register("action", "store_false", _RecordFalse)
+        self.add_argument("recipe", nargs="?", help="YAML file of settings, such as configuration/digits.yaml.")
+        for group in (ModelArguments, DataArguments, RunArguments):
+            self._add_dataclass_arguments(group)
+        self.settings = {action.dest: action for action in self._actions if action.option_strings}
+        del self.settings["help"]
+        for action in self.settings.values():
+            # A bare `--flag` of a truth value that may be unset means true.
+            if action.type is string_to_bool and action.nargs is None:
+                action.nargs, action.const = "?", True
+        group = self.add_argument_group("official command line (translated to the settings above)")
+        for flag in OFFICIAL_FLAGS:
+            if flag.name in self.settings:
+                continue
+            to = f"same as --{' and --'.join(flag.settings)}" if flag.settings else ""
+            spellings = dict.fromkeys([flag.flag, f"--{flag.name.replace('_', '-')}", f"--{flag.name}"])
+            options = {"help": "; ".join(part for part in (to, flag.note) if part), "dest": f"official.{flag.name}"}
+            if flag.kind is None:
+                options |= {"action": "store_true"}
+            else:
+                options |= {"nargs": flag.nargs, "type": flag.kind}
+            group.add_argument(*spellings, **options)
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments:"):
+            hints = [
+                f"{word}{official_flags.suggest(word, set(self.settings))}"
+                for word in message.split(":", 1)[1].split()
+                if word.startswith("--")
+            ]
+            message = f"unknown flag {', '.join(hints)}; --help lists all" if hints else message
+        super().error(message)
+
+    def coerce(self, source: str, name: str, value: Any) -> Any:
+        """A value from YAML as the flag of that name would read it (`1e-3` is a string to YAML, for instance)."""
+        action = self.settings[name]
+        if value is None or isinstance(value, dict):
+            return value
+        try:
+            if action.nargs == "+":
+                return [action.type(str(element)) for element in official_flags.split_numbers(value)]
+            if isinstance(value, list):
+                return value
+            read = action.type(str(value)) if action.type is not None else value
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            kind = getattr(action.type, "__name__", str(action.type))
+            raise InputError(f"{source}: `{name}` is {value!r}, expected {kind}.") from error
+        if action.choices is not None and read not in action.choices:
+            raise InputError(f"{source}: `{name}` is {value!r}, expected one of {', '.join(map(str, action.choices))}.")
+        return read
+
+
+def parse_settings(argv: list[str]) -> Settings:
+    """
+    Read the command line and the recipe it names.
+
+    Args:
+        argv: the words after the script's name.
+
+    Raises:
+        InputError: a setting is contradicted, misspelt, of the wrong type, or none of the choices.
+        SystemExit: argparse met `--help` or a flag that does not exist.
+    """
+    parser = Parser()
+    # Defaults come later: a namespace that already has them keeps argparse from writing (and converting) its own.
+    blank = {action.dest: None for action in parser._actions}
+    namespace = parser.parse_args(argv, argparse.Namespace(**blank, given=[]))
+    flags, warnings = _from_flags(namespace.given)
+    recipe = namespace.recipe
+    if recipe is None and not any(flags.get(name) for name in ("model", "finetune", *_DATA_SOURCES)):
+        if flags.get("resume_from_checkpoint") is None or flags.get("do_train", True):
+            recipe = str(DEFAULT_RECIPE)
+    from_recipe = _from_recipe(parser, Path(recipe)) if recipe else {}
+    for pair in EXCLUSIVE:
+        for name, other in (pair, pair[::-1]):
+            if name in flags and other not in flags:
+                from_recipe.pop(other, None)
+    given = from_recipe | flags
+    # What is given excludes the default of its counterpart.
+    if "lr_scheduler_type" in given:
+        given["sched"] = None
+    if "warmup_steps" in given:
+        given["warmup_epochs"] = None
+    record = {name: _default(group, name) for group, name in _fields()} | given
+    parts = [
+        group(**{name: record[name] for owner, name in _fields() if owner is group})
+        for group in (ModelArguments, DataArguments)
+    ]
+    training = {name: record[name] for owner, name in _fields() if owner is RunArguments}
+    try:
+        arguments = RunArguments(**training)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    _check_ranges(*parts, arguments)
+    return Settings(*parts, arguments, record, Path(recipe) if recipe else None, warnings)
+
+
+_DATA_SOURCES = ("data_set", "data_path", "dataset_name")
+
+
+def _from_flags(spelt: list[tuple[str, str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    given, warnings = [], []
+    for spelling, name, value in spelt:
+        official = name.startswith("official.")
+        name = name.removeprefix("official.")
+        if official:
+            items, warning = official_flags.translate(name, spelling, value)
+            given += items
+            warnings += [warning] if warning else []
+        else:
+            given.append(Given(spelling, name, _normalised(name, value)))
+    given = official_flags.combine(given)
+    settings: dict[str, Given] = {}
+    for item in given:
+        before = settings.setdefault(item.setting, item)
+        if before is not item and before.value != item.value:
+            raise InputError(
+                f"{before.spelling} and {item.spelling} contradict each other: they set `{item.setting}` to "
+                f"{before.value!r} and {item.value!r}. Give one of them."
+            )
+    for name, other in EXCLUSIVE:
+        if name in settings and other in settings:
+            raise InputError(
+                f"{settings[name].spelling} and {settings[other].spelling} are two ways to set one thing "
+                f"(`{name}`, `{other}`). Give one of them."
+            )
+    return {name: item.value for name, item in settings.items()}, warnings
+
+
+def _from_recipe(parser: Parser, path: Path) -> dict[str, Any]:
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{path}: a recipe is a .yaml file. Flags begin with --.")
+    if not path.is_file():
+        known = ", ".join(sorted(str(file.relative_to(CONFIGURATION.parent)) for file in CONFIGURATION.glob("*.yaml")))
+        raise InputError(f"There is no recipe {path}. Recipes here: {known}.")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected lines of `setting: value`, found a {type(content).__name__}.")
+    settings = {}
+    for key, value in content.items():
+        if key not in parser.settings:
+            official = official_flags.BY_NAME.get(str(key).lstrip("-").replace("-", "_"))
+            if official is not None and official.settings:
+                hint = f": it is an official flag. Recipes use our name, `{'`, `'.join(official.settings)}`"
+            else:
+                hint = did_you_mean(str(key), parser.settings)
+            raise InputError(f"{path}: unknown setting `{key}`{hint}.")
+        if value is None and key == "modular_mode":
+            value = "none"
+        if value is not None:
+            settings[key] = _normalised(key, parser.coerce(str(path), key, value))
+    for name, other in EXCLUSIVE:
+        if name in settings and other in settings:
+            raise InputError(f"{path}: `{name}` and `{other}` are two ways to set one thing. Give one of them.")
+    return settings
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys silently."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _normalised(name: str, value: Any) -> Any:
+    convert = official_flags.NORMALISE.get(name)
+    return convert(value) if convert is not None and isinstance(value, str) else value
+
+
+def _fields() -> list[tuple[type, str]]:
+    return [
+        (group, item.name)
+        for group in (ModelArguments, DataArguments, RunArguments)
+        for item in dataclasses.fields(group)
+        if item.init
+    ]
+
+
+def _default(group: type, name: str) -> Any:
+    item = {item.name: item for item in dataclasses.fields(group)}[name]
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArguments) -> None:
+    """What neither the model's configuration nor Transformers checks."""
+    for owner, name, low, high in (
+        (data, "validation_fraction", 0.0, 1.0),
+        (data, "eval_crop_ratio", 0.0, 1.0),
+        (data, "horizontal_flip", 0.0, 1.0),
+        (data, "color_jitter", 0.0, None),
+        (data, "max_train_samples", 1, None),
+        (data, "max_eval_samples", 1, None),
+        (training, "num_train_epochs", 0.0, None),
+        (training, "per_device_train_batch_size", 1, None),
+        (training, "per_device_eval_batch_size", 1, None),
+        (training, "gradient_accumulation_steps", 1, None),
+        (training, "learning_rate", 0.0, None),
+        (training, "attn_lr", 0.0, None),
+        (training, "warmup_epochs", 0.0, None),
+        (training, "warmup_lr", 0.0, None),
+        (training, "min_lr", 0.0, None),
+        (training, "decay_epochs", 1e-9, None),
+        (training, "label_smoothing_factor", 0.0, 1.0),
+        (training, "weight_decay", 0.0, None),
+        (training, "cpu_threads", 1, None),
+    ):
+        value = getattr(owner, name)
+        if value is not None and (value < low or (high is not None and value > high) or value != value):
+            expected = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
+            raise InputError(f"`{name}` is {value}, expected {expected}.")
+    if data.eval_crop_ratio == 0:
+        raise InputError("`eval_crop_ratio` is 0, expected more than 0 and at most 1.")
+    for name in ("train_crop_scale", "train_crop_ratio"):
+        pair = getattr(data, name)
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            raise InputError(f"`{name}` is {pair}, expected two numbers, the smaller first, both above 0.")
+    for name in ("image_size", "patch_size"):
+        sides = getattr(model, name)
+        if sides is not None and (len(sides) > 2 or min(sides) < 1):
+            raise InputError(f"`{name}` is {sides}, expected one number of pixels, or height and width.")
+    for name in ("image_mean", "image_std"):
+        values = getattr(data, name)
+        if values is not None and len(values) != 3:
+            raise InputError(f"`{name}` is {values}, expected three numbers: red, green, blue.")
+
+
+def to_json(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with every value as JSON keeps it, without what must not be written to a file."""
+    return json.loads(json.dumps({key: value for key, value in record.items() if key != "hub_token"}, default=str))

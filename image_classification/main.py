@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from the command line to the summary."""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from . import models, reports, runs
+from .arguments import Settings, parse_settings
+from .console import EpochLines, describe, set_up_logging
+from .data import ImageData, load_data
+from .errors import InputError
+from .metrics import ComputeMetrics, best_classes
+from .trainer import ImageClassificationTrainer
+from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, collate
+
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the script.
+
+    Args:
+        argv: the words after the script's name; default the process's.
+
+    Returns:
+        The exit status: 0, or 2 where the input cannot be used, or 130 after Ctrl-C.
+    """
+    settings = None
+    try:
+        settings = parse_settings(sys.argv[1:] if argv is None else argv)
+        run(settings)
+    except InputError as error:
+        sys.stdout.flush()
+        print(f"run_image_classification.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        folder = settings.training.output_dir if settings else None
+        last = runs.last_checkpoint(Path(folder)) if folder and settings.training.do_train else None
+        hint = f" The same command goes on from {last}." if last else ""
+        print(f"\nStopped.{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(settings: Settings) -> dict[str, float]:
+    """
+    Train, or only evaluate, what the settings describe.
+
+    Returns:
+        The metrics of the last evaluation (`eval_loss`, `eval_accuracy`, ...).
+
+    Raises:
+        InputError: anything that a user can mend.
+    """
+    args = settings.training
+    _set_up(settings)
+    if not args.do_train:
+        return _evaluate_only(settings)
+    if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
+        raise InputError("No output folder is named. Give --output_dir.")
+    plan = runs.plan(settings)
+    if plan.finished is not None:
+        logger.info(
+            f"{args.output_dir} holds this run already, finished:\n"
+            f"{reports.summary(args.output_dir, plan.finished)}\n\n"
+            "To train again, choose another --output_dir or move that folder away."
+        )
+        return plan.finished["metrics"]
+    if settings.recipe:
+        logger.info(f"Recipe  {os.path.relpath(settings.recipe)}")
+    if plan.message:
+        logger.info(plan.message)
+    return _train(settings, plan)
+
+
+def _set_up(settings: Settings) -> None:
+    args = settings.training
+    set_up_logging(args.process_index == 0)
+    for warning in settings.warnings:
+        logger.warning(warning)
+    # Our lines say what matters; the libraries' informational ones and bars do not.
+    if args.log_level == "passive":
+        transformers.logging.set_verbosity_error()
+    else:
+        transformers.logging.set_verbosity(args.get_process_log_level())
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
+    if args.cpu_threads is not None:
+        torch.set_num_threads(args.cpu_threads)
+    cores, workers = os.cpu_count() or 1, args.dataloader_num_workers
+    if workers > cores:
+        logger.warning(
+            f"{workers} data workers (`dataloader_num_workers`) share {cores} CPU cores: fewer may be faster."
+        )
+        # PyTorch would say it at every epoch.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    if args.run_name and not args.report_to:
+        logger.warning("`run_name` names the run in a tracker, and `report_to` names none: it has no effect.")
+
+
+def _train(settings: Settings, plan: runs.Plan) -> dict[str, float]:
+    args, folder = settings.training, Path(settings.training.output_dir)
+    models.build_config(settings.model)  # Cheap, so a misspelt setting does not wait for the data.
+    with args.main_process_first(desc="reading the data"):
+        data = load_data(settings.data, args.seed)
+    set_seed(args.seed)
+    model = models.build_model(settings.model, data.labels)
+    if plan.checkpoint:
+        _check_resumed(model, plan.checkpoint, data)
+    with args.main_process_first(desc="writing the image processor"):
+        if args.should_save:
+            runs.write_record(settings)
+            checkpoint = models.load_image_processor(settings.model.finetune) if settings.model.finetune else None
+            build_image_processor(settings.data, model.config.image_size, checkpoint).save_pretrained(folder)
+        # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
+        processor = AutoImageProcessor.from_pretrained(folder)
+    transform = TrainTransform(settings.data, model.config.image_size, processor)
+    trainer = _trainer(settings, model, data, processor, ImageDataset(data.train, transform, "training"))
+    _describe(settings, model, data, trainer)
+    began = time.time()
+    result = trainer.train(resume_from_checkpoint=plan.checkpoint)
+    seconds = time.time() - began
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    if args.should_save:
+        finished = _write_reports(settings, trainer, data, result.metrics, metrics)
+        runs.write_record(settings, finished)
+        logger.info(f"\nTrained in {_duration(seconds)}.\n{reports.summary(folder, finished)}")
+    return metrics
+
+
+def _evaluate_only(settings: Settings) -> dict[str, float]:
+    args = settings.training
+    checkpoint = args.resume_from_checkpoint or settings.model.finetune
+    if checkpoint is None:
+        raise InputError(
+            "Only evaluating needs a checkpoint: give --resume_from_checkpoint (--resume) with its folder."
+        )
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+        # A run that was stopped has weights in its checkpoints only.
+        checkpoint = runs.last_checkpoint(Path(checkpoint)) or checkpoint
+    models.load_config(checkpoint, "resume_from_checkpoint")
+    data = load_data(settings.data, args.seed, train=False)
+    model = models.load_trained(checkpoint, settings.model, data.labels)
+    saved = models.load_image_processor(checkpoint)
+    changed = [
+        name for name in ("image_mean", "image_std", "eval_crop_ratio") if getattr(settings.data, name) is not None
+    ]
+    processor = saved
+    if saved is None or changed:
+        processor = build_image_processor(settings.data, model.config.image_size, saved)
+    with contextlib.ExitStack() as stack:
+        if settings.record["output_dir"] is None:
+            # The Trainer insists on a folder; nothing is to be kept.
+            args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
+        trainer = _trainer(settings, model, data, processor, None)
+        _describe(settings, model, data, trainer)
+        metrics = trainer.evaluate()
+        if settings.record["output_dir"] is not None and args.should_save:
+            target = Path(args.output_dir) / "eval_results.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            reports.write_json(target, {"checkpoint": checkpoint, "data": data.name, **metrics})
+    logger.info(f"{checkpoint} on {data.name}, {len(data.validation):,} images:   {describe(metrics)}")
+    return metrics
+
+
+def _trainer(
+    settings: Settings, model: PreTrainedModel, data: ImageData, processor, train: ImageDataset | None
+) -> ImageClassificationTrainer:
+    trainer = ImageClassificationTrainer(
+        model=model,
+        args=settings.training,
+        data_collator=collate,
+        train_dataset=train,
+        eval_dataset=ImageDataset(data.validation, EvalTransform(processor), "validation"),
+        processing_class=processor,
+        compute_metrics=ComputeMetrics(len(data.labels)),
+        preprocess_logits_for_metrics=best_classes,
+    )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(EpochLines())
+    return trainer
+
+
+def _check_resumed(model: PreTrainedModel, checkpoint: str, data: ImageData) -> None:
+    """Before the raw weights are loaded: the same model, the same classes."""
+    config = models.load_config(checkpoint, "resume_from_checkpoint")
+    models.check_labels(config, data.labels, checkpoint)
+    models.check_same_model(model.config, config, checkpoint)
+
+
+def _describe(settings: Settings, model: PreTrainedModel, data: ImageData, trainer: ImageClassificationTrainer) -> None:
+    args = settings.training
+    train = f"{len(data.train):,} training and " if data.train is not None else ""
+    logger.info(f"Data    {data.name}: {train}{len(data.validation):,} held-out images, {len(data.labels)} classes")
+    for note in data.notes:
+        logger.info(f"        {note}")
+    logger.info(
+        f"Model   {settings.model.model or settings.model.finetune or 'checkpoint'}: {models.describe_model(model)}"
+    )
+    logger.info(f"Device  {args.device.type}, {args.world_size} process{'es' if args.world_size > 1 else ''}")
+    if data.train is None:
+        return
+    logger.info(
+        f"Rate    {args.describe_learning_rate()}; {args.optim.value}, batch {args.global_batch_size}, "
+        f"{_epochs(args)}, weight decay {args.weight_decay:g}"
+    )
+    warmup = args.warmup_epochs or 0
+    if args.max_steps < 0 and warmup >= args.num_train_epochs:
+        logger.warning(
+            f"The warm-up of {warmup:g} epochs does not end in a run of {args.num_train_epochs:g}: set --warmup_epochs."
+        )
+    logger.info(f"Output  {args.output_dir}\n")
+
+
+def _epochs(args) -> str:
+    return f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+
+
+def _write_reports(settings, trainer, data, train_metrics, metrics) -> dict[str, Any]:
+    folder = Path(settings.training.output_dir)
+    kept = {key: value for key, value in (train_metrics | metrics).items() if not key.startswith("total_flos")}
+    rows = reports.history(trainer.state.log_history[:-1])
+    reports.write_json(folder / reports.RESULTS, kept)
+    reports.write_json(folder / reports.HISTORY, rows)
+    reports.draw_curves(rows, folder / reports.CURVES, f"{folder.resolve().name}: {data.name}")
+    reports.save_sample(data.validation, folder / reports.SAMPLE)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    reports.write_card(settings, model, data, metrics, len(data.train))
+    return {"metrics": metrics, "eval_images": len(data.validation)}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.floor(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# Workers of the data loader are processes of their own; tokenizers is not used, and its warning about forks misleads.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

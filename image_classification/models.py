@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the model arguments to a model: presets, overrides, and weights to start from."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from modeling_karat_vit.configuration_karat_vit import STRUCTURAL_FIELDS
+
+from .arguments import CONFIGURATION, NOT_OF_THE_CONFIG, ModelArguments
+from .errors import InputError, did_you_mean, more
+from .transforms import height_and_width
+
+
+logger = logging.getLogger(__name__)
+
+# The paper's number of KArAt heads beside softmax heads, by the number of heads: ViT-Tiny, Small, Base.
+PAPER_KARAT_HEADS = {3: 1, 6: 3, 12: 6}
+
+
+def presets() -> list[str]:
+    """Names of the model presets in configuration/."""
+    return sorted(path.parent.name for path in CONFIGURATION.glob("*/config.json"))
+
+
+def build_config(args: ModelArguments, labels: list[str] | None = None) -> PreTrainedConfig:
+    """
+    The configuration of `--model` (a preset or a folder), or of the `--finetune` checkpoint, with the overrides.
+
+    Args:
+        args: the model arguments.
+        labels: names of the classes, if they are known.
+
+    Raises:
+        InputError: no or an unknown model is named, a setting is none of that model's, or the configuration is refused.
+    """
+    if args.model is None and args.finetune is None:
+        raise InputError(
+            f"No model is named. Give --model with a preset ({', '.join(presets())}) or a folder with a config.json, "
+            "or --finetune with a checkpoint."
+        )
+    source = load_config(args.finetune, "finetune") if args.model is None else _preset(args.model)
+    if source.model_type not in ("vit", "karat_vit"):
+        raise InputError(
+            f"{args.model or args.finetune} is a model of type {source.model_type!r}. This script trains 'karat_vit' "
+            "and its softmax baseline 'vit'"
+            + (": name the KArAt model that takes over this backbone with --model." if args.model is None else ".")
+        )
+    overrides = _overrides(args, source)
+    if source.model_type == "vit":
+        foreign = sorted(set(overrides) - set(ViTConfig().to_dict()))
+        if foreign:
+            raise InputError(
+                f"`{foreign[0]}` is a setting of KArAt, and {args.model or args.finetune} is the softmax baseline. "
+                "Name a KArAt --model (vit_tiny_patch16_224_karat, ...), or leave it out."
+            )
+    if labels is not None:
+        overrides["id2label"] = dict(enumerate(labels))
+        overrides["label2id"] = {name: index for index, name in enumerate(labels)}
+    try:
+        config = type(source).from_dict({**_plain(source, keep_labels=labels is None), **overrides})
+    except Exception as error:  # `@strict` wraps type errors in its own class.
+        raise InputError(f"The model cannot be configured: {error}") from error
+    if config.num_channels != 3:
+        raise InputError(
+            f"`num_channels` is {config.num_channels}: this script reads every image as RGB (grey ones too), as the "
+            "pipeline does. Expected 3."
+        )
+    return config
+
+
+def build_model(args: ModelArguments, labels: list[str]) -> PreTrainedModel:
+    """
+    The model that a run starts from: newly initialised, or with the weights of `--finetune`.
+
+    Args:
+        args: the model arguments.
+        labels: names of the classes, by index.
+
+    Raises:
+        InputError: see `build_config`; or the weights do not fit the model.
+    """
+    config = build_config(args, labels)
+    how = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    try:
+        if args.finetune is None:
+            return AutoModelForImageClassification.from_config(config, **how)
+        return _start_from(args, config, how)
+    except InputError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise InputError(str(error)) from error
+
+
+def load_trained(folder: str, args: ModelArguments, labels: list[str]) -> PreTrainedModel:
+    """
+    A trained checkpoint as it is, for evaluation.
+
+    Args:
+        folder: its folder, or Hub name.
+        args: where they name a model, it must be the checkpoint's.
+        labels: names of the data's classes, which must be the model's.
+
+    Raises:
+        InputError: there is no checkpoint, it is another model than asked for, or it has other classes.
+    """
+    config = load_config(folder, "resume_from_checkpoint")
+    if config.model_type not in ("vit", "karat_vit"):
+        raise InputError(f"{folder} is a model of type {config.model_type!r}, expected 'karat_vit' or 'vit'.")
+    if args.model is not None:
+        check_same_model(build_config(args), config, folder)
+    elif _given(args):
+        check_same_model(build_config(_with(args, finetune=folder)), config, folder)
+    check_labels(config, labels, folder)
+    how = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True, **how)
+    except (ValueError, OSError, ImportError) as error:
+        raise InputError(str(error)) from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise InputError(f"{folder} lacks weights of its model: {', '.join(absent[:5])}{more(absent)}.")
+    return model
+
+
+def load_image_processor(folder: str) -> BaseImageProcessor | None:
+    """The image processor beside a checkpoint, if there is one."""
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError):
+        return None
+
+
+def load_config(folder: str, setting: str) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder or Hub repository; the error names the setting that asked for it."""
+    path = Path(folder)
+    if path.is_file():
+        raise InputError(
+            f"`{setting}` is the file {folder}: expected a checkpoint folder with config.json and model.safetensors. "
+            "(A timm state dictionary of a softmax ViT is converted by modeling_karat_vit.convert_timm_state_dict.)"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"`{setting}` is {folder}, which holds no config.json: it is no checkpoint folder.")
+    if not path.is_dir() and (path.is_absolute() or folder.startswith(".") or folder.count("/") != 1):
+        raise InputError(f"`{setting}` is {folder}: there is no such folder.")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"`{setting}` is {folder}, neither a folder here nor loaded from the Hub: {reason}") from error
+
+
+def check_same_model(wanted: PreTrainedConfig, found: PreTrainedConfig, folder: str) -> None:
+    """Raise an `InputError` that names the first fields in which a checkpoint is another model than asked for."""
+    ours, theirs = _structure(wanted), _structure(found)
+    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if different:
+        fields = ", ".join(f"`{key}` {theirs.get(key)!r}, not {ours.get(key)!r}" for key in different[:4])
+        raise InputError(f"{folder} is another model than the one asked for: it has {fields}{more(different, 4)}.")
+
+
+def check_labels(config: PreTrainedConfig, labels: list[str], folder: str) -> None:
+    """Raise an `InputError` unless a trained model's classes are the data's."""
+    theirs = [config.id2label[index] for index in range(config.num_labels)]
+    unnamed = theirs == [f"LABEL_{index}" for index in range(len(theirs))]
+    if len(theirs) != len(labels) or (theirs != labels and not unnamed):
+        shown = ", ".join(theirs[:4]), ", ".join(labels[:4])
+        raise InputError(
+            f"{folder} knows {len(theirs)} classes ({shown[0]}{more(theirs, 4)}), and the data has {len(labels)} "
+            f"({shown[1]}{more(labels, 4)}): they must be the same, in the same order. `--finetune` trains a new head."
+        )
+
+
+def describe_model(model: PreTrainedModel) -> str:
+    """One line for the log and the card: which attention, how large."""
+    config = model.config
+    operator = config.describe_operator() if hasattr(config, "describe_operator") else "softmax attention"
+    height, width = height_and_width(config.image_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{operator}; {config.num_hidden_layers} blocks, {config.num_attention_heads} heads, width "
+        f"{config.hidden_size}, images {height}x{width}; {parameters:,} parameters"
+    )
+
+
+def _preset(name: str) -> PreTrainedConfig:
+    if name in presets():
+        return AutoConfig.from_pretrained(CONFIGURATION / name)
+    if Path(name).is_dir():
+        return load_config(name, "model")
+    raise InputError(
+        f"There is no model {name!r}{did_you_mean(name, presets())}: expected a preset ({', '.join(presets())}), or a "
+        "folder with a config.json. Weights to start from are given with --finetune."
+    )
+
+
+def _given(args: ModelArguments) -> dict[str, Any]:
+    return {key: value for key, value in vars(args).items() if key not in NOT_OF_THE_CONFIG and value is not None}
+
+
+def _with(args: ModelArguments, **changes: Any) -> ModelArguments:
+    return ModelArguments(**{**vars(args), **changes})
+
+
+def _overrides(args: ModelArguments, source: PreTrainedConfig) -> dict[str, Any]:
+    overrides = _given(args)
+    for key in ("image_size", "patch_size"):
+        if key in overrides and len(overrides[key]) == 1:
+            overrides[key] = overrides[key][0]
+    if overrides.get("modular_mode") == "none":
+        overrides["modular_mode"] = None
+    if overrides.get("num_karat_heads") == 0:
+        heads = overrides.get("num_attention_heads", source.num_attention_heads)
+        if heads not in PAPER_KARAT_HEADS:
+            raise InputError(
+                f"The paper mixes heads in models of 3, 6 and 12 heads; this one has {heads}. Say how many are KArAt "
+                "with --num_karat_heads (--num_attention)."
+            )
+        overrides["num_karat_heads"] = PAPER_KARAT_HEADS[heads]
+    if "hidden_size" in overrides:
+        # ViT derives it from the width.
+        overrides["pooler_output_size"] = None
+    return overrides
+
+
+def _plain(config: PreTrainedConfig, keep_labels: bool) -> dict[str, Any]:
+    """The configuration as a dictionary, without where it came from."""
+    drop = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype"}
+    drop |= set() if keep_labels else {"id2label", "label2id"}
+    return {key: value for key, value in config.to_dict().items() if key not in drop}
+
+
+def _structure(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the weights depend on. Through JSON, so that pairs compare equal whether they are lists or tuples."""
+    fields = {key: getattr(config, key) for key in STRUCTURAL_FIELDS if hasattr(config, key)}
+    return json.loads(json.dumps({"model_type": config.model_type, **fields}))
+
+
+def _start_from(args: ModelArguments, config: PreTrainedConfig, how: dict[str, Any]) -> PreTrainedModel:
+    """Weights of a checkpoint under `config`: another head is new, another image size is resampled."""
+    source = load_config(args.finetune, "finetune")
+    size, own_size = height_and_width(config.image_size), height_and_width(source.image_size)
+    at_own_size = type(config).from_dict({**config.to_dict(), "image_size": source.image_size})
+    if isinstance(config, KArAtViTConfig):
+        kind = KArAtViTForImageClassification
+        how = {**how, "drop_distillation_token": args.drop_distillation_token}
+    else:
+        kind = AutoModelForImageClassification
+        if source.model_type != config.model_type:
+            raise InputError(
+                f"{args.finetune} is of type {source.model_type!r}, and --model {args.model} is the softmax baseline: "
+                "it starts from 'vit' checkpoints. A KArAt --model also takes DeiT's."
+            )
+    if source.model_type == config.model_type:
+        check_same_model(at_own_size, source, args.finetune)
+    model, info = kind.from_pretrained(
+        args.finetune, config=at_own_size, ignore_mismatched_sizes=True, output_loading_info=True, **how
+    )
+    karat = model.karat_parameter_names() if isinstance(config, KArAtViTConfig) else set()
+    head = {name for name, _ in model.named_parameters() if name.startswith("classifier.")}
+    mismatched = {item[0] for item in info["mismatched_keys"]}
+    wrong = sorted((mismatched - head) | (set(info["missing_keys"]) - head - karat))
+    if wrong:
+        raise InputError(
+            f"The weights of {args.finetune} do not fit the model: {', '.join(wrong[:5])}{more(wrong)} differ in shape "
+            "or are missing."
+        )
+    new = set(info["missing_keys"]) | mismatched
+    parts = [f"{len(new & karat)} KArAt parameters"] * bool(new & karat) + ["the classifier"] * bool(new & head)
+    logger.info(f"Weights of {args.finetune}; new: {', '.join(parts) or 'nothing'}.")
+    if size != own_size:
+        if isinstance(config, KArAtViTConfig):
+            model.resize(size if size[0] != size[1] else size[0])
+        else:
+            _resize_softmax(model, config.image_size, own_size, size)
+        logger.info(f"Resampled from {own_size[0]}x{own_size[1]} to {size[0]}x{size[1]} pixels.")
+    return model
+
+
+@torch.no_grad()
+def _resize_softmax(model: PreTrainedModel, image_size, old: tuple[int, int], new: tuple[int, int]) -> None:
+    """Resample the position embeddings of Transformers' ViT in place, [CLS] apart, bicubic."""
+    embeddings = model.vit.embeddings
+    patch = height_and_width(model.config.patch_size)
+    grid, new_grid = [tuple(math.floor(side / p) for side, p in zip(size, patch, strict=True)) for size in (old, new)]
+    positions = embeddings.position_embeddings
+    patches = positions[:, 1:].mT.unflatten(-1, grid)
+    patches = torch.nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+    resized = torch.cat([positions[:, :1], patches.to(positions.dtype).flatten(2).mT], dim=1)
+    embeddings.position_embeddings = torch.nn.Parameter(resized.contiguous())
+    projection = embeddings.patch_embeddings
+    embeddings.image_size = projection.image_size = new
+    projection.num_patches = new_grid[0] * new_grid[1]
+    model.config.image_size = image_size

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The command line of the official KArAt code (a DeiT derivative), translated to our settings.
+
+`OFFICIAL_FLAGS` is the only place that knows the official spellings: the parser, the translation, the README's table
+and the tests read it. Spellings with `-` and `_` are both accepted, as for every flag.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError, did_you_mean
+
+
+# Names of the official code, lower case and without separators -> ours. Our own names are accepted beside them.
+BASES = {
+    "fourier": "fourier",
+    "spline": "spline",
+    "bspline": "spline",
+    "wavelet": "wavelet",
+    "rational": "rational",
+}
+WAVELETS = {
+    "mexicanhat": "mexican_hat",
+    "ricker": "mexican_hat",
+    "derivativeofgaussian": "dog",
+}
+# `torch.nn` modules by the name of Transformers' activation that computes the same.
+BASE_FUNCTIONS = {
+    "ZeroModule": "zero",
+    "Identity": "linear",
+    "SiLU": "silu",
+    "GELU": "gelu",
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "LeakyReLU": "leaky_relu",
+    "Mish": "mish",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+}
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "sgd": "sgd",
+    "adagrad": "adagrad",
+    "adafactor": "adafactor",
+    "rmsprop": "rmsprop",
+}
+
+
+def basis_type(value: str) -> str:
+    """`FourierBasis` -> `fourier`; a name that is none of the official ones is left for the configuration to judge."""
+    return BASES.get(_plain(value).removesuffix("basis"), value)
+
+
+def wavelet_type(value: str) -> str:
+    """`MexicanHat`, `mexican-hat` -> `mexican_hat`; `Morlet` -> `morlet`."""
+    return WAVELETS.get(_plain(value), value.lower())
+
+
+def base_fn(value: str) -> str:
+    """`ZeroModule` -> `zero`, `nn.SiLU` -> `silu`: looked up by name, never evaluated."""
+    name = value.removeprefix("torch.").removeprefix("nn.").removesuffix("()")
+    if name in BASE_FUNCTIONS:
+        return BASE_FUNCTIONS[name]
+    if name != value:
+        known = [f"nn.{known}" for known in BASE_FUNCTIONS if known != "ZeroModule"]
+        raise InputError(f"--base_fn {value}: no such base function. Known: ZeroModule, {', '.join(known)}.")
+    return value
+
+
+def optimizer(value: str) -> str:
+    """timm's name of an optimiser -> Transformers'."""
+    if value.lower() not in OPTIMIZERS:
+        raise InputError(
+            f"--opt {value}: expected one of {', '.join(OPTIMIZERS)}. `--optim` takes every optimiser that "
+            "Transformers knows."
+        )
+    return OPTIMIZERS[value.lower()]
+
+
+def device(value: str) -> bool:
+    """`cpu` or `cuda`, as Transformers' `use_cpu`."""
+    import torch
+
+    if value == "cpu":
+        return True
+    if value != "cuda":
+        raise InputError(
+            f"--device {value}: expected cpu or cuda. CUDA_VISIBLE_DEVICES chooses among several GPUs, and "
+            "`accelerate launch` uses all of them."
+        )
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device here. Leave the flag out, or give --device cpu.")
+    return False
+
+
+def positive(value: int) -> int:
+    if value < 1:
+        raise InputError(f"--num_attention {value}: expected the number of KArAt heads, 1 or more.")
+    return value
+
+
+def _plain(value: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", value.lower())
+
+
+def _not(value: bool) -> bool:
+    return not value
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+@dataclass(frozen=True)
+class OfficialFlag:
+    """
+    Args:
+        flag: as the official code spells it.
+        setting: ours; several where the flag sets several, none where it is accepted and not active.
+        convert: from the flag's value (`True` for a switch) to our setting's; for several settings, one value each.
+        kind: type of the flag's value, `None` for a switch.
+        nargs: of argparse.
+        note: what the flag does, where the setting's own help does not say it.
+        off: a value that turns an inactive flag off, and so needs no warning.
+    """
+
+    flag: str
+    setting: str | tuple[str, ...] = ()
+    convert: Callable[[Any], Any] | None = None
+    kind: type | None = str
+    nargs: str | int | None = None
+    note: str = ""
+    off: Any = None
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return (self.setting,) if isinstance(self.setting, str) else self.setting
+
+    @property
+    def name(self) -> str:
+        return self.flag.lstrip("-").replace("-", "_")
+
+
+_NEXT = "accepted, not active yet (a warning says so)"
+
+OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
+    # Model
+    OfficialFlag("--model", "model"),
+    OfficialFlag("--input-size", "image_size", lambda value: [value], int, note="side of the square image"),
+    OfficialFlag("--drop", "hidden_dropout_prob", None, float),
+    OfficialFlag("--drop-path", "drop_path_rate", None, float),
+    OfficialFlag("--basis_type", "basis_type", basis_type, note="`FourierBasis`, `SplineBasis`, `WaveletBasis`, ..."),
+    OfficialFlag("--wavelet_type", "wavelet_type", wavelet_type),
+    OfficialFlag("--grid", "grid_size", None, int),
+    OfficialFlag("--order", "spline_order", None, int),
+    OfficialFlag("--grid_range", "grid_range", None, float, "+"),
+    OfficialFlag("--rational_order", "rational_order", None, int, "+"),
+    OfficialFlag("--base_fn", "base_fn", base_fn, note="`ZeroModule` or `nn.SiLU`, ...: looked up, never evaluated"),
+    OfficialFlag("--hidden_dim", "karat_rank", None, int),
+    OfficialFlag("--depth", "karat_depth", None, int, note="without `--modular_attn`, every step is learnable"),
+    OfficialFlag("--modular_attn", "modular_mode", _constant("phi1_w2"), None, note="`phi1_w2` without a mode"),
+    OfficialFlag("--modular_mode", "modular_mode"),
+    OfficialFlag("--blockwise", "sharing", _constant("blockwise"), None),
+    OfficialFlag("--universal", "sharing", _constant("universal"), None),
+    OfficialFlag("--mixed_head", "num_karat_heads", _constant(0), None, note="1, 3, 6 heads for Tiny, Small, Base"),
+    OfficialFlag("--num_attention", "num_karat_heads", positive, int, note="needs `--mixed_head`"),
+    OfficialFlag("--project_l1", "project_l1", None, None),
+    OfficialFlag("--basis_not_trainable", "train_basis", _not, None),
+    OfficialFlag("--base_not_trainable", "train_base", _not, None),
+    # Data
+    OfficialFlag("--data-set", "data_set"),
+    OfficialFlag("--data-path", "data_path"),
+    OfficialFlag("--num_workers", "dataloader_num_workers", None, int),
+    OfficialFlag("--pin-mem", "dataloader_pin_memory", None, None),
+    OfficialFlag("--no-pin-mem", "dataloader_pin_memory", _not, None),
+    OfficialFlag("--eval-crop-ratio", "eval_crop_ratio", None, float),
+    OfficialFlag("--color-jitter", "color_jitter", None, float),
+    OfficialFlag("--train-interpolation", "train_interpolation"),
+    # Optimisation
+    OfficialFlag("--batch-size", "per_device_train_batch_size", None, int),
+    OfficialFlag("--epochs", "num_train_epochs", None, float),
+    OfficialFlag("--opt", "optim", optimizer),
+    OfficialFlag("--opt-eps", "adam_epsilon", None, float),
+    OfficialFlag("--opt-betas", ("adam_beta1", "adam_beta2"), None, float, 2),
+    OfficialFlag("--momentum", "momentum", None, float),
+    OfficialFlag("--weight-decay", "weight_decay", None, float),
+    OfficialFlag("--clip-grad", "max_grad_norm", None, float),
+    OfficialFlag("--lr", "base_lr", None, float, note="per 512 images of the global batch"),
+    OfficialFlag("--unscale-lr", "scale_lr", _not, None, note="`--lr` as it is, whatever the batch"),
+    OfficialFlag("--attn_lr", "attn_lr", None, float),
+    OfficialFlag("--sched", "sched"),
+    OfficialFlag("--warmup-epochs", "warmup_epochs", None, float),
+    OfficialFlag("--warmup-lr", "warmup_lr", None, float),
+    OfficialFlag("--min-lr", "min_lr", None, float),
+    OfficialFlag("--decay-epochs", "decay_epochs", None, float),
+    OfficialFlag("--decay-rate", "decay_rate", None, float),
+    OfficialFlag("--smoothing", "label_smoothing_factor", None, float),
+    # Run
+    OfficialFlag("--output_dir", "output_dir"),
+    OfficialFlag("--device", "use_cpu", device),
+    OfficialFlag("--seed", "seed", None, int),
+    OfficialFlag("--resume", "resume_from_checkpoint"),
+    OfficialFlag("--finetune", "finetune"),
+    OfficialFlag("--eval", "do_train", _constant(False), None, note="evaluate the checkpoint of `--resume`"),
+    OfficialFlag("--run_name", "run_name"),
+    # Of the full recipe, which is not there yet
+    OfficialFlag("--aa", note=_NEXT, off="none"),
+    OfficialFlag("--reprob", kind=float, note=_NEXT, off=0.0),
+    OfficialFlag("--remode", note=_NEXT),
+    OfficialFlag("--recount", kind=int, note=_NEXT),
+    OfficialFlag("--mixup", kind=float, note=_NEXT, off=0.0),
+    OfficialFlag("--cutmix", kind=float, note=_NEXT, off=0.0),
+    OfficialFlag("--cutmix-minmax", kind=float, nargs="+", note=_NEXT),
+    OfficialFlag("--mixup-prob", kind=float, note=_NEXT, off=0.0),
+    OfficialFlag("--mixup-switch-prob", kind=float, note=_NEXT),
+    OfficialFlag("--mixup-mode", note=_NEXT),
+    OfficialFlag("--model-ema", kind=None, note=_NEXT),
+    OfficialFlag("--no-model-ema", kind=None, note="as it is", off=True),
+    OfficialFlag("--model-ema-decay", kind=float, note=_NEXT),
+    OfficialFlag("--repeated-aug", kind=None, note=_NEXT),
+    OfficialFlag("--no-repeated-aug", kind=None, note="as it is", off=True),
+    OfficialFlag("--cooldown-epochs", kind=int, note=_NEXT, off=0),
+    OfficialFlag("--dist-eval", kind=None, note="as it is: evaluation always uses all processes", off=True),
+    OfficialFlag("--run_id", note=_NEXT),
+)
+
+BY_NAME = {flag.name: flag for flag in OFFICIAL_FLAGS}
+
+# Converters that also apply to a recipe's values, where official and native spelling are the same.
+NORMALISE = {flag.setting: flag.convert for flag in OFFICIAL_FLAGS if flag.convert and flag.name == flag.setting}
+
+
+@dataclass(frozen=True)
+class Given:
+    """One setting that a user gave: how it was spelled, and its value as ours."""
+
+    spelling: str
+    setting: str
+    value: Any
+
+
+def translate(name: str, spelling: str, value: Any) -> tuple[list[Given], str | None]:
+    """
+    Translate one official flag.
+
+    Args:
+        name: key of `BY_NAME`.
+        spelling: as the user wrote it.
+        value: as argparse read it; `True` for a switch.
+
+    Returns:
+        The settings, and a warning where the flag has no effect yet.
+    """
+    flag = BY_NAME[name]
+    if not flag.settings:
+        shown = spelling if flag.kind is None else f"{spelling} {_shown(value)}"
+        warning = f"{shown} is accepted, but has no effect yet: this part of the training recipe is not built in."
+        return [], None if value == flag.off else warning
+    if len(flag.settings) > 1:
+        return [Given(spelling, *pair) for pair in zip(flag.settings, value, strict=True)], None
+    return [Given(spelling, flag.settings[0], flag.convert(value) if flag.convert else value)], None
+
+
+def combine(given: list[Given]) -> list[Given]:
+    """
+    Apply the official rules that concern more than one flag.
+
+    * `--modular_attn` is refined by `--modular_mode`; `--depth` without either is the operator that is not modular.
+    * `--mixed_head` is refined by `--num_attention`, which means nothing without it.
+    """
+    names = {_name(item.spelling) for item in given}
+    if "num_attention" in names and "mixed_head" not in names:
+        raise InputError(
+            "--num_attention counts the KArAt heads of mixed attention: add --mixed_head, or leave it out."
+        )
+    refined = set()
+    if "modular_mode" in names:
+        refined.add("modular_attn")
+    if "num_attention" in names:
+        refined.add("mixed_head")
+    combined = [item for item in given if _name(item.spelling) not in refined]
+    if "depth" in names and not names & {"modular_attn", "modular_mode"}:
+        combined.append(Given("--depth without --modular_attn", "modular_mode", "none"))
+    return combined
+
+
+def split_numbers(value: Any) -> list[str]:
+    """The numbers of `-4 4`, `[-4, 4]`, `(-4,4)` or `-4,4`, as argparse hands them over."""
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return [part for part in re.split(r"[\s,]+", text.strip("()[] ")) if part]
+
+
+def suggest(flag: str, native: set[str]) -> str:
+    """A hint for a flag that does not exist."""
+    return did_you_mean(flag, [f"--{name}" for name in native] + [known.flag for known in OFFICIAL_FLAGS])
+
+
+def markdown_table() -> str:
+    """The README's table from official flag to our setting."""
+    lines = ["| official flag | our setting | remark |", "| --- | --- | --- |"]
+    for flag in OFFICIAL_FLAGS:
+        settings = ", ".join(f"`{setting}`" for setting in flag.settings)
+        lines.append(f"| `{flag.flag}` | {settings} | {flag.note} |")
+    return "\n".join(lines)
+
+
+def _name(spelling: str) -> str:
+    return spelling.split(" ")[0].lstrip("-").replace("-", "_")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

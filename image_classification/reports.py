@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished run leaves beside its weights: metrics as JSON, curves, a sample image, the model card."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .arguments import Settings, to_json
+from .console import describe
+from .data import ImageData, decode
+from .models import describe_model
+
+
+HISTORY, RESULTS, CURVES, SAMPLE, CARD = (
+    "history.json",
+    "all_results.json",
+    "training_curves.png",
+    "sample.png",
+    "README.md",
+)
+
+# What a reader of the card wants to know first; the rest is in run.json.
+_HYPERPARAMETERS = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "seed",
+    "train_crop_scale",
+    "horizontal_flip",
+    "color_jitter",
+)
+
+
+def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """
+    The Trainer's log as one row for each evaluation.
+
+    Returns:
+        Rows of `epoch`, `step`, `train_loss` (mean since the last row, if it was logged), `learning_rate`, and the
+        `eval_*` metrics.
+    """
+    rows, losses, rate = [], [], None
+    for entry in log:
+        if "loss" in entry:
+            losses.append(entry["loss"])
+            rate = entry.get("learning_rate", rate)
+        if "eval_loss" in entry:
+            row = {"epoch": entry["epoch"], "step": entry["step"]}
+            row |= {"train_loss": sum(losses) / len(losses), "learning_rate": rate} if losses else {}
+            rows.append(row | {key: value for key, value in entry.items() if key.startswith("eval_")})
+            losses = []
+    return rows
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def draw_curves(rows: list[dict[str, float]], path: Path, title: str) -> None:
+    """Loss and accuracy over the epochs, side by side, as a PNG."""
+    # Without pyplot, so that no window system is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, accuracy = figure.subplots(1, 2)
+    marker = "o" if len(rows) < 30 else None
+    for axes, key, label, factor in (
+        (loss, "train_loss", "training (augmented)", 1),
+        (loss, "eval_loss", "held out", 1),
+        (accuracy, "eval_accuracy", "top-1", 100),
+        (accuracy, "eval_top5_accuracy", "top-5", 100),
+    ):
+        points = [(row["epoch"], factor * row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
+    for axes, name in ((loss, "loss"), (accuracy, "held-out accuracy in %")):
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def save_sample(split: Dataset, path: Path) -> None:
+    """The first held-out image, as it came, for the first try of predict.py."""
+    decode(split[0]["image"], "validation image 0").save(path)
+
+
+def write_card(
+    settings: Settings, model: PreTrainedModel, data: ImageData, metrics: dict[str, float], train_images: int
+) -> None:
+    """README.md of the checkpoint: what it is, how good, how it was made, how to load it; with the Hub's metadata."""
+    folder = Path(settings.training.output_dir)
+    name = folder.resolve().name
+    karat = model.config.model_type == "karat_vit"
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data.hub_name or data.name,
+            dataset_name=data.name,
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=round(metrics[key], 6),
+        )
+        for key, metric in (("eval_accuracy", "Top-1 accuracy"), ("eval_top5_accuracy", "Top-5 accuracy"))
+        if key in metrics
+    ]
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vision", *(["karat-vit", "kolmogorov-arnold-attention"] if karat else ["vit"])],
+        datasets=[data.hub_name] if data.hub_name else None,
+        metrics=["accuracy"],
+        base_model=settings.model.finetune if _on_hub(settings.model.finetune) else None,
+        model_name=name,
+        eval_results=results,
+    )
+    record = to_json(settings.record)
+    table = [f"| `{key}` | {record[key]} |" for key in _HYPERPARAMETERS if record.get(key) is not None]
+    table.insert(0, f"| learning rate | {settings.training.describe_learning_rate()} |")
+    code = ", trust_remote_code=True" if karat else ""
+    about = (
+        "An image classifier with Kolmogorov-Arnold Attention "
+        "([KArAt](https://arxiv.org/abs/2503.10632)): the row-wise softmax of a Vision Transformer's attention is "
+        "replaced by learnable functions."
+        if karat
+        else "A Vision Transformer with softmax attention, the baseline of Kolmogorov-Arnold Attention "
+        "([KArAt](https://arxiv.org/abs/2503.10632))."
+    )
+    labels = ", ".join(data.labels[:20]) + (f", ... ({len(data.labels)} in all)" if len(data.labels) > 20 else "")
+    start = f"Started from the weights of `{Path(settings.model.finetune).name}`." if settings.model.finetune else ""
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in data.notes)
+    text = (
+        f"""---
+{header.to_yaml()}
+---
+
+# {name}
+
+{about}
+
+* Model: {describe_model(model)}. {start}
+* Data: {data.name}; trained on {train_images:,} images, evaluated on {len(data.validation):,} held-out ones.{notes}
+* Classes: {labels}.
+
+## Results
+
+| held-out metric | value |
+| --- | --- |
+"""
+        + "\n".join(
+            f"| {label} | {value} |"
+            for label, value in (
+                ("top-1 accuracy", f"{100 * metrics['eval_accuracy']:.2f} %"),
+                (
+                    "top-5 accuracy",
+                    f"{100 * metrics['eval_top5_accuracy']:.2f} %" if "eval_top5_accuracy" in metrics else None,
+                ),
+                ("loss", f"{metrics['eval_loss']:.4f}"),
+            )
+            if value is not None
+        )
+        + f"""
+
+![training curves]({CURVES})
+
+`{RESULTS}` has all figures, `{HISTORY}` every epoch's.
+
+## Use
+
+```python
+from transformers import pipeline
+
+classifier = pipeline("image-classification", model="{name}"{code})
+classifier("{SAMPLE}")
+```
+
+`model` is this folder, or its name on the Hub. The image processor saved here resizes and normalises exactly as the
+evaluation did.
+
+## How it was trained
+
+| setting | value |
+| --- | --- |
+"""
+        + "\n".join(table)
+        + """
+
+`run.json` has every setting.
+"""
+    )
+    ModelCard(text).save(folder / CARD)
+
+
+def predict_command(folder: str | Path) -> str:
+    """The command that classifies the sample image, as it can be typed here."""
+    python = Path(sys.executable)
+    found = shutil.which("python")
+    here = Path.cwd()
+    if found and Path(found) == python:
+        command = "python"
+    elif python.is_relative_to(here):
+        command = str(python.relative_to(here))
+    else:
+        command = str(python)
+    script = Path(__file__).resolve().parent.parent / "predict.py"
+    script = script.relative_to(here) if script.is_relative_to(here) else script
+    return shlex.join([command, str(script), str(Path(folder) / SAMPLE), "--model", str(folder)])
+
+
+def summary(folder: str | Path, finished: dict[str, Any]) -> str:
+    """The last words of a run."""
+    metrics, images, folder = finished["metrics"], finished["eval_images"], Path(folder)
+    return "\n".join(
+        [
+            f"  result      {describe(metrics)}",
+            f"              {round(metrics['eval_accuracy'] * images):,} of {images:,} held-out images right",
+            f"  checkpoint  {folder}",
+            f"  curves      {folder / CURVES}",
+            "",
+            "Classify an image (put one of your own in place of the sample):",
+            f"  {predict_command(folder)}",
+        ]
+    )
+
+
+def _on_hub(name: str | None) -> bool:
+    return name is not None and not Path(name).exists()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What happens to images: random crops, flips and colours in training, the saved image processor in evaluation.
+
+Evaluation goes through the image processor that is saved with the model, so a pipeline loaded from the checkpoint sees
+the pixels that the evaluation saw.
+"""
+
+import torch
+from datasets import Dataset
+from transformers import ViTImageProcessor, ViTImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import is_torchvision_available
+
+from .arguments import DataArguments
+from .data import decode
+from .errors import InputError
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BICUBIC = 3  # PIL's number
+
+
+def height_and_width(size) -> tuple[int, int]:
+    """A configuration's `image_size` (a number, or a pair) as (height, width)."""
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return int(sides[0]), int(sides[-1])
+
+
+def build_image_processor(
+    args: DataArguments, image_size, checkpoint: BaseImageProcessor | None = None
+) -> BaseImageProcessor:
+    """
+    The image processor of the evaluation, by the backend that Transformers' auto class takes here (torchvision's where
+    it is installed, else Pillow's; they differ by rounding where an image is resized).
+
+    Args:
+        args: the data arguments; what they leave unset is the checkpoint's.
+        image_size: the model's, in pixels or as (height, width).
+        checkpoint: the processor that came with the weights, if any.
+
+    Returns:
+        A `ViTImageProcessor`: resize of the shorter side to image size / crop ratio (bicubic) and centre crop; a plain
+        resize for a ratio of 1; then rescale and normalise.
+    """
+    height, width = height_and_width(image_size)
+    mean = args.image_mean or getattr(checkpoint, "image_mean", None) or IMAGENET_MEAN
+    std = args.image_std or getattr(checkpoint, "image_std", None) or IMAGENET_STD
+    ratio = args.eval_crop_ratio or _crop_ratio_of(checkpoint) or 0.9
+    geometry = {"size": {"height": height, "width": width}, "do_center_crop": False}
+    if ratio < 1:
+        if height != width:
+            raise InputError(
+                f"`eval_crop_ratio` is {ratio:g}, and images of {height}x{width} are not square. Use 1, which resizes "
+                "the whole image."
+            )
+        shorter = int(height / ratio)
+        crop = {"height": height, "width": width}
+        geometry = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": crop}
+    kind = ViTImageProcessor if is_torchvision_available() else ViTImageProcessorPil
+    return kind(
+        do_resize=True,
+        resample=getattr(checkpoint, "resample", None) or BICUBIC,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(mean),
+        image_std=list(std),
+        **geometry,
+    )
+
+
+def _crop_ratio_of(processor: BaseImageProcessor | None) -> float | None:
+    if processor is None:
+        return None
+    size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+    shorter = size.get("shortest_edge")
+    if getattr(processor, "do_center_crop", None) and shorter and crop.get("height"):
+        # The ratio whose rounded resize is this one.
+        return crop["height"] / (shorter + 0.5)
+    return 1.0
+
+
+class TrainTransform:
+    """
+    PIL image -> normalised tensor (3, height, width): random resized crop, flip, colour jitter.
+
+    Args:
+        args: the data arguments.
+        image_size: the model's.
+        processor: whose mean and standard deviation normalise.
+    """
+
+    def __init__(self, args: DataArguments, image_size, processor: BaseImageProcessor):
+        if not is_torchvision_available():
+            raise InputError(
+                "Training augments images with torchvision, which is not installed: pip install torchvision."
+            )
+        from torchvision.transforms import v2
+
+        steps = [
+            v2.RandomResizedCrop(
+                height_and_width(image_size),
+                scale=tuple(args.train_crop_scale),
+                ratio=tuple(args.train_crop_ratio),
+                interpolation=v2.InterpolationMode(args.train_interpolation),
+            )
+        ]
+        if args.horizontal_flip > 0:
+            steps.append(v2.RandomHorizontalFlip(args.horizontal_flip))
+        if args.color_jitter > 0:
+            steps.append(v2.ColorJitter(*[args.color_jitter] * 3))
+        steps += [
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(processor.image_mean, processor.image_std),
+        ]
+        self.steps = v2.Compose(steps)
+
+    def __call__(self, image):
+        return self.steps(image)
+
+
+class EvalTransform:
+    """PIL image -> normalised tensor (3, height, width), by the image processor."""
+
+    def __init__(self, processor: BaseImageProcessor):
+        self.processor = processor
+
+    def __call__(self, image):
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """
+    Images of one split, decoded and transformed as they are read.
+
+    Args:
+        split: columns `image` (undecoded) and `label`.
+        transform: PIL image -> tensor.
+        name: of the split, for errors.
+    """
+
+    def __init__(self, split: Dataset, transform, name: str):
+        self.split, self.transform, self.name = split, transform, name
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        row = self.split[index]
+        image = decode(row["image"], f"{self.name} image {index}")
+        return {"pixel_values": self.transform(image), "labels": row["label"]}
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows of `ImageDataset` -> `pixel_values` (B, 3, height, width) and `labels` (B,)."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.long),
+    }

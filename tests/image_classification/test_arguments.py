@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading settings: precedence, contradictions, spelling, and the official flags."""
+
+import pytest
+
+from image_classification import official_flags
+from image_classification.arguments import DEFAULT_RECIPE, EXCLUSIVE, Parser, parse_settings
+from image_classification.errors import InputError
+from image_classification.official_flags import OFFICIAL_FLAGS
+
+
+MODEL = ["--model", "vit_tiny_patch16_224_karat", "--use_cpu"]
+
+
+def parse(*words):
+    return parse_settings([*MODEL, *words])
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_no_arguments_is_the_digits_recipe():
+    settings = parse_settings([])
+    assert settings.recipe == DEFAULT_RECIPE
+    assert (settings.model.model, settings.data.data_set) == ("karat_digits", "digits")
+
+
+def test_flags_without_model_and_data_refine_the_digits_recipe():
+    settings = parse_settings(["--num_train_epochs", "3"])
+    assert (settings.model.model, settings.training.num_train_epochs) == ("karat_digits", 3)
+    assert parse_settings(["--data_path", "x"]).recipe is None
+
+
+def test_flag_over_recipe_over_default(recipe):
+    path = recipe("weight_decay: 0.3\nnum_train_epochs: 7\nlearning_rate: 1e-3\n")
+    training = parse_settings([path, *MODEL, "--num_train_epochs", "9"]).training
+    assert (training.num_train_epochs, training.weight_decay, training.learning_rate) == (9, 0.3, 1e-3)
+    assert training.adam_epsilon == 1e-6
+
+
+def test_flag_replaces_the_recipes_other_spelling(recipe):
+    path = recipe("learning_rate: 1e-3\nsched: step\nwarmup_epochs: 3\n")
+    flags = ["--lr", "0.1", "--lr_scheduler_type", "polynomial", "--warmup_steps", "5", "--batch-size", "256"]
+    training = parse_settings([path, *MODEL, *flags]).training
+    assert (training.learning_rate, training.sched, training.warmup_epochs) == (pytest.approx(0.05), None, None)
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        ("--blockwise --universal", ("--blockwise", "--universal", "sharing")),
+        ("--batch-size 8 --per_device_train_batch_size 16", ("--batch-size", "--per_device_train_batch_size")),
+        ("--grid 3 --grid_size 5", ("--grid", "--grid_size")),
+        ("--grid 3 --grid 5", ("--grid", "3", "5")),
+        ("--lr 0.1 --learning_rate 0.1", ("--lr", "--learning_rate")),
+        ("--epochs 3 --max_steps 4", ("--epochs", "--max_steps")),
+        ("--basis_type FourierBasis --basis-type spline", ("--basis_type", "--basis-type")),
+        ("--data_set digits --dataset_name a/b", ("--data_set", "--dataset_name")),
+        ("--depth 2 --modular_mode phi1_w2 --karat_depth 3", ("--depth", "--karat_depth")),
+    ],
+)
+def test_contradictions_name_both_spellings(words, names):
+    with pytest.raises(InputError) as raised:
+        parse(*words.split())
+    assert all(name in str(raised.value) for name in names)
+
+
+def test_the_same_value_twice_is_no_contradiction():
+    assert (
+        parse(
+            "--grid", "5", "--grid_size", "5", "--basis_type", "FourierBasis", "--basis-type", "fourier"
+        ).model.grid_size
+        == 5
+    )
+
+
+@pytest.mark.parametrize("word, hint", [("--grd", "--grid"), ("--learning_rat", "--learning_rate"), ("--epo", "")])
+def test_unknown_and_abbreviated_flags_are_errors(word, hint, capsys):
+    with pytest.raises(SystemExit):
+        parse(word, "1")
+    message = capsys.readouterr().err
+    assert word in message and hint in message
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("learning_rte: 1", ("learning_rte", "learning_rate")),
+        ("batch-size: 4", ("batch-size", "per_device_train_batch_size")),
+        ("grid_size: three", ("grid_size", "three", "int")),
+        ("optim: adamm", ("optim", "adamm")),
+        ("sched: cosin", ("sched", "cosin")),
+        ("learning_rate: 1\nbase_lr: 2", ("learning_rate", "base_lr")),
+        ("seed: 1\nseed: 2", ("seed", "twice")),
+        ("- a\n- b", ("setting: value",)),
+        ("a: [", ("YAML",)),
+    ],
+)
+def test_bad_recipes(recipe, text, parts):
+    path = recipe(text)
+    with pytest.raises(InputError) as raised:
+        parse_settings([path, *MODEL])
+    assert all(part in str(raised.value) for part in (*parts, path))
+
+
+def test_missing_recipe_lists_those_there_are():
+    with pytest.raises(InputError, match=r"configuration/digits\.yaml"):
+        parse_settings(["configuration/digit.yaml"])
+
+
+def test_recipe_values_are_read_as_flags_would_be(recipe):
+    path = recipe("base_fn: nn.SiLU\ngrid_range: [-2, 2]\nmodular_mode: null\nproject_l1: yes\nimage_size: 32\n")
+    model = parse_settings([path, *MODEL]).model
+    assert (model.base_fn, model.grid_range, model.modular_mode) == ("silu", [-2.0, 2.0], "none")
+    assert (model.project_l1, model.image_size) == (True, [32])
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--num_train_epochs -1", "--eval_crop_ratio 0", "--eval_crop_ratio 1.5", "--train_crop_scale 1 0.5", "--lr nan"],
+)
+def test_values_out_of_range_name_the_setting(words):
+    with pytest.raises(InputError, match="rate" if "lr" in words else words.split()[0].lstrip("-")):
+        parse(*words.split())
+
+
+def test_help_explains_every_flag(capsys):
+    parser = Parser()
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    with pytest.raises(SystemExit) as raised:
+        parse_settings(["--help"])
+    assert raised.value.code == 0
+    assert "--hidden_dim" in capsys.readouterr().out
+
+
+# The official flags
+
+
+def test_every_official_flag_sets_settings_that_exist():
+    known = Parser().settings
+    for flag in OFFICIAL_FLAGS:
+        assert set(flag.settings) <= set(known), flag.flag
+        assert flag.settings or flag.note, flag.flag
+    assert all(set(pair) <= set(known) for pair in EXCLUSIVE)
+
+
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        ("--basis_type FourierBasis", {"basis_type": "fourier"}),
+        ("--basis_type SplineBasis", {"basis_type": "spline"}),
+        ("--basis_type BSplineBasis", {"basis_type": "spline"}),
+        (
+            "--basis_type WaveletBasis --wavelet_type MexicanHat",
+            {"basis_type": "wavelet", "wavelet_type": "mexican_hat"},
+        ),
+        ("--basis_type RationalBasis --rational_order 5 4", {"basis_type": "rational", "rational_order": [5, 4]}),
+        ("--wavelet_type Morlet", {"wavelet_type": "morlet"}),
+        ("--grid 5 --order 2 --grid_range -2 2", {"grid_size": 5, "spline_order": 2, "grid_range": [-2.0, 2.0]}),
+        ("--base_fn ZeroModule --hidden_dim 8", {"base_fn": "zero", "karat_rank": 8}),
+        ("--base_fn nn.SiLU", {"base_fn": "silu"}),
+        ("--base_fn torch.nn.Identity", {"base_fn": "linear"}),
+        ("--modular_attn", {"modular_mode": "phi1_w2", "karat_depth": None}),
+        ("--modular_attn --modular_mode w1_phi2", {"modular_mode": "w1_phi2"}),
+        ("--modular_mode w1_phi2", {"modular_mode": "w1_phi2"}),
+        ("--modular_attn --depth 2 --modular_mode phi1_w2", {"modular_mode": "phi1_w2", "karat_depth": 2}),
+        ("--depth 2", {"modular_mode": "none", "karat_depth": 2}),
+        ("--depth 1", {"modular_mode": "none", "karat_depth": 1}),
+        ("--grid 3", {"modular_mode": None}),
+        ("--universal --project_l1", {"sharing": "universal", "project_l1": True}),
+        ("--mixed_head", {"num_karat_heads": 0}),
+        ("--mixed_head --num_attention 2", {"num_karat_heads": 2}),
+        ("--basis_not_trainable --base_not_trainable", {"train_basis": False, "train_base": False}),
+        ("--drop 0.1 --drop-path 0.2", {"hidden_dropout_prob": 0.1, "drop_path_rate": 0.2}),
+        ("--input-size 32", {"image_size": [32]}),
+        ("--opt sgd --momentum 0.8", {"optim": "sgd", "momentum": 0.8}),
+        ("--opt-betas 0.8 0.9 --opt-eps 1e-7", {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-7}),
+        ("--sched step --decay-epochs 3 --decay-rate 0.5", {"sched": "step", "decay_epochs": 3, "decay_rate": 0.5}),
+        ("--lr 1e-3 --min-lr 0 --warmup-lr 0 --warmup-epochs 2", {"base_lr": 1e-3, "min_lr": 0, "warmup_epochs": 2}),
+        ("--eval --resume x", {"do_train": False, "resume_from_checkpoint": "x"}),
+        ("--finetune x", {"finetune": "x"}),
+        ("--device cpu --seed 3 --run_name a", {"use_cpu": True, "seed": 3, "run_name": "a"}),
+        ("--num_workers 2 --no-pin-mem", {"dataloader_num_workers": 2, "dataloader_pin_memory": False}),
+        ("--data-set CIFAR10 --data-path y", {"data_set": "CIFAR10", "data_path": "y"}),
+        ("--smoothing 0.1 --clip-grad 2 --weight-decay 0.1", {"label_smoothing_factor": 0.1, "max_grad_norm": 2}),
+    ],
+)
+def test_official_flags_become_settings(words, settings):
+    record = parse(*words.split()).record
+    assert {key: record[key] for key in settings} == settings
+
+
+def test_underscores_and_dashes_are_both_accepted():
+    assert parse("--batch_size", "8", "--drop_path", "0.1").record["per_device_train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--base_fn nn.Foo", "nn.SiLU"),
+        ("--opt lamb", "adamw, sgd"),
+        ("--num_attention 2", "--mixed_head"),
+        ("--mixed_head --num_attention 0", "--num_attention 0"),
+        ("--device tpu", "cpu or cuda"),
+    ],
+)
+def test_bad_official_values(words, message):
+    with pytest.raises(InputError, match=message):
+        parse(*words.split())
+
+
+def test_nothing_typed_is_evaluated(tmp_path):
+    marker = tmp_path / "evaluated"
+    code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+    for flag in ("--basis_type", "--wavelet_type"):
+        parse(flag, code)
+    for value in (code, f"nn.{code}"):
+        with pytest.raises(InputError, match="no such base function"):
+            parse("--base_fn", value)
+    assert not marker.exists()
+
+
+def test_flags_without_effect_yet_warn_and_turned_off_do_not():
+    warnings = parse(
+        *"--mixup 0.8 --cutmix 0 --aa none --reprob 0.25 --model-ema --no-repeated-aug --lr 1e-3".split()
+    ).warnings
+    assert [warning.split(" is accepted")[0] for warning in warnings] == ["--mixup 0.8", "--reprob 0.25", "--model-ema"]
+
+
+def test_learning_rate_scales_with_the_batch_only_from_base_lr():
+    training = parse(
+        "--lr", "1e-3", "--attn_lr", "2e-3", "--batch-size", "128", "--gradient_accumulation_steps", "2"
+    ).training
+    assert (training.learning_rate, training.attn_lr) == (pytest.approx(5e-4), pytest.approx(1e-3))
+    assert "256 / 512" in training.describe_learning_rate()
+    assert parse("--lr", "1e-3", "--unscale-lr").training.learning_rate == 1e-3
+    assert parse("--learning_rate", "1e-3", "--attn_lr", "2e-3").training.attn_lr == 2e-3
+    # The paper's: 5e-4 for 512 images.
+    assert parse("--batch-size", "32").training.learning_rate == pytest.approx(3.125e-5)
+
+
+def test_table_has_a_row_for_each_flag():
+    rows = official_flags.markdown_table().splitlines()
+    assert len(rows) == len(OFFICIAL_FLAGS) + 2
+    assert "| `--hidden_dim` | `karat_rank` |  |" in rows

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets: the embedded digits, folders, parquet files, the Hub's schemas, and everything that can be wrong."""
+
+import io
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from image_classification import data as data_module
+from image_classification.arguments import DataArguments
+from image_classification.data import HUB_DATASETS, decode, load_data
+from image_classification.errors import InputError
+from tests.images import COLOURS, colour_image, make_image_folder
+
+
+def load(train=True, **settings):
+    return load_data(DataArguments(**settings), seed=0, train=train)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_digits_split_is_fixed_and_stratified():
+    digits, again = load(data_set="digits"), load_data(DataArguments(data_set="DIGITS"), seed=1)
+    assert (len(digits.train), len(digits.validation), len(digits.labels)) == (1437, 360, 10)
+    assert digits.validation["label"][:] == again.validation["label"][:]
+    counts = np.bincount(digits.validation["label"][:])
+    assert counts.min() >= 34 and counts.max() <= 38
+    pixels = {
+        split: {bytes(item["bytes"]) for item in digits_split["image"][:]}
+        for split, digits_split in (("train", digits.train), ("validation", digits.validation))
+    }
+    assert len(pixels["train"] | pixels["validation"]) > 1780 and len(pixels["train"] & pixels["validation"]) < 10
+    image = decode(digits.validation[0]["image"], "image")
+    assert image.size == (8, 8) and image.mode == "RGB"
+
+
+def test_image_folder(image_folder):
+    found = load(data_path=str(image_folder))
+    assert (found.labels, len(found.train), len(found.validation), found.hub_name) == (list(COLOURS), 12, 6, None)
+    for row in found.train:
+        channel = np.asarray(decode(row["image"], "image")).mean(axis=(0, 1)).argmax()
+        assert found.labels[row["label"]] == ("red", "green", "blue")[channel]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "test"])
+def test_other_names_of_the_validation_folder(image_folder, name):
+    (image_folder / "validation").rename(image_folder / name)
+    assert len(load(data_path=str(image_folder)).validation) == 6
+
+
+def test_validation_is_held_out_where_there_is_none(tmp_path):
+    root = make_image_folder(tmp_path / "images", splits=(("train", 8),))
+    found = load(data_path=str(root), validation_fraction=0.25)
+    assert (len(found.train), len(found.validation)) == (18, 6)
+    assert np.bincount(found.validation["label"][:]).tolist() == [2, 2, 2]
+    assert "held out" in found.notes[0]
+    with pytest.raises(InputError, match="too little"):
+        load(data_path=str(root), validation_fraction=0.01)
+
+
+def test_sample_limits_are_seeded(image_folder):
+    found = load(data_path=str(image_folder), max_train_samples=5, max_eval_samples=3)
+    assert (len(found.train), len(found.validation)) == (5, 3)
+    assert found.train["image"][:] == load(data_path=str(image_folder), max_train_samples=5).train["image"][:]
+
+
+def rows(count, classes=3, label="label", image="image", feature=None):
+    """A split in the Hub's form: images as embedded bytes."""
+    images = []
+    for index in range(count):
+        buffer = io.BytesIO()
+        colour_image(COLOURS[index % 3], index).save(buffer, format="PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    kinds = {image: datasets.Image(), label: feature or datasets.ClassLabel(num_classes=classes)}
+    return datasets.Dataset.from_dict(
+        {image: images, label: [index % 3 for index in range(count)]}, features=datasets.Features(kinds)
+    )
+
+
+@pytest.mark.parametrize(
+    "folder, name", [("", "{}-00000-of-00001.parquet"), ("{}", "0000.parquet"), ("data", "{}.parquet")]
+)
+def test_parquet_files(tmp_path, folder, name):
+    for split, count in (("train", 9), ("test", 6)):
+        path = tmp_path / folder.format(split) / name.format(split)
+        path.parent.mkdir(exist_ok=True)
+        rows(count).to_parquet(path)
+    found = load(data_path=str(tmp_path))
+    assert (len(found.train), len(found.validation)) == (9, 6)
+    assert decode(found.train[0]["image"], "image").size == (24, 20)
+
+
+def test_saved_to_disk(tmp_path):
+    datasets.DatasetDict(train=rows(9), validation=rows(6)).save_to_disk(tmp_path / "saved")
+    assert len(load(data_path=str(tmp_path / "saved")).train) == 9
+
+
+@pytest.mark.parametrize("name", list(HUB_DATASETS))
+def test_hub_schemas(name, monkeypatch):
+    known = HUB_DATASETS[name]
+    asked = []
+
+    def load_dataset(*arguments):
+        asked.append(arguments)
+        split = rows(9, known.classes, known.label or "label", known.image or "image")
+        if name == "CIFAR100":
+            split = split.add_column("coarse_label", [0] * 9).cast_column(
+                "coarse_label", datasets.ClassLabel(num_classes=20)
+            )
+        return datasets.DatasetDict({known.train: split, known.validation: split})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = load(data_set=name.lower())
+    assert asked == [(known.name, known.config)]
+    assert (len(found.labels), found.hub_name) == (known.classes, known.name)
+    assert decode(found.train[0]["image"], "image").mode == "RGB"
+
+
+def test_labels_that_are_plain_integers_or_names(tmp_path):
+    rows(6, feature=datasets.Value("int64")).to_parquet(tmp_path / "train.parquet")
+    rows(6, feature=datasets.Value("int64")).to_parquet(tmp_path / "test.parquet")
+    assert load(data_path=str(tmp_path)).labels == ["0", "1", "2"]
+    named = rows(6, feature=datasets.Value("int64")).remove_columns("label").add_column("label", list("abcabc"))
+    for split, part in (("train", named), ("test", named.select([1, 2]))):
+        part.to_parquet(tmp_path / f"{split}.parquet")
+    found = load(data_path=str(tmp_path))
+    assert (found.labels, found.validation["label"][:]) == (["a", "b", "c"], [1, 2])
+
+
+def test_columns_that_must_be_named(tmp_path):
+    split = rows(6).add_column("other", [0, 1] * 3).cast_column("other", datasets.ClassLabel(num_classes=2))
+    datasets.DatasetDict(train=split, test=split).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"label, other.*--label_column"):
+        load(data_path=str(tmp_path / "saved"))
+    assert len(load(data_path=str(tmp_path / "saved"), label_column="other").labels) == 2
+    with pytest.raises(InputError, match="image, label, other"):
+        load(data_path=str(tmp_path / "saved"), label_column="lable")
+    with pytest.raises(InputError, match="no images"):
+        load(data_path=str(tmp_path / "saved"), label_column="other", image_column="label")
+
+
+# What can be wrong
+
+
+def test_no_data_named():
+    with pytest.raises(InputError, match=r"--data_path.*digits, CIFAR10"):
+        load()
+
+
+def test_unknown_data_set_suggests():
+    with pytest.raises(InputError, match="CIFAR100"):
+        load(data_set="CIFAR1000")
+
+
+def test_missing_network_names_data_set_and_alternatives():
+    with pytest.raises(InputError, match=r"(?s)uoft-cs/cifar10 .*--data_path.*digits"):
+        load(data_set="CIFAR10")
+
+
+def test_folders_that_hold_no_data_set(tmp_path, image_folder):
+    with pytest.raises(InputError, match="does not exist"):
+        load(data_path=str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"train/cat/1\.jpg.*found nothing"):
+        load(data_path=str(tmp_path / "empty"))
+    with pytest.raises(InputError, match="found blue, green, red"):
+        load(data_path=str(image_folder / "train"))
+
+
+def test_class_folder_without_images(image_folder):
+    (image_folder / "train" / "yellow").mkdir()
+    with pytest.raises(InputError, match="train/yellow holds no images"):
+        load(data_path=str(image_folder))
+
+
+def test_split_without_class_folders(image_folder):
+    shutil.rmtree(image_folder / "validation")
+    (image_folder / "validation").mkdir()
+    with pytest.raises(InputError, match="validation holds no class folders"):
+        load(data_path=str(image_folder))
+
+
+def test_one_class(tmp_path):
+    root = make_image_folder(tmp_path / "images", classes=("only",))
+    with pytest.raises(InputError, match="every image is of the class 'only'"):
+        load(data_path=str(root))
+
+
+def test_validation_class_that_training_lacks(image_folder):
+    shutil.copytree(image_folder / "validation" / "red", image_folder / "validation" / "violet")
+    with pytest.raises(InputError, match="validation has the class 'violet'"):
+        load(data_path=str(image_folder))
+
+
+def test_parquet_splits_with_other_classes(tmp_path):
+    rows(6, 3).to_parquet(tmp_path / "train.parquet")
+    rows(6, 4).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(InputError, match="classes of the training and the validation split differ"):
+        load(data_path=str(tmp_path))
+
+
+def test_unlabelled_split(tmp_path):
+    unlabelled = rows(6).remove_columns("label").add_column("label", [-1] * 6)
+    unlabelled.to_parquet(tmp_path / "test.parquet")
+    rows(6, feature=datasets.Value("int64")).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="label -1"):
+        load(data_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_truncated_image_is_found_before_training(image_folder, split):
+    broken = image_folder / split / "green" / "1.jpg"
+    truncate(broken)
+    with pytest.raises(InputError, match=f"{broken}.*truncated"):
+        load(data_path=str(image_folder))
+
+
+def test_large_sets_are_checked_as_they_are_read(image_folder, monkeypatch):
+    truncate(image_folder / "train" / "green" / "1.jpg")
+    monkeypatch.setattr(data_module, "CHECK_UP_TO", 10)
+    assert "--check_images all" in load(data_path=str(image_folder)).notes[-1]
+    with pytest.raises(InputError, match="truncated"):
+        load(data_path=str(image_folder), check_images="all")
+
+
+def test_broken_embedded_image_names_its_split_and_row(tmp_path):
+    good, bad = rows(6), rows(6).cast_column("image", datasets.Image(decode=False))
+    items = bad["image"][:]
+    items[4] = {"bytes": items[4]["bytes"][:50], "path": None}
+    bad = datasets.Dataset.from_dict({"image": items, "label": bad["label"][:]}, features=good.features)
+    datasets.DatasetDict(train=good, test=bad).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="validation image 4"):
+        load(data_path=str(tmp_path / "saved"))
+
+
+def test_file_that_is_no_image(image_folder):
+    path = image_folder / "train" / "green" / "1.jpg"
+    path.write_text("not an image")
+    with pytest.raises(InputError, match=str(path)):
+        load(data_path=str(image_folder))
+
+
+@pytest.mark.parametrize("pixels, message", [(0.5, "mode F"), (np.nan, "NaN or infinite"), (np.inf, "NaN or infinite")])
+def test_float_images_are_refused(image_folder, pixels, message):
+    path = image_folder / "train" / "green" / "float.tiff"
+    Image.fromarray(np.full((8, 8), pixels, dtype=np.float32)).save(path)
+    with pytest.raises(InputError, match=f"{path} has pixels .*{message}"):
+        load(data_path=str(image_folder))
+
+
+def test_orientation_and_palette_as_in_the_pipeline(tmp_path):
+    from transformers.image_utils import load_image
+
+    image = Image.new("RGB", (6, 4), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("P").save(tmp_path / "palette.png")
+    for path, size in (("turned.jpg", (4, 6)), ("palette.png", (6, 4))):
+        ours = decode({"path": str(tmp_path / path), "bytes": None}, "image")
+        assert ours.size == size
+        assert np.array_equal(np.asarray(ours), np.asarray(load_image(str(tmp_path / path))))

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer: gradients under accumulation, parameter groups, schedules, and resuming that loses nothing."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+
+from image_classification import main as script
+from image_classification.arguments import RunArguments
+from image_classification.console import EpochLines
+from image_classification.errors import InputError
+from image_classification.metrics import TopKAccuracy, best_classes
+from image_classification.trainer import ImageClassificationTrainer, parameter_groups, schedule
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+
+
+SIZES = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 3,
+}
+
+
+def make_model(kind):
+    torch.manual_seed(0)
+    if kind == "karat":
+        return KArAtViTForImageClassification(KArAtViTConfig(**SIZES))
+    return ViTForImageClassification(ViTConfig(**SIZES))
+
+
+def run_arguments(folder, **settings):
+    defaults = {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "eval_strategy": "no"}
+    return RunArguments(**{**defaults, "learning_rate": 0.1, "warmup_epochs": 0.0, **settings})
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def gradients(folder, kind, soft, images, **settings):
+    torch.manual_seed(1)
+    pixels = torch.randn(images, 3, 8, 8)
+    labels = torch.randn(images, 3).softmax(-1) if soft else torch.randint(3, (images,))
+    rows = [{"pixel_values": p, "labels": label} for p, label in zip(pixels, labels)]
+    callback = Gradients()
+    args = run_arguments(folder, num_train_epochs=1, save_strategy="no", max_grad_norm=0.0, optim="sgd", **settings)
+    model = make_model(kind)
+    ImageClassificationTrainer(model=model, args=args, train_dataset=rows, callbacks=[callback]).train()
+    return callback.steps
+
+
+@pytest.mark.parametrize("kind", ["karat", "softmax"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("images", [12, 10])
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path, kind, soft, smoothing, images):
+    """Also where the last of the accumulated batches is smaller (10 images: 4, 4, 2)."""
+    common = {"kind": kind, "soft": soft, "images": images, "label_smoothing_factor": smoothing}
+    (whole,) = gradients(tmp_path, **common, per_device_train_batch_size=12)
+    (parts,) = gradients(tmp_path, **common, per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    assert whole.keys() == parts.keys() and any(grad.abs().max() > 1e-3 for grad in whole.values())
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_pytorchs(tmp_path):
+    trainer = ImageClassificationTrainer(
+        model=make_model("karat"), args=run_arguments(tmp_path, label_smoothing_factor=0.1)
+    )
+    logits, labels = torch.randn(6, 3), torch.randint(3, (6,))
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(trainer.cross_entropy({"logits": logits}, labels, torch.tensor(6)), expected)
+    # Evaluation does not smooth.
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(trainer.cross_entropy({"logits": logits}, labels), plain)
+
+
+def test_parameter_groups(tmp_path):
+    model = make_model("karat")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, run_arguments(tmp_path, attn_lr=0.5))
+    of = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    karat = model.karat_parameter_names()
+    assert set(of) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all((rate == 0.5) == (name in karat) for name, (rate, _) in of.items())
+    assert of["classifier.weight"] == (0.1, 0.05) and of["classifier.bias"] == (0.1, 0.0)
+    assert of["vit.embeddings.cls_token"][1] == of["vit.embeddings.position_embeddings"][1] == 0.0
+    assert len(parameter_groups(model, run_arguments(tmp_path))) == 2
+    with pytest.raises(InputError, match="attn_lr"):
+        parameter_groups(make_model("softmax"), run_arguments(tmp_path, attn_lr=0.5))
+
+
+@pytest.mark.parametrize(
+    "optim, kind, momentum",
+    [("adamw_torch", torch.optim.AdamW, None), ("sgd", torch.optim.SGD, 0.8), ("rmsprop", torch.optim.RMSprop, 0.8)],
+)
+def test_optimisers(tmp_path, optim, kind, momentum):
+    args = run_arguments(tmp_path, optim=optim, momentum=0.8, attn_lr=0.01)
+    optimizer = ImageClassificationTrainer(model=make_model("karat"), args=args).create_optimizer()
+    assert type(optimizer) is kind and optimizer.defaults.get("momentum") == momentum
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1, 0.01}
+
+
+def rates(folder, steps, rate=0.1, per_epoch=10, warmup=0, **settings):
+    curve = schedule(run_arguments(folder, **settings), rate, warmup, steps, per_epoch)
+    return [rate * curve(step) for step in range(steps + 1)]
+
+
+def test_schedules(tmp_path):
+    cosine = rates(tmp_path, 100, warmup=20, sched="cosine", warmup_lr=0.01, min_lr=0.02)
+    assert cosine[0] == pytest.approx(0.01) and cosine[10] == pytest.approx(0.055) and cosine[20] == pytest.approx(0.1)
+    assert cosine[60] == pytest.approx(0.06) and cosine[100] == pytest.approx(0.02)
+    linear = rates(tmp_path, 100, sched="linear", min_lr=0.0)
+    assert linear[50] == pytest.approx(0.05) and linear[100] == pytest.approx(0, abs=1e-12)
+    step = rates(tmp_path, 100, sched="step", decay_epochs=3, decay_rate=0.5)
+    assert [step[at] for at in (0, 29, 30, 60, 100)] == pytest.approx([0.1, 0.1, 0.05, 0.025, 0.0125])
+    assert set(rates(tmp_path, 10, sched="constant")) == {0.1}
+    # A rate below the floor stays where it is.
+    assert max(rates(tmp_path, 10, rate=1e-6, sched="cosine", min_lr=1e-5)) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, last",
+    [({"sched": "step", "decay_epochs": 1.0}, 0.01), ({"sched": None, "lr_scheduler_type": "linear"}, 0.0)],
+)
+def test_schedule_runs_in_training(tmp_path, settings, last):
+    rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": torch.tensor(index % 3)} for index in range(8)]
+    args = run_arguments(tmp_path, num_train_epochs=2, save_strategy="no", per_device_train_batch_size=4, **settings)
+    trainer = ImageClassificationTrainer(model=make_model("karat"), args=args, train_dataset=rows)
+    trainer.train()
+    # After two epochs of two steps the step schedule has dropped twice.
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(last * (0.1 if settings["sched"] else 1), abs=1e-9)
+
+
+def test_diverged_loss_stops_the_run(tmp_path):
+    rows = [{"pixel_values": torch.full((3, 8, 8), math.nan), "labels": torch.tensor(0)}] * 4
+    args = run_arguments(tmp_path, num_train_epochs=1)
+    model = make_model("softmax")  # KArAt's refuses such pixels by itself.
+    with pytest.raises(InputError, match="loss is nan at step 1"):
+        ImageClassificationTrainer(model=model, args=args, train_dataset=rows).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_metric():
+    logits = torch.eye(7)[[0, 1, 2, 3]] + torch.linspace(0, 0.5, 7)
+    ranked = best_classes(logits, None)
+    assert ranked.shape == (4, 5)
+    scores = TopKAccuracy(7).compute(predictions=ranked.numpy(), references=[0, 1, 6, 4])
+    assert scores == {"accuracy": 0.5, "top5_accuracy": 1.0}
+    assert TopKAccuracy(5).compute(predictions=[[0, 1, 2, 3, 4]], references=[1]) == {"accuracy": 0.0}
+
+
+# Resuming
+
+KINDS = {"karat": "karat_digits", "softmax": "vit_tiny_patch16_224"}
+
+
+def command(folder, kind, small):
+    flags = [
+        *small,
+        "--data_set",
+        "digits",
+        "--max_train_samples",
+        "48",
+        "--max_eval_samples",
+        "20",
+        "--num_train_epochs",
+        "3",
+    ]
+    sizes = ["--image_size", "8", "--patch_size", "4", "--eval_crop_ratio", "1"]
+    return ["--model", KINDS[kind], *flags, *sizes, "--seed", "3", "--output_dir", str(folder)]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_stopped_run_goes_on_bit_for_bit(tmp_path, kind, small, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert script.main(command(whole, kind, small)) == 0
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.epoch and state.epoch >= 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochLines, "on_epoch_begin", interrupt)
+        assert script.main(command(stopped, kind, small)) == 130
+    assert "goes on from" in capsys.readouterr().err
+    assert not (stopped / "model.safetensors").exists()
+    assert script.main(command(stopped, kind, small)) == 0
+    assert "goes on from checkpoint-6" in capsys.readouterr().out
+    first, second = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_checkpoint_with_other_weights_is_refused(tmp_path, kind, change, small, capsys):
+    folder = tmp_path / "run"
+    assert script.main(command(folder, kind, small)) == 0
+    path = folder / "checkpoint-6" / "model.safetensors"
+    weights = load_file(path)
+    name = "vit.layers.0.mlp.fc1.weight"
+    if change == "missing":
+        del weights[name]
+    else:
+        weights["vit.layers.7.mlp.fc1.weight"] = weights[name].clone()
+    save_file(weights, path, metadata={"format": "pt"})
+    again = [*command(folder, kind, small), "--resume", str(path.parent)]
+    assert script.main(again) == 2
+    message = capsys.readouterr().err
+    assert ("lacks weights" if change == "missing" else "does not have") in message and "fc1.weight" in message
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_checkpoints_hold_the_names_of_the_model(tmp_path, kind, small):
+    folder = tmp_path / "run"
+    assert script.main(command(folder, kind, small)) == 0
+    from transformers import AutoModelForImageClassification
+
+    model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for saved in (folder, folder / "checkpoint-9"):
+        assert load_file(saved / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_best_model_is_loaded_whole(tmp_path, small):
+    folder = tmp_path / "run"
+    flags = ["--load_best_model_at_end", "--metric_for_best_model", "accuracy"]
+    assert script.main([*command(folder, "softmax", small), *flags]) == 0
+    assert (folder / "model.safetensors").is_file()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of the official README, with only the script's name changed, on a small ImageNet-style folder."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from image_classification import main as script
+from image_classification.official_flags import markdown_table
+from tests.images import make_image_folder, own_library_settings  # noqa: F401
+
+
+pytestmark = pytest.mark.usefixtures("own_library_settings")
+
+PROJECT = Path(__file__).parents[1]
+
+OFFICIAL = (
+    "python run_image_classification.py --model vit_tiny_patch16_224_karat --batch-size 128 "
+    "--data-path path/to/imagenet --data-set IMNET --output_dir ./output/vit_tiny_patch16_224_FourierKArAt_{name} "
+    "--epochs 100 --num_workers 8 --grid 3 --hidden_dim 12 --basis_type FourierBasis --base_fn ZeroModule "
+    "--base_not_trainable --modular_attn --modular_mode phi1_w2 {sharing}"
+)
+# Contradictory values are errors, so what a test needs smaller is replaced, not repeated.
+FASTER = {"--epochs 100": "--epochs 1", "--num_workers 8": "--num_workers 0"}
+EXTRA = "--input-size 32 --warmup-epochs 0 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("imagenet"), classes=("n01440764", "n01443537", "n01484850"))
+
+
+def official(name, sharing, imagenet, output):
+    command = OFFICIAL.format(name=name, sharing=sharing)
+    for old, new in {**FASTER, "path/to/imagenet": str(imagenet), "./output": str(output)}.items():
+        assert old in command
+        command = command.replace(old, new)
+    return shlex.split(command)[2:] + shlex.split(EXTRA)
+
+
+@pytest.fixture(scope="module")
+def trained(imagenet, tmp_path_factory):
+    """The blockwise command, as a process of its own: its output folder, and what it printed."""
+    output = tmp_path_factory.mktemp("output")
+    words = official("G3B", "--blockwise", imagenet, output)
+    command = [sys.executable, "run_image_classification.py", *words]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return output / "vit_tiny_patch16_224_FourierKArAt_G3B", result.stdout
+
+
+def test_blockwise_command(trained):
+    folder, out = trained
+    assert "KArAt phi1_w2, r=12, Fourier (G=3), base zero" in out and "blockwise" in out
+    assert "0.000125 (base_lr 0.0005 x batch 128 / 512)" in out
+    config = AutoModelForImageClassification.from_pretrained(folder).config
+    assert (config.sharing, config.train_base, config.hidden_size) == ("blockwise", False, 192)
+    assert "eval_accuracy" in json.loads((folder / "all_results.json").read_text())
+
+
+def test_universal_command(imagenet, tmp_path, capsys):
+    words = official("G3U", "--universal", imagenet, tmp_path)
+    assert script.main(words) == 0
+    assert "universal" in capsys.readouterr().out
+    folder = tmp_path / "vit_tiny_patch16_224_FourierKArAt_G3U"
+    assert AutoModelForImageClassification.from_pretrained(folder).config.sharing == "universal"
+
+
+def test_evaluation(trained, imagenet, capsys):
+    folder, _ = trained
+    words = ["--eval", "--resume", str(folder), "--data-path", str(imagenet), "--data-set", "IMNET", "--device", "cpu"]
+    assert (
+        script.main([*words, "--model", "vit_tiny_patch16_224_karat", "--input-size", "32", "--base_not_trainable"])
+        == 0
+    )
+    accuracy = json.loads((folder / "all_results.json").read_text())["eval_accuracy"]
+    assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
+
+
+def test_evaluation_as_another_model_is_refused(trained, imagenet, capsys):
+    words = [
+        "--eval",
+        "--resume",
+        str(trained[0]),
+        "--data-path",
+        str(imagenet),
+        "--device",
+        "cpu",
+        "--input-size",
+        "32",
+    ]
+    assert script.main([*words, "--model", "vit_tiny_patch16_224_karat", "--universal", "--base_not_trainable"]) == 2
+    assert "`sharing` 'blockwise', not 'universal'" in capsys.readouterr().err
+
+
+def test_finetuning_at_another_size_on_other_classes(trained, tmp_path, capsys):
+    data = make_image_folder(tmp_path / "data", classes=("left", "right"))
+    words = f"--finetune {trained[0]} --data-path {data} --output_dir {tmp_path / 'out'} --input-size 48 --epochs 1 "
+    words += (
+        "--lr 1e-3 --opt sgd --sched constant --drop 0.1 --attn_lr 1e-4 --num_workers 0 --device cpu --run_name first"
+    )
+    assert script.main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert "new: the classifier" in out and "Resampled from 32x32 to 48x48" in out and "KArAt parameters" in out
+    assert "`run_name` names the run in a tracker" in out
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
+    assert (config.image_size, config.num_labels, config.hidden_dropout_prob) == (48, 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "flags, operator",
+    [
+        ("--basis_type SplineBasis --grid 4 --order 2 --grid_range -2 2", "phi1_w2, r=12, B-spline (G=4, order 2"),
+        (
+            "--basis_type WaveletBasis --wavelet_type Morlet --modular_attn --modular_mode w1_phi2",
+            "w1_phi2, r=12, wavelet",
+        ),
+        ("--basis_type RationalBasis --rational_order 3 2 --base_fn nn.SiLU", "rational (3, 2), base silu"),
+        ("--depth 2 --project_l1", "depth 2, all steps learnable, r=12, Fourier (G=3), base zero, L1"),
+        ("--depth 1 --grid 1 --basis_not_trainable", "full rank"),
+        ("--mixed_head --drop-path 0.1", "1 of 3 heads"),
+    ],
+)
+def test_the_log_says_which_operator_runs(imagenet, tmp_path, capsys, flags, operator):
+    words = (
+        f"--model vit_tiny_patch16_224_karat --data-path {imagenet} --output_dir {tmp_path / 'out'} --epochs 1 {flags} "
+    )
+    words += "--input-size 32 --num_hidden_layers 1 --warmup-epochs 0 --num_workers 0 --device cpu"
+    assert script.main(words.split()) == 0
+    assert operator in capsys.readouterr().out
+
+
+def test_contradiction(capsys):
+    assert script.main(["--model", "vit_tiny_patch16_224_karat", "--blockwise", "--universal"]) == 2
+    assert "--blockwise and --universal contradict each other" in capsys.readouterr().err
+
+
+def test_readme_has_the_table_of_flags():
+    assert markdown_table() in (PROJECT / "README.md").read_text()
