@@ -2,10 +2,10 @@
 """
 The operator of Kolmogorov-Arnold Attention and its ways to compute it.
 
-`KArAtOperator` holds the parameters. `activate` is the mathematics: rows of scores in, activated rows out. Two
-functions attend with it: `eager_karat_attention`, the reference, which gives the attention maps, and
+`KArAtOperator` holds the parameters. `activate` is the mathematics: rows of scores in, activated rows out. Three
+functions attend with it: `eager_karat_attention`, the reference, which gives the attention maps;
 `portable_karat_attention`, which never forms the activated map of phi1_w2 and keeps nothing of the size of the scores
-for the backward pass.
+for the backward pass; and `fused_karat_attention`, whose Triton kernels (`kernels.py`) keep the scores on the chip.
 
 Shapes: B images, h KArAt heads, N tokens, d head size, r rank. Scores are S = Q K^T * scaling, (B, h, N, N).
 """
@@ -22,6 +22,11 @@ from transformers import initialization as init
 
 from .basis import Start, make_edges
 
+
+try:
+    from .kernels import INTERPRET, MAX_HEAD_SIZE, MAX_RANK, form_of, fused_attention
+except ImportError:  # no Triton
+    fused_attention = None
 
 _MEAN_COMPONENT = slice(0, 1)
 
@@ -122,6 +127,8 @@ class KArAtOperator(nn.Module):
         The patch part of the scales and of W is multiplied by (N-1)/(N'-1) per token axis, so that sums over the tokens
         keep their size. Widths of wavelets are interpolated as log|s|.
         """
+        if tuple(grid) == tuple(new_grid):
+            return tensor
         ratio = 1.0
         if name == "projector" or name.endswith(("scale_base", "scale_basis")):
             ratio = grid[0] * grid[1] / (new_grid[0] * new_grid[1])
@@ -130,7 +137,9 @@ class KArAtOperator(nn.Module):
             tensor = tensor.movedim(axis, -1)
             if is_width:
                 sign = resample_tokens(tensor.sign(), grid, new_grid, mode="nearest")
-                tensor = sign * resample_tokens(tensor.abs().log(), grid, new_grid).exp()
+                widths = sign * resample_tokens(tensor.abs().log(), grid, new_grid).exp()
+                # [CLS] as it is, without the rounding of exp(log).
+                tensor = torch.cat([tensor[..., :1], widths[..., 1:]], dim=-1)
             else:
                 tensor = resample_tokens(tensor, grid, new_grid)
                 tensor = torch.cat([tensor[..., :1], tensor[..., 1:] * ratio], dim=-1)
@@ -183,28 +192,30 @@ class KArAtOperator(nn.Module):
             return project_on_simplex(x, keep)
         return x if keep is None else x * keep
 
-    def forward(self, query, key, value, scaling: float, keep=None, grids=None, need_maps: bool = False):
+    def forward(self, query, key, value, scaling: float, way: str, keep=None, grids=None):
         """
         Attend.
 
         Args:
             query, key, value: (B, h, N, d), the KArAt heads alone.
             scaling: factor of the scores, 1/sqrt(d).
-            keep: boolean mask of the keys (B, N), or per query (B, 1 or h, N, N), or `None`.
+            way: `"eager"`, `"karat_portable"` or `"karat_triton"`.
+            keep: boolean mask of the keys (B, N), or, for `eager` alone, per query (B, 1 or h, N, N), or `None`.
             grids: patch grids (own, wanted) to resample the parameters between, or `None`.
-            need_maps: compute the reference path, and return the maps; otherwise the portable one.
 
         Returns:
-            Output (B, h, N, d) in the dtype of `query`; the activated maps and the scores, (B, h, N, N) each, or `None`
-            on the portable path.
+            Output (B, h, N, d) in the dtype of `query`; from `eager` also the activated maps and the scores, (B, h, N,
+            N) each, otherwise `None` twice.
         """
-        if keep is not None and keep.dim() == 2:
-            keep = keep[:, None, None, :]
         dtype = torch.promote_types(query.dtype, torch.float32)
         # Half precision is computed in fp32, so autocast has to stay out.
         with _no_autocast(query.device.type):
             tensors = self.tensors(dtype, grids)
-            if need_maps:
+            if way == "karat_triton":
+                return fused_karat_attention(self, query, key, value, scaling, tensors, keep), None, None
+            if keep is not None and keep.dim() == 2:
+                keep = keep[:, None, None, :]
+            if way == "eager":
                 return eager_karat_attention(self, query, key, value, scaling, tensors, keep)
             return portable_karat_attention(self, query, key, value, scaling, tensors, keep), None, None
 
@@ -259,6 +270,46 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
     return _ChunkedRecompute.apply(attend, chunk, keep, *arguments)
 
 
+def fused_karat_attention(operator, query, key, value, scaling, tensors, keep=None):
+    """
+    The same output by the fused kernels: memory linear in N, no N x N tensor in device memory, forward or backward.
+
+    Args:
+        keep: boolean (B, N), or `None`.
+
+    Returns:
+        Output (B, h, N, d) in the dtype of `query`.
+    """
+    (step,) = operator.edges
+    own = _of(tensors, "edges.0.")
+    absent = own["scale_basis"].new_empty(0)
+    basis = [own.get(name, absent) for name in step.parameter_names]
+    basis += [absent] * (3 - len(basis))
+    parameters = (*basis, own["scale_basis"], own["scale_base"], tensors["projector"])
+    parameters = [parameter.contiguous() for parameter in parameters]
+    return fused_attention(query, key, value, parameters, keep, scaling, form_of(step))
+
+
+def why_not_fused(config, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why the fused kernels do not apply to a model of this configuration there; `None` if they do."""
+    heads, rank = config.hidden_size // config.num_attention_heads, config.karat_rank
+    if fused_attention is None:
+        return "Triton is not installed"
+    if config.modular_mode != "phi1_w2":
+        return f"they compute modular_mode='phi1_w2', and it is {config.modular_mode!r}"
+    if config.project_l1:
+        return "project_l1 needs whole rows"
+    if not 1 <= heads <= MAX_HEAD_SIZE or rank > MAX_RANK:
+        return f"head size {heads} or karat_rank {rank} is above {MAX_HEAD_SIZE} or {MAX_RANK}"
+    if device_type != "cuda" and not (device_type == "cpu" and INTERPRET):
+        return f"they run on CUDA, and the model is on {device_type}"
+    if device_type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < (8, 0)):
+        return "they need an NVIDIA GPU of compute capability 8.0 or more"
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        return f"they compute in fp32, fp16 and bf16, and the model is in {dtype}"
+    return None
+
+
 def _budget(device: torch.device) -> int:
     """Floats that a chunk of the portable path may hold: near the cache on a CPU, filling the machine on a GPU."""
     return 2**23 if device.type == "cpu" else 2**28
@@ -290,10 +341,11 @@ class _ChunkedRecompute(torch.autograd.Function):
         for keep_part, *parts in _chunks(ctx.chunk, keep, *batched):
             stop = start + parts[0].shape[0]
             parts = [x.detach().requires_grad_(need) for x, need in zip(parts, needed)]
+            wanted = [x for x in (*parts, *leaves) if x.requires_grad]
             with torch.enable_grad(), _no_autocast(grad_output.device.type):
                 output = ctx.attend(keep_part, *parts, *leaves)
-            wanted = [x for x in (*parts, *leaves) if x.requires_grad]
-            grads = iter(torch.autograd.grad(output, wanted, grad_output[start:stop]))
+                # Not all take part: `scale_base` without a base function, made trainable by hand; constant functions.
+                grads = iter(torch.autograd.grad(output, wanted, grad_output[start:stop], materialize_grads=True))
             for whole, need in zip(batched_grads, needed):
                 if need:
                     whole[start:stop] = next(grads)
@@ -307,7 +359,8 @@ class _ChunkedRecompute(torch.autograd.Function):
 def _chunks(size: int, keep, *batched):
     """Parts of at most `size` images; `keep` may have a batch of its own or one for all."""
     batch = batched[0].shape[0]
-    for start in range(0, batch, size):
+    # An empty batch is one empty part.
+    for start in range(0, max(batch, 1), size):
         part = slice(start, start + size)
         yield (keep if keep is None or keep.shape[0] == 1 else keep[part]), *(x[part] for x in batched)
 
@@ -325,13 +378,13 @@ def project_on_simplex(rows: torch.Tensor, keep: torch.Tensor | None = None) -> 
         (..., N), non-negative, each row of sum 1.
     """
     with torch.no_grad():
-        if keep is None:
-            shifted = rows - rows.amax(-1, keepdim=True)
-        else:
-            lowest = torch.finfo(rows.dtype).min
-            shifted = rows - rows.masked_fill(~keep, lowest).amax(-1, keepdim=True)
-            # The threshold is never more than 1 below the largest entry: what lies lower takes no part.
-            shifted = shifted.masked_fill(~keep, -2.0)
+        visible = rows if keep is None else rows.masked_fill(~keep, torch.finfo(rows.dtype).min)
+        largest = visible.amax(-1, keepdim=True)
+    # A shift of the row does not change its projection, and sums of small numbers are exact where rows are large.
+    rows = rows - largest
+    with torch.no_grad():
+        # The threshold is never more than 1 below the largest entry: what lies lower takes no part.
+        shifted = rows if keep is None else rows.masked_fill(~keep, -2.0)
         ordered = shifted.sort(dim=-1, descending=True).values
         counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device, dtype=rows.dtype)
         inside = ordered - (ordered.cumsum(-1) - 1) / counts > 0

@@ -40,6 +40,8 @@ class EdgeFunctions(nn.Module):
     """
     Phi: R^in_features -> R^out_features with h x out_features x in_features learnable scalar functions.
 
+    Subclasses name their `family`, as `basis_type` does, and the parameters of their basis in `parameter_names`.
+
     Args:
         config: a `KArAtViTConfig`.
         heads: number of KArAt heads h.
@@ -50,6 +52,7 @@ class EdgeFunctions(nn.Module):
     def __init__(self, config, heads: int, in_features: int, out_features: int, start: "Start"):
         super().__init__()
         self.heads, self.in_features, self.out_features = heads, in_features, out_features
+        self.base_fn = config.base_fn
         self.karat_init, self.start = config.karat_init, start
         self.base = None if config.base_fn == "zero" else ACT2FN[config.base_fn]
         self.scale_base = nn.Parameter(torch.ones(heads, out_features, in_features))
@@ -189,6 +192,7 @@ class _FeatureProduct(torch.autograd.Function):
         return sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         keep, coefficients, *rest = ctx.saved_tensors if ctx.has_keep else (None, *ctx.saved_tensors)
         features, derivatives = rest[: ctx.feature_count], rest[ctx.feature_count :]
@@ -203,6 +207,9 @@ class _FeatureProduct(torch.autograd.Function):
 
 class FourierEdges(LinearEdgeFunctions):
     """sum_{m=1..G} a_m cos(m x) + b_m sin(m x): integer frequencies, no constant term (paper, equation 4)."""
+
+    family = "fourier"
+    parameter_names = ("cos_coef", "sin_coef")
 
     def __init__(self, config, heads, in_features, out_features, start):
         super().__init__(config, heads, in_features, out_features, start)
@@ -249,6 +256,9 @@ class FourierEdges(LinearEdgeFunctions):
 
 class SplineEdges(LinearEdgeFunctions):
     """sum_i c_i B_i(x): G + k B-splines of degree k on a uniform grid, extended by k knots on each side (as pykan)."""
+
+    family = "spline"
+    parameter_names = ("spline_coef",)
 
     def __init__(self, config, heads, in_features, out_features, start):
         super().__init__(config, heads, in_features, out_features, start)
@@ -301,6 +311,9 @@ class WaveletEdges(EdgeFunctions):
 
     Shannon's Hamming window runs along the inputs q; it is a function of their number, so it is not stored.
     """
+
+    family = "wavelet"
+    parameter_names = ("amplitude", "translation", "width")
 
     def __init__(self, config, heads, in_features, out_features, start):
         super().__init__(config, heads, in_features, out_features, start)
@@ -363,9 +376,12 @@ class WaveletEdges(EdgeFunctions):
 class RationalEdges(EdgeFunctions):
     """(a_0 + ... + a_m x^m) / (1 + |b_1 x + ... + b_n x^n|), the safe Pade form."""
 
+    family = "rational"
+    parameter_names = ("numerator", "denominator")
+
     def __init__(self, config, heads, in_features, out_features, start):
         super().__init__(config, heads, in_features, out_features, start)
-        degree, denominator_degree = config.rational_order
+        self.rational_order = degree, denominator_degree = config.rational_order
         self.numerator = self._coefficients(degree + 1)
         self.denominator = self._coefficients(denominator_degree) if denominator_degree else None
 
@@ -409,6 +425,8 @@ def _per_row(parameter: torch.Tensor) -> torch.Tensor:
 def _polynomial(x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """c_0 + c_1 x + ... by Horner's rule, for coefficients (h, degree + 1, P, Q)."""
     value = _per_row(coefficients[:, -1])
+    if coefficients.shape[1] == 1:  # a constant is one of every row, too
+        value = value.expand(torch.broadcast_shapes(value.shape, x.shape))
     for index in range(coefficients.shape[1] - 2, -1, -1):
         value = value * x + _per_row(coefficients[:, index])
     return value

@@ -23,7 +23,13 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import KArAtOperator, eager_softmax_attention, resample_tokens
+from .attention import (
+    KArAtOperator,
+    eager_softmax_attention,
+    fused_attention,
+    resample_tokens,
+    why_not_fused,
+)
 from .basis import EdgeFunctions
 from .configuration_karat_vit import STRUCTURAL_FIELDS, KArAtViTConfig
 from .conversion import load_deit_state_dict
@@ -32,7 +38,7 @@ from .conversion import load_deit_state_dict
 logger = logging.get_logger(__name__)
 
 # Names of `attn_implementation` that say how KArAt heads are computed; softmax heads beside them use SDPA.
-KARAT_IMPLEMENTATIONS = ("karat_portable",)
+KARAT_IMPLEMENTATIONS = ("karat_portable", "karat_triton")
 AUTO_CLASSES = {
     "AutoConfig": "configuration_karat_vit.KArAtViTConfig",
     "AutoModel": "modeling_karat_vit.KArAtViTModel",
@@ -180,10 +186,10 @@ class KArAtViTAttention(ViTAttention):
         parts = []
         if split:
             operator = operator if self.operator is None else self.operator
-            need_maps = implementation == "eager" or masks.per_query
+            way = "eager" if masks.per_query else self.karat_way(implementation, query)
             keep = masks.of_heads(slice(0, split)).keep
             output, maps, scores = operator(
-                query[:, :split], key[:, :split], value[:, :split], self.scaling, keep, grids, need_maps
+                query[:, :split], key[:, :split], value[:, :split], self.scaling, way, keep, grids
             )
             # A universal operator may lie on another device than the block.
             output, maps, scores = (x if x is None else x.to(value.device) for x in (output, maps, scores))
@@ -195,6 +201,17 @@ class KArAtViTAttention(ViTAttention):
         attn_output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         attn_output = self.o_proj(attn_output.flatten(2))
         return attn_output, _join(maps), _join(scores)
+
+    def karat_way(self, implementation: str, query: torch.Tensor) -> str:
+        """How KArAt heads are computed under `implementation`: what it names, or else the fastest that applies."""
+        if implementation in ("eager", "karat_portable"):
+            return implementation
+        obstacle = why_not_fused(self.config, query.device.type, query.dtype)
+        if obstacle is None and query.shape[0] > 0:
+            return "karat_triton"
+        if implementation == "karat_triton" and obstacle and not torch.compiler.is_compiling():
+            logger.warning_once(f"KArAt heads run 'karat_portable' and not the fused kernels: {obstacle}.")
+        return "karat_portable"
 
     def softmax_heads(self, query, key, value, masks: "AttentionMasks", implementation: str):
         """Softmax attention the Transformers way: output (B, N, h, d), and with `eager` the maps and scores."""
@@ -272,7 +289,13 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """`None` is the fastest way for KArAt heads; Transformers' names say how softmax heads are computed."""
         if requested_attention is None:
-            return "karat_portable"
+            fused = torch.cuda.is_available() and why_not_fused(self.config, "cuda") is None
+            return "karat_triton" if fused else "karat_portable"
+        if requested_attention == "karat_triton" and fused_attention is None:
+            raise ValueError(
+                "`attn_implementation='karat_triton'` needs Triton, which is not installed. Install it (`pip install "
+                "triton`, on Linux), or use 'karat_portable'."
+            )
         if requested_attention in KARAT_IMPLEMENTATIONS:
             return requested_attention
         if requested_attention.startswith("karat_"):

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The fused kernels against the fp64 reference. `test_kernels.py` runs this file in a process of its own, because Triton
+reads TRITON_INTERPRET when it is imported; on a machine with an NVIDIA GPU it can be run directly:
+
+    python -m pytest tests/modeling_karat_vit/kernel_cases.py
+"""
+
+import pytest
+import torch
+
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from modeling_karat_vit.attention import KArAtOperator, eager_karat_attention
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WAVELETS = ("mexican_hat", "morlet", "dog", "meyer", "shannon")
+# Relative RMS error; the largest error may be ten times that, relative to the largest entry.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    """Whatever a kernel leaves unwritten is NaN."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+
+
+def make_operator(rows: int, columns: int, heads: int, **options) -> KArAtOperator:
+    config = KArAtViTConfig(
+        hidden_size=16 * heads, num_attention_heads=heads, image_size=(rows, columns), patch_size=1, **options
+    )
+    operator = KArAtOperator(config)
+    with torch.no_grad():
+        for name, parameter in operator.named_parameters():
+            parameter.normal_()
+            if name.endswith("width"):
+                parameter.abs_().add_(0.5)
+    return operator.to(DEVICE)
+
+
+def attend(operator, way, query, key, value, keep, dtype):
+    tensors = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+    parameters = dict(operator.named_parameters())
+    if operator.edges[0].base is None:
+        del parameters["edges.0.scale_base"]
+    scaling = query.shape[-1] ** -0.5
+    if way == "reference":
+        double = {name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()}
+        tensors = [x.double().detach().requires_grad_() for x in tensors]
+        leaves = [*tensors, *double.values()]
+        double.setdefault("edges.0.scale_base", operator.edges[0].scale_base.detach().double())
+        mask = None if keep is None else keep[:, None, None, :]
+        output, _, _ = eager_karat_attention(operator, *tensors, scaling, double, mask)
+    else:
+        leaves = [*tensors, *parameters.values()]
+        output, _, _ = operator(*tensors, scaling, way, keep)
+    torch.manual_seed(1)
+    weights = torch.randn(output.shape, dtype=torch.float64).to(output)
+    gradients = torch.autograd.grad((output * weights).sum(), leaves, materialize_grads=True)
+    names = ["query", "key", "value", *parameters]
+    return {"output": output.detach(), **dict(zip(names, gradients))}
+
+
+def assert_close(actual, expected, tolerance):
+    for name, want in expected.items():
+        have, want = actual[name].double(), want.double()
+        assert torch.isfinite(have).all(), name
+        error = (have - want).norm() / want.norm().clamp(min=1e-12)
+        assert error <= tolerance, f"{name}: relative RMS error {error:.2e}"
+        largest = (have - want).abs().max() / want.abs().max().clamp(min=1e-12)
+        assert largest <= 10 * tolerance, f"{name}: largest error {largest:.2e} of the largest entry"
+
+
+def check(images=2, heads=2, grid=(4, 4), head_size=16, dtype=torch.float32, masked=False, strength=1.0, **options):
+    torch.manual_seed(0)
+    operator = make_operator(*grid, heads, **options)
+    tokens = grid[0] * grid[1] + 1
+    # As the projections give them: strided, heads behind tokens.
+    qkv = torch.randn(images, tokens, 3, heads, head_size, device=DEVICE)
+    query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))
+    query = query * strength
+    keep = None
+    if masked:
+        keep = torch.rand(images, tokens, device=DEVICE) > 0.3
+        # What a masked key holds must not matter, however wild.
+        hidden = ~keep[:, None, :, None]
+        key, value = key.masked_fill(hidden, 1e4), value.masked_fill(hidden, 1e4)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    actual = attend(operator, "karat_triton", query, key, value, keep, dtype)
+    expected = attend(operator, "reference", query, key, value, keep, dtype)
+    # A score of 1e3 is itself rounded by 3e-5 in fp32, and its sine with it.
+    assert_close(actual, expected, max(TOLERANCE[dtype], 3e-7 * strength))
+
+
+BASES = [
+    {"basis_type": "fourier", "grid_size": 1},
+    {"basis_type": "fourier", "grid_size": 3},
+    {"basis_type": "spline", "spline_order": 1},
+    {"basis_type": "spline", "spline_order": 3},
+    *({"basis_type": "wavelet", "wavelet_type": wavelet} for wavelet in WAVELETS),
+    {"basis_type": "rational"},
+    {"basis_type": "rational", "rational_order": (2, 0)},
+]
+
+
+@pytest.mark.parametrize("options", BASES, ids=str)
+def test_every_basis(options):
+    check(karat_rank=3, images=1, **options)
+
+
+@pytest.mark.parametrize("basis", ["fourier", "spline", "wavelet", "rational"])
+def test_masked_keys_and_base_function(basis):
+    check(basis_type=basis, karat_rank=2, grid=(4, 5), masked=True, base_fn="silu")
+
+
+@pytest.mark.parametrize("base_fn", ["linear", "relu", "leaky_relu", "relu2", "relu6", "sigmoid", "tanh", "gelu"])
+@pytest.mark.parametrize("other", [False, True], ids=["", "relative"])
+def test_base_functions(base_fn, other):
+    if other:
+        relatives = {"gelu": "gelu_new", "sigmoid": "quick_gelu", "tanh": "mish", "relu": "gelu_pytorch_tanh"}
+        if base_fn not in relatives:
+            pytest.skip("has no relative")
+        base_fn = relatives[base_fn]
+    check(grid_size=1, karat_rank=1, images=1, heads=1, base_fn=base_fn)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"grid": (8, 8), "karat_rank": 12},  # 65 tokens: one more than a tile
+        {"grid": (7, 9), "karat_rank": 1, "heads": 1},
+        {"karat_rank": 17, "heads": 3},  # ranks and heads that are no power of two
+        {"karat_rank": 2, "head_size": 24},
+        {"karat_rank": 4, "strength": 300.0, "images": 1},
+    ],
+    ids=str,
+)
+def test_shapes_and_strong_scores(shape):
+    check(grid_size=2, **shape)
+
+
+def test_two_runs_give_equal_bits():
+    operator = make_operator(4, 4, 2, karat_rank=4)
+    inputs = [torch.randn(3, 2, 17, 16, device=DEVICE) for _ in range(3)]
+    first, second = (attend(operator, "karat_triton", *inputs, None, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [{}, {"sharing": "universal", "num_karat_heads": 1}], ids=str)
+def test_a_model_trains_alike_on_every_path(options):
+    """A few steps of training: the losses of eager, portable and fused follow each other."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    losses = {}
+    for way in ("eager", "karat_portable", "karat_triton"):
+        torch.manual_seed(0)
+        config = KArAtViTConfig(**sizes, image_size=4, patch_size=1, num_labels=3, karat_rank=2, grid_size=1, **options)
+        model = KArAtViTForImageClassification(config).to(DEVICE)
+        model.set_attn_implementation(way)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        images, labels = torch.randn(4, 3, 4, 4, device=DEVICE), torch.tensor([0, 1, 2, 0], device=DEVICE)
+        losses[way] = []
+        for _ in range(4):
+            loss = model(images, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[way].append(loss.item())
+    assert losses["karat_portable"] == pytest.approx(losses["eager"], rel=1e-4)
+    assert losses["karat_triton"] == pytest.approx(losses["eager"], rel=1e-4)
+
+
+def test_compile_takes_the_kernels_whole():
+    operator = make_operator(4, 4, 2, karat_rank=2, grid_size=1)
+    inputs = [torch.randn(1, 2, 17, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    leaves = [*inputs, *(x for name, x in operator.named_parameters() if not name.endswith("scale_base"))]
+
+    def run(function):
+        output, _, _ = function(*inputs, 0.25, "karat_triton")
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(run(compiled), run(operator)):
+        torch.testing.assert_close(actual, expected)
+
+
+half = pytest.mark.skipif(DEVICE == "cpu", reason="half precision and the fast sine need a GPU")
+
+
+@half
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", BASES, ids=str)
+@pytest.mark.parametrize("grid", [(7, 9), (14, 14), (16, 16)], ids=str)
+def test_half_precision(dtype, options, grid):
+    check(dtype=dtype, grid=grid, head_size=64, karat_rank=12, heads=3, **options)
+
+
+@half
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strength", [30.0, 300.0])
+def test_strong_scores_in_half_precision(dtype, strength):
+    check(dtype=dtype, grid=(14, 14), head_size=64, karat_rank=12, strength=strength)
