@@ -230,9 +230,13 @@ def test_each_name_runs_its_functions(make_model, pixels, calls, mixture, backen
     assert len(calls) == calls.count(karat) + calls.count(softmax)
 
 
-def test_the_fastest_is_the_default(make_config):
+@pytest.mark.parametrize("cuda, fastest", [(False, "karat_portable"), (True, "karat_triton")])
+def test_the_fastest_is_the_default(monkeypatch, make_config, cuda, fastest):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     model = KArAtViTForImageClassification(make_config())
-    assert model.config._attn_implementation == model.vit.config._attn_implementation == "karat_portable"
+    assert model.config._attn_implementation == model.vit.config._attn_implementation == fastest
 
 
 @backends
