@@ -74,7 +74,7 @@ def load_classifier(model: str, device: str | None = None):
         raise ValueError(f"there is no model folder {model}. `python run_image_classification.py` trains one.")
     try:
         device = device if device is None else torch.device(device)
-        return pipeline("image-classification", model=model, device=device)
+        return pipeline("image-classification", model=model, device=device, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the model {model} cannot be loaded{f' on {device}' if device else ''}: {reason}") from error

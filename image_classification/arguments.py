@@ -213,6 +213,9 @@ class RunArguments(TrainingArguments):
     cpu_threads: int | None = _optional(
         "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradients at every step; these models have none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: no column is unused."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a loss of NaN stops the run."})
 

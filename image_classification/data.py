@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import os
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -282,6 +283,8 @@ def _files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
         # A split is the beginning of the file's name, or of a folder on the way to it.
         parts = [file.name, *reversed(file.relative_to(path).parts[:-1])]
         split = next((name for part in parts for name in ("train", *VALIDATION_NAMES) if part.startswith(name)), None)
+        if split is None and (word := re.match(r"[A-Za-z]+(?=[-_.])", file.name)):
+            split = word[0]  # SVHN's extra-00000-of-00002.parquet
         if split is None:
             raise InputError(
                 f"{file}: no split in its name. Expected train*, and validation*, val* or test*, as in "

@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         run(settings)
     except InputError as error:
         sys.stdout.flush()
-        print(f"run_image_classification.py: error: {error}", file=sys.stderr)
+        # A data worker's error comes with the worker's traceback before it.
+        message = str(error).rpartition(f"{InputError.__name__}: ")[2].strip()
+        print(f"run_image_classification.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         folder = settings.training.output_dir if settings else None
@@ -70,6 +72,11 @@ def run(settings: Settings) -> dict[str, float]:
     """
     args = settings.training
     _set_up(settings)
+    if args.push_to_hub:
+        raise InputError(
+            "`push_to_hub` is not built in yet. A finished run's output folder is ready for the Hub: `hf upload NAME "
+            "FOLDER`."
+        )
     if not args.do_train:
         return _evaluate_only(settings)
     if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
@@ -157,6 +164,9 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         # A run that was stopped has weights in its checkpoints only.
         checkpoint = runs.last_checkpoint(Path(checkpoint)) or checkpoint
+    target = None if settings.record["output_dir"] is None else Path(args.output_dir) / "eval_results.json"
+    if target is not None and target.exists():
+        raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")
     models.load_config(checkpoint, "resume_from_checkpoint")
     data = load_data(settings.data, args.seed, train=False)
     model = models.load_trained(checkpoint, settings.model, data.labels)
@@ -168,14 +178,13 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     if saved is None or changed:
         processor = build_image_processor(settings.data, model.config.image_size, saved)
     with contextlib.ExitStack() as stack:
-        if settings.record["output_dir"] is None:
+        if target is None:
             # The Trainer insists on a folder; nothing is to be kept.
             args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = _trainer(settings, model, data, processor, None)
         _describe(settings, model, data, trainer)
         metrics = trainer.evaluate()
-        if settings.record["output_dir"] is not None and args.should_save:
-            target = Path(args.output_dir) / "eval_results.json"
+        if target is not None and args.should_save:
             target.parent.mkdir(parents=True, exist_ok=True)
             reports.write_json(target, {"checkpoint": checkpoint, "data": data.name, **metrics})
     logger.info(f"{checkpoint} on {data.name}, {len(data.validation):,} images:   {describe(metrics)}")
@@ -239,7 +248,7 @@ def _epochs(args) -> str:
 def _write_reports(settings, trainer, data, train_metrics, metrics) -> dict[str, Any]:
     folder = Path(settings.training.output_dir)
     kept = {key: value for key, value in (train_metrics | metrics).items() if not key.startswith("total_flos")}
-    rows = reports.history(trainer.state.log_history[:-1])
+    rows = reports.history(trainer.state.log_history)
     reports.write_json(folder / reports.RESULTS, kept)
     reports.write_json(folder / reports.HISTORY, rows)
     reports.draw_curves(rows, folder / reports.CURVES, f"{folder.resolve().name}: {data.name}")

@@ -140,7 +140,7 @@ def load_trained(folder: str, args: ModelArguments, labels: list[str]) -> PreTra
 def load_image_processor(folder: str) -> BaseImageProcessor | None:
     """The image processor beside a checkpoint, if there is one."""
     try:
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 
@@ -158,7 +158,8 @@ def load_config(folder: str, setting: str) -> PreTrainedConfig:
     if not path.is_dir() and (path.is_absolute() or folder.startswith(".") or folder.count("/") != 1):
         raise InputError(f"`{setting}` is {folder}: there is no such folder.")
     try:
-        return AutoConfig.from_pretrained(folder)
+        # KArAt's code is here; nothing else that a checkpoint brings along is run.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"`{setting}` is {folder}, neither a folder here nor loaded from the Hub: {reason}") from error

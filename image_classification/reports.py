@@ -48,14 +48,15 @@ def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
     Returns:
         Rows of `epoch`, `step`, `train_loss` (mean since the last row, if it was logged), `learning_rate`, and the
-        `eval_*` metrics.
+        `eval_*` metrics; one row for each step.
     """
-    rows, losses, rate = [], [], None
+    rows, losses, rate, steps = [], [], None, set()
     for entry in log:
         if "loss" in entry:
             losses.append(entry["loss"])
             rate = entry.get("learning_rate", rate)
-        if "eval_loss" in entry:
+        if "eval_loss" in entry and entry["step"] not in steps:
+            steps.add(entry["step"])
             row = {"epoch": entry["epoch"], "step": entry["step"]}
             row |= {"train_loss": sum(losses) / len(losses), "learning_rate": rate} if losses else {}
             rows.append(row | {key: value for key, value in entry.items() if key.startswith("eval_")})

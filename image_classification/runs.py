@@ -89,6 +89,8 @@ def plan(settings: Settings) -> Plan:
             "settings, give --resume_from_checkpoint with one of its checkpoint-* folders."
         )
     if record.get("finished"):
+        if not any((folder / name).is_file() for name in WEIGHTS):
+            raise InputError(f"{folder} holds a finished run without its weights ({WEIGHTS[0]}). {_ELSEWHERE}")
         return Plan(finished=record["finished"])
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:

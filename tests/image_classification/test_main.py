@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,48 @@ def test_broken_image_leaves_no_output_folder(image_folder, tmp_path, small, cap
 def test_resuming_another_model(default_run, tmp_path, capsys):
     words = ["--resume", str(default_run[0]), "--grid", "5", "--output_dir", str(tmp_path / "o"), "--use_cpu"]
     assert "`grid_size` 3, not 5" in fails(capsys, *words)
+
+
+def test_broken_image_of_a_set_too_large_to_check_is_named_by_the_worker(image_folder, tmp_path, small, capsys):
+    (image_folder / "train" / "red" / "0.jpg").write_bytes(b"\xff\xd8\xff")
+    words = ["--model", "vit_tiny_patch16_224_karat", *small[:-1], "1", "--data_path", str(image_folder)]
+    message = fails(capsys, *words, "--image_size", "16", "--check_images", "none", "--output_dir", str(tmp_path / "o"))
+    assert "red/0.jpg cannot be read" in message and len(message.splitlines()) == 1
+
+
+def test_evaluation_overwrites_no_other(default_run, tmp_path, capsys):
+    words = [
+        "--eval",
+        "--resume",
+        str(default_run[0]),
+        "--data_set",
+        "digits",
+        "--device",
+        "cpu",
+        "--max_eval_samples",
+        "9",
+    ]
+    assert script.main([*words, "--output_dir", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "eval_results.json").read_text())["checkpoint"] == str(default_run[0])
+    assert "eval_results.json holds the figures of another" in fails(capsys, *words, "--output_dir", str(tmp_path))
+
+
+def test_run_stopped_after_its_last_step_is_completed(default_run, tmp_path, capsys):
+    folder = tmp_path / "digits"
+    shutil.copytree(default_run[0], folder)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "finished": None}))
+    expected = (folder / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "all_results.json", "README.md"):
+        (folder / name).unlink()
+    assert script.main(["--output_dir", str(folder), "--use_cpu"]) == 0
+    assert (folder / "model.safetensors").read_bytes() == expected and (folder / "README.md").is_file()
+    assert results(folder)["eval_accuracy"] == results(default_run[0])["eval_accuracy"]
+    assert len(json.loads((folder / "history.json").read_text())) == 20
+
+
+def test_pushing_says_that_it_is_not_there_yet(tmp_path, capsys):
+    assert "hf upload" in fails(capsys, "--push_to_hub", "--output_dir", str(tmp_path / "o"))
 
 
 def test_flags_without_effect_are_said(image_folder, tmp_path, small, capsys):

@@ -3,7 +3,12 @@
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from image_classification.arguments import ModelArguments
 from image_classification.errors import InputError
@@ -139,6 +144,18 @@ def test_karat_takes_over_a_softmax_backbone(softmax_checkpoint):
     assert all(
         torch.equal(source[name], state[name]) for name in state if name not in karat and "classifier" not in name
     )
+
+
+def test_karat_takes_over_a_distilled_deit(tmp_path):
+    DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="drop_distillation_token"):
+        build_model(small(finetune=str(tmp_path)), LABELS)
+    model = build_model(small(finetune=str(tmp_path), drop_distillation_token=True, image_size=[48]), LABELS)
+    source = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path)
+    assert torch.equal(model.vit.layernorm.weight, source.deit.layernorm.weight)
+    assert model(torch.zeros(1, 3, 48, 48)).logits.shape == (1, 3)
+    with pytest.raises(InputError, match="starts from 'vit' checkpoints"):
+        build_model(small("vit_tiny_patch16_224", finetune=str(tmp_path)), LABELS)
 
 
 @pytest.mark.parametrize("settings", [{"grid_size": 5}, {"hidden_size": 48}, {"basis_type": "spline"}])

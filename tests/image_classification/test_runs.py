@@ -65,6 +65,9 @@ def test_finished_run_has_nothing_left_to_do(tmp_path):
     mine = settings(tmp_path)
     finished = {"metrics": {"eval_accuracy": 0.5}, "eval_images": 4}
     runs.write_record(mine, finished)
+    with pytest.raises(InputError, match="without its weights"):
+        runs.plan(mine)
+    (tmp_path / "model.safetensors").touch()
     assert runs.plan(mine).finished == finished
 
 
