@@ -296,7 +296,13 @@ class _RecordFalse(argparse._StoreFalseAction):
 
 
 class _Help(argparse.HelpFormatter):
-    """Defaults where there are any."""
+    """Each flag once (`-` and `_` are the same in all of them), and defaults where there are any."""
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or "-h" in action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.rpartition(".")[2].upper())
+        return action.option_strings[0] + value
 
     def _get_help_string(self, action):
         shown = action.help or ""
