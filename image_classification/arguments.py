@@ -347,7 +347,7 @@ class Parser(HfArgumentParser):
         for flag in OFFICIAL_FLAGS:
             if flag.name in self.settings:
                 continue
-            to = f"same as --{' and --'.join(flag.settings)}" if flag.settings else ""
+            to = f"sets {' and '.join(flag.settings)}" if flag.settings else ""
             spellings = dict.fromkeys([flag.flag, f"--{flag.name.replace('_', '-')}", f"--{flag.name}"])
             options = {"help": "; ".join(part for part in (to, flag.note) if part), "dest": f"official.{flag.name}"}
             if flag.kind is None:
