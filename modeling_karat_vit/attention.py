@@ -75,13 +75,16 @@ class KArAtOperator(nn.Module):
         of unit variance, and makes a row of zero scores start near 1/N, which is where softmax starts.
         """
         tokens = self.config.num_tokens
+        # The base function starts as a mean over the inputs, as the constant component does.
+        base_scale = 1.0 / in_features
         if self.mode == "phi1_w2":
             # One component is the plain mean over the tokens; its column of W spreads it evenly.
-            return Start(in_features**-0.5, 1.0 / tokens, _MEAN_COMPONENT)
+            return Start(in_features**-0.5, 1.0 / tokens, _MEAN_COMPONENT, base_scale)
         if last:
             # This step gives the row itself, which sums over the N tokens once more when it meets V.
-            return Start((in_features * tokens) ** -0.5, 1.0 / (tokens * in_features), slice(None))
-        return Start(in_features**-0.5, 0.0, _MEAN_COMPONENT)
+            constant = 1.0 / (tokens * in_features)
+            return Start((in_features * tokens) ** -0.5, constant, slice(None), base_scale / tokens)
+        return Start(in_features**-0.5, 0.0, _MEAN_COMPONENT, base_scale)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

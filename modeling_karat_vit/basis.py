@@ -29,11 +29,13 @@ class Start:
         spread: standard deviation of phi_pq(x) to aim at, for x ~ N(0, 1).
         constant: added to phi_pq(0) of the outputs `components`.
         components: a slice of the outputs p.
+        base_scale: `scale_base`, where there is a base function.
     """
 
     spread: float
     constant: float
     components: slice
+    base_scale: float = 1.0
 
 
 class EdgeFunctions(nn.Module):
@@ -125,8 +127,8 @@ class EdgeFunctions(nn.Module):
         """Initialise as `config.karat_init` says, leaving alone whatever was loaded from a checkpoint."""
         scaled = self.karat_init == "scaled"
         init.ones_(self.scale_basis)
-        # N(0, 1) knows no base function. Scaled, it starts as a mean over the inputs, as the constant component does.
-        init.constant_(self.scale_base, 1.0 / self.in_features if scaled and self.base is not None else 1.0)
+        # N(0, 1) knows no base function.
+        init.constant_(self.scale_base, self.start.base_scale if scaled and self.base is not None else 1.0)
         self._reset_basis(self.start if scaled else None)
 
     def _reset_basis(self, start: "Start | None") -> None:
