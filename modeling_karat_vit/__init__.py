@@ -7,12 +7,14 @@ Importing this package registers the model with Transformers' auto classes.
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     ViTImageProcessor,
     ViTImageProcessorPil,
 )
+
+# Under its top-level name, the lowest supported Transformers demands torchvision of it.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .configuration_karat_vit import KArAtViTConfig
