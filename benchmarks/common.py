@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: timing, memory, hardware and versions, the CSV."""
+
+import csv
+import itertools
+import platform
+import resource
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+
+FIELDS = (
+    "benchmark",
+    "model",
+    "provider",
+    "mode",
+    "basis",
+    "batch",
+    "tokens",
+    "dtype",
+    "what",
+    "p20_ms",
+    "median_ms",
+    "p80_ms",
+    "peak_gib",
+    "ratio_time",
+    "ratio_memory",
+    "error",
+    "hardware",
+    "torch",
+    "transformers",
+    "triton",
+    "date",
+)
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton_version,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
+    """
+    Run `step` again and again: 20th, 50th and 80th percentile of its time in ms, and the peak memory in GiB: allocated
+    on CUDA; of the whole process, libraries included, on a CPU.
+
+    Device time is read from events, so that the launches of a step overlap with the work of the one before, as they do
+    in training.
+    """
+    for _ in range(warmup):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step()
+            event.record()
+        torch.cuda.synchronize()
+        times = [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        times = []
+        with PeakMemory() as memory:
+            for _ in range(repeats):
+                start = time.perf_counter()
+                step()
+                times.append((time.perf_counter() - start) * 1e3)
+        peak = memory.gib
+    p20, median, p80 = (
+        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    )
+    return {"p20_ms": p20, "median_ms": median, "p80_ms": p80, "peak_gib": peak}
+
+
+class PeakMemory:
+    """The process's peak memory within the context, sampled from a thread."""
+
+    def __enter__(self):
+        self.gib, self.done = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        page = resource.getpagesize()
+        while True:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+            self.gib = max(self.gib, resident / 2**30)
+            if self.done.wait(0.002):
+                return
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+class Table:
+    """Rows as they are measured: printed, and kept for the CSV, each with its ratio to the softmax baseline."""
+
+    def __init__(self, device: str):
+        self.rows: list[dict] = []
+        self.constant = {"hardware": hardware(device), **versions()}
+
+    def add(self, **row) -> None:
+        same = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
+        baseline = next(
+            (
+                other
+                for other in self.rows
+                if other["provider"] == "softmax" and all(other.get(key) == row.get(key) for key in same)
+            ),
+            row,
+        )
+        if "median_ms" in row and "median_ms" in baseline:
+            row["ratio_time"] = row["median_ms"] / baseline["median_ms"]
+            row["ratio_memory"] = row["peak_gib"] / baseline["peak_gib"]
+        self.rows.append({**row, **self.constant})
+        if "median_ms" in row:
+            numbers = f"{row['median_ms']:9.3f} ms  x{row['ratio_time']:.2f}   memory x{row['ratio_memory']:.2f}"
+        else:
+            numbers = row["error"]
+        name = " ".join(str(row.get(key, "")) for key in ("model", "what", "provider", "basis", "mode"))
+        print(f"{name:62s} {numbers}", flush=True)
+
+    def write(self, path: Path) -> None:
+        """Append to the CSV at `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            for row in self.rows:
+                writer.writerow({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()})

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole training step, and inference, of a ViT: softmax by Transformers beside every way to compute KArAt."""
+
+from contextlib import nullcontext
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+
+from .common import Table, measure, relative_error
+from .naive import naive
+
+
+SIZES = {
+    "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
+    "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+    "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+# Relative RMS difference of logits and gradients from `eager`, in fp32 with TF32 off, above which nothing is timed.
+LIMIT = 1e-3
+
+
+def build(provider: str, size: str, options: dict, device: str, image_size: int):
+    torch.manual_seed(0)
+    shape = {**SIZES[size], "image_size": image_size, "num_labels": 10}
+    if provider == "softmax":
+        return ViTForImageClassification(ViTConfig(**shape)).to(device)
+    model = KArAtViTForImageClassification(KArAtViTConfig(**shape, **options)).to(device)
+    model.set_attn_implementation("karat_portable" if provider == "naive" else provider)
+    return model
+
+
+def error(model, provider: str, images, labels) -> float:
+    """Largest relative RMS difference of logits and gradients to those of `eager`."""
+    if provider in ("softmax", "eager"):
+        return 0.0
+
+    def compute():
+        output = model(images[:2], labels=labels[:2])
+        output.loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return [output.logits.detach(), *gradients]
+
+    with naive() if provider == "naive" else nullcontext():
+        found = compute()
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    expected = compute()
+    model.set_attn_implementation(own)
+    return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def run(
+    device: str,
+    table: Table,
+    size: str,
+    basis: str,
+    options: dict,
+    batch: int,
+    repeats: int,
+    providers,
+    modes=("eager",),
+    image_size: int = 224,
+) -> None:
+    images = torch.randn(batch, 3, image_size, image_size, device=device)
+    labels = torch.randint(0, 10, (batch,), device=device)
+    half = device == "cuda"
+    row = {
+        "benchmark": "model",
+        "model": size,
+        "batch": batch,
+        "tokens": (image_size // 16) ** 2 + 1,
+        "dtype": "bfloat16" if half else "float32",
+    }
+    for provider in providers:
+        for mode in modes if provider != "naive" else ("eager",):
+            name = {"provider": provider, "mode": mode, "basis": "" if provider == "softmax" else basis}
+            try:
+                time_one(
+                    device,
+                    table,
+                    row | name,
+                    build(provider, size, options, device, image_size),
+                    images,
+                    labels,
+                    repeats,
+                )
+            except torch.cuda.OutOfMemoryError:
+                table.add(**row, **name, what="train", error="out of memory")
+            if device == "cuda":
+                torch.compiler.reset()
+                torch.cuda.empty_cache()
+
+
+def time_one(device: str, table: Table, row: dict, model, images, labels, repeats: int) -> None:
+    """Rows for training and inference of one model, if it agrees with `eager`."""
+    provider, mode = row["provider"], row["mode"]
+    wrong = error(model, provider, images, labels)
+    if not wrong < LIMIT:
+        table.add(**row, what="train", error=f"wrong by {wrong:.1e}, not timed")
+        return
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    function = model
+    if mode != "eager":
+        how = {"mode": "reduce-overhead"} if mode == "cudagraphs" else {}
+        function = torch.compile(model, fullgraph=True, **how)
+    precision = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
+
+    def train():
+        if mode == "cudagraphs":
+            torch.compiler.cudagraph_mark_step_begin()
+        with precision:
+            loss = function(pixel_values=images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def infer():
+        with torch.no_grad(), precision:
+            function(pixel_values=images)
+
+    with naive() if provider == "naive" else nullcontext():
+        for what, step in (("train", train), ("infer", infer)):
+            model.train(what == "train")
+            table.add(**row, what=what, error=f"{wrong:.1e}", **measure(step, device, repeats))
