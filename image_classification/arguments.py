@@ -190,6 +190,16 @@ class RunArguments(TrainingArguments):
     decay_rate: float = field(default=0.1, metadata={"help": "Factor of each drop of the step schedule."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD (Nesterov's) and RMSprop."})
 
+    model_ema: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep an exponential moving average of the weights, evaluate it beside them (eval_ema_*), save it "
+            "in every checkpoint, and end with the better of the two."
+        },
+    )
+    model_ema_decay: float = field(default=0.99992, metadata={"help": "Decay of the average at each step."})
+    model_ema_device: str | None = _optional("Keep the average there, such as cpu; unset: beside the weights.")
+
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per device and step."})
     per_device_eval_batch_size: int | None = _optional("Images per device in evaluation; unset: as in training.")
     num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
@@ -544,6 +554,7 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
         (training, "decay_epochs", 1e-9, None),
         (training, "label_smoothing_factor", 0.0, 1.0),
         (training, "weight_decay", 0.0, None),
+        (training, "model_ema_decay", 0.0, 1.0),
         (training, "cpu_threads", 1, None),
     ):
         value = getattr(owner, name)

@@ -86,9 +86,14 @@ class EpochLines(TrainerCallback):
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """`held-out loss 0.1234   accuracy 96.1 %`, and the top-5 accuracy where there is one."""
+    """`held-out loss 0.1234   accuracy 96.1 %`, and the top-5 and the averaged weights' accuracy where there is one."""
     parts = [f"held-out loss {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
-    for key, name in (("eval_accuracy", "accuracy"), ("eval_top5_accuracy", "top-5")):
-        if key in metrics:
+    for key, name in (
+        ("eval_accuracy", "accuracy"),
+        ("eval_top5_accuracy", "top-5"),
+        ("eval_ema_accuracy", "averaged weights' accuracy"),
+    ):
+        # At the end of a run that is said in full: see `reports.describe_choice`.
+        if key in metrics and not (key == "eval_ema_accuracy" and "eval_model_accuracy" in metrics):
             parts.append(f"{name} {100 * metrics[key]:.2f} %")
     return "   ".join(parts)

@@ -23,7 +23,7 @@ from .arguments import Settings, parse_settings
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
 from .errors import InputError
-from .metrics import ComputeMetrics, best_classes
+from .metrics import ComputeMetrics, preprocess
 from .trainer import ImageClassificationTrainer
 from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, collate
 
@@ -145,10 +145,12 @@ def _train(settings: Settings, plan: runs.Plan) -> dict[str, float]:
     began = time.time()
     result = trainer.train(resume_from_checkpoint=plan.checkpoint)
     seconds = time.time() - began
+    weights, metrics = trainer.keep_better_weights(trainer.evaluate())
     trainer.save_model()
-    metrics = trainer.evaluate()
+    if weights is not None:
+        logger.info(reports.describe_choice(weights, metrics))
     if args.should_save:
-        finished = _write_reports(settings, trainer, data, result.metrics, metrics)
+        finished = _write_reports(settings, trainer, data, result.metrics, metrics, weights)
         runs.write_record(settings, finished)
         logger.info(f"\nTrained in {_duration(seconds)}.\n{reports.summary(folder, finished)}")
     return metrics
@@ -183,6 +185,8 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
             args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = _trainer(settings, model, data, processor, None)
         _describe(settings, model, data, trainer)
+        if args.model_ema:
+            trainer.make_average(checkpoint)
         metrics = trainer.evaluate()
         if target is not None and args.should_save:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +206,7 @@ def _trainer(
         eval_dataset=ImageDataset(data.validation, EvalTransform(processor), "validation"),
         processing_class=processor,
         compute_metrics=ComputeMetrics(len(data.labels)),
-        preprocess_logits_for_metrics=best_classes,
+        preprocess_logits_for_metrics=preprocess,
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -245,7 +249,7 @@ def _epochs(args) -> str:
     return f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
 
 
-def _write_reports(settings, trainer, data, train_metrics, metrics) -> dict[str, Any]:
+def _write_reports(settings, trainer, data, train_metrics, metrics, weights) -> dict[str, Any]:
     folder = Path(settings.training.output_dir)
     kept = {key: value for key, value in (train_metrics | metrics).items() if not key.startswith("total_flos")}
     rows = reports.history(trainer.state.log_history)
@@ -254,8 +258,8 @@ def _write_reports(settings, trainer, data, train_metrics, metrics) -> dict[str,
     reports.draw_curves(rows, folder / reports.CURVES, f"{folder.resolve().name}: {data.name}")
     reports.save_sample(data.validation, folder / reports.SAMPLE)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    reports.write_card(settings, model, data, metrics, len(data.train))
-    return {"metrics": metrics, "eval_images": len(data.validation)}
+    reports.write_card(settings, model, data, kept, len(data.train), weights)
+    return {"metrics": metrics, "eval_images": len(data.validation), "weights": weights}
 
 
 def _duration(seconds: float) -> str:

@@ -41,16 +41,30 @@ class TopKAccuracy(evaluate.Metric):
         return scores
 
 
-def best_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits (B, classes) -> indices of the best classes (B, up to 5), best first: all that the metric needs."""
-    return logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
+def preprocess(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    All that the metrics need of a batch, image by image, so that what is gathered of several processes can be cut to
+    the images that there are.
+
+    Args:
+        logits: (B, classes).
+        labels: class indices (B,).
+
+    Returns:
+        Indices of the best classes (B, up to 5), best first; and losses (B,).
+    """
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices, losses
 
 
 class ComputeMetrics:
-    """`compute_metrics` of the Trainer, over `best_classes`."""
+    """`compute_metrics` of the Trainer, over `preprocess`: top-1, top-5 and the mean loss over all images (the
+    Trainer's own is a mean over batches, of which the last is smaller)."""
 
     def __init__(self, classes: int):
         self.metric = TopKAccuracy(classes)
 
     def __call__(self, prediction) -> dict[str, float]:
-        return self.metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+        ranked, losses = prediction.predictions
+        scores = self.metric.compute(predictions=ranked, references=prediction.label_ids)
+        return scores | {"loss": float(losses.astype(np.float64).mean())}

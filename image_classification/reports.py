@@ -83,6 +83,8 @@ def draw_curves(rows: list[dict[str, float]], path: Path, title: str) -> None:
         (loss, "eval_loss", "held out", 1),
         (accuracy, "eval_accuracy", "top-1", 100),
         (accuracy, "eval_top5_accuracy", "top-5", 100),
+        (loss, "eval_ema_loss", "held out, averaged weights", 1),
+        (accuracy, "eval_ema_accuracy", "top-1, averaged weights", 100),
     ):
         points = [(row["epoch"], factor * row[key]) for row in rows if key in row]
         if points:
@@ -103,9 +105,22 @@ def save_sample(split: Dataset, path: Path) -> None:
 
 
 def write_card(
-    settings: Settings, model: PreTrainedModel, data: ImageData, metrics: dict[str, float], train_images: int
+    settings: Settings,
+    model: PreTrainedModel,
+    data: ImageData,
+    metrics: dict[str, float],
+    train_images: int,
+    weights: str | None,
 ) -> None:
-    """README.md of the checkpoint: what it is, how good, how it was made, how to load it; with the Hub's metadata."""
+    """
+    README.md of the checkpoint: what it is, how good, how it was made, how to load it; with the Hub's metadata.
+
+    Args:
+        settings, model, data: of the run.
+        metrics: of training and of the evaluation of the weights that are written.
+        train_images: how many there were.
+        weights: which were written: `ema`, `model`, or `None` where there was no choice.
+    """
     folder = Path(settings.training.output_dir)
     name = folder.resolve().name
     karat = model.config.model_type == "karat_vit"
@@ -146,6 +161,15 @@ def write_card(
     )
     labels = ", ".join(data.labels[:20]) + (f", ... ({len(data.labels)} in all)" if len(data.labels) > 20 else "")
     start = f"Started from the weights of `{Path(settings.model.finetune).name}`." if settings.model.finetune else ""
+    choice = f"\n{describe_choice(weights, metrics)}\n" if weights is not None else ""
+    speed = [
+        f"| {label} | {metrics[key]:{form}} |"
+        for key, label, form in (
+            ("train_images_per_second", "images per second in training", ",.0f"),
+            ("train_peak_memory_gib", "peak memory of a process in GiB", ".2f"),
+        )
+        if key in metrics
+    ]
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in data.notes)
     text = (
         f"""---
@@ -178,7 +202,7 @@ def write_card(
             if value is not None
         )
         + f"""
-
+{choice}
 ![training curves]({CURVES})
 
 `{RESULTS}` has all figures, `{HISTORY}` every epoch's.
@@ -200,13 +224,24 @@ evaluation did.
 | setting | value |
 | --- | --- |
 """
-        + "\n".join(table)
+        + "\n".join(table + speed)
         + """
 
 `run.json` has every setting.
 """
     )
     ModelCard(text).save(folder / CARD)
+
+
+def describe_choice(weights: str, metrics: dict[str, float]) -> str:
+    """Which weights a run with an average of them ends with, and why."""
+    names = {"ema": "the averaged weights", "model": "the plain weights"}
+    other = "model" if weights == "ema" else "ema"
+    figures = {
+        kind: f"{100 * metrics[f'eval_{kind}_accuracy']:.2f} % (loss {metrics[f'eval_{kind}_loss']:.4f})"
+        for kind in names
+    }
+    return f"Written are {names[weights]}: held-out accuracy {figures[weights]}, of {names[other]} {figures[other]}."
 
 
 def predict_command(folder: str | Path) -> str:

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Trainer: loss, parameter groups, schedules, and checkpoints that load every weight or say so."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput
 
+from . import ema
 from .arguments import RunArguments
+from .divergence import DivergenceGuard
 from .errors import InputError, more
 
 
@@ -24,10 +32,13 @@ class ImageClassificationTrainer(Trainer):
     Transformers' Trainer with
     * a cross-entropy that is normalised over the whole accumulated batch, so that accumulation gives the gradients of
       one large batch, for class indices and for soft targets, with and without label smoothing;
-    * a learning rate of their own for KArAt parameters, and the schedules of `RunArguments`;
+    * a learning rate and a weight decay of their own for KArAt parameters, layer-wise decay, timm's optimisers, and the
+      schedules of `RunArguments`;
+    * an average of the weights (`model_ema`), evaluated beside them, saved in every checkpoint and resumed;
     * checkpoints under the parameters' present names, and an error for every weight that a checkpoint lacks or has too
       many: Transformers only warns, and goes on with random weights;
-    * an error for a loss that is not finite.
+    * an error for a loss or gradient that is not finite, which names the step and the parameter;
+    * images per second of training alone, without evaluations and checkpoints, and the peak of memory.
     """
 
     args: RunArguments
@@ -38,6 +49,55 @@ class ImageClassificationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         # Part of `cross_entropy`, in training only.
         self.label_smoother = None
+        if self.args.model_ema and is_deepspeed_zero3_enabled():
+            raise InputError(
+                "`model_ema` does not work with DeepSpeed ZeRO-3, which keeps no parameter whole. Use FSDP2 or ZeRO-2, "
+                "or leave it out."
+            )
+        self.average: ema.WeightAverage | None = None
+        self._resumed_from: str | None = None
+        self._guard: DivergenceGuard | None = None
+        # Images trained on, by all processes, and seconds that this took: in all, and at the last log.
+        self._images, self._images_logged = 0, 0
+        self._began, self._apart_seconds, self._seconds_logged = 0.0, 0.0, 0.0
+        self.add_callback(_Hooks(self))
+
+    @property
+    def bare_model(self) -> PreTrainedModel:
+        """The model without wrappers of DDP or `torch.compile`."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        self._resumed_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def begin(self) -> None:
+        """When the model is wrapped, its weights and the optimiser are loaded, and the first step is next."""
+        if self.args.model_ema:
+            self.make_average(self._resumed_from)
+        where = f"Nothing of it was saved; checkpoints of before are kept in {self.args.output_dir}. Try a lower rate"
+        where += ", or bf16 in place of fp16." if self.args.fp16 else ", or more warm-up."
+        self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
+        self._began = time.perf_counter()
+
+    def make_average(self, checkpoint: str | None = None) -> None:
+        """Begin an average of the weights, or go on with that of a checkpoint."""
+        self.average = ema.WeightAverage(self.bare_model, self.args.model_ema_decay, self.args.model_ema_device)
+        if checkpoint is not None:
+            self.average.load(Path(checkpoint) / ema.FILE, self.bare_model)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self._images += len(inputs["labels"]) * self.args.world_size
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
+        return loss
+
+    def after_step(self) -> None:
+        """When the optimiser has stepped."""
+        if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.average.update(self.bare_model)
 
     def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """
@@ -45,17 +105,56 @@ class ImageClassificationTrainer(Trainer):
             outputs: of the model, with `logits` (B, classes).
             labels: class indices (B,), or probabilities (B, classes).
             num_items_in_batch: elements of all labels of this step, over accumulated batches (and devices, which
-                Transformers multiplies back); `None` in evaluation, which takes the mean and does not smooth.
+                Transformers multiplies back). In evaluation it is not used: that takes the mean, and does not smooth.
 
         Returns:
             The loss, a scalar in fp32.
         """
         logits = outputs["logits"].float()
-        if num_items_in_batch is None:
+        if num_items_in_batch is None or not self.model.training:
             return F.cross_entropy(logits, labels)
         smoothing = self.args.label_smoothing_factor
         images = num_items_in_batch / labels[0].numel()
         return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / images
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self._apart():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Of the weights, and of their average beside them as `eval_ema_*`: one log entry, one event."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.average is None or description != "Evaluation":
+            return output
+        with self.average.applied(self.bare_model):
+            second = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs
+            )
+        metrics = {key: value for key, value in second.metrics.items() if not key.endswith("_model_preparation_time")}
+        return EvalLoopOutput(
+            output.predictions, output.label_ids, output.metrics | metrics, output.num_samples + second.num_samples
+        )
+
+    def keep_better_weights(self, metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
+        """
+        Put the average into the model for good, if it is the better of the two: by accuracy, then by loss.
+
+        Args:
+            metrics: of `evaluate`.
+
+        Returns:
+            `ema` or `model`, or `None` where there is no average; and the metrics, those of the model's weights now as
+            `eval_*`, and of each as `eval_ema_*` and `eval_model_*`.
+        """
+        if self.average is None:
+            return None, metrics
+        names = [key.removeprefix("eval_ema_") for key in metrics if key.startswith("eval_ema_")]
+        metrics = metrics | {f"eval_model_{name}": metrics[f"eval_{name}"] for name in names}
+        quality = {kind: (metrics[f"eval_{kind}_accuracy"], -metrics[f"eval_{kind}_loss"]) for kind in ("model", "ema")}
+        if quality["ema"] <= quality["model"]:
+            return "model", metrics
+        self.average.copy_to(self.bare_model)
+        return "ema", metrics | {f"eval_{name}": metrics[f"eval_ema_{name}"] for name in names}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -89,13 +188,39 @@ class ImageClassificationTrainer(Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        loss = logs.get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise InputError(
-                f"The training loss is {loss} at step {self.state.global_step}: the run has diverged, and stops before "
-                f"it saves that. Checkpoints of before are kept in {self.args.output_dir}. Try a lower learning rate."
-            )
+        """Adds images per second where the training loss is logged, and the totals at the end of training."""
+        if self._guard is not None:
+            self._guard.flush()
+        if "loss" in logs:
+            seconds, images = self._training_seconds() - self._seconds_logged, self._images - self._images_logged
+            self._seconds_logged, self._images_logged = self._seconds_logged + seconds, self._images
+            if images and seconds > 0:
+                logs["images_per_second"] = round(images / seconds, 2)
+        if "train_runtime" in logs:
+            # Transformers' figures count evaluations, and images of before a resume.
+            logs.pop("train_samples_per_second", None)
+            logs.pop("train_steps_per_second", None)
+            if self._images:
+                logs["train_images_per_second"] = round(self._images / self._training_seconds(), 2)
+            peak = torch.tensor(peak_memory(self.args.device), device=self.args.device)
+            logs["train_peak_memory_gib"] = round(self.accelerator.gather(peak.reshape(1)).max().item(), 3)
         super().log(logs, start_time)
+
+    def _training_seconds(self) -> float:
+        return time.perf_counter() - self._began - self._apart_seconds
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """What is done within is not counted as training; training must not have diverged before it."""
+        if self._guard is not None:
+            self._guard.flush()
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize(self.args.device)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._apart_seconds += time.perf_counter() - began
 
     def _steps_per_epoch(self) -> int:
         images = len(self.train_dataset) / self.args.global_batch_size
@@ -106,15 +231,29 @@ class ImageClassificationTrainer(Trainer):
             return self.args.get_warmup_steps(num_training_steps)
         return round(self.args.warmup_epochs * self._steps_per_epoch())
 
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self._apart():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call and self.average is not None:
+            # A checkpoint: it has the average beside the weights.
+            self.average.save(Path(output_dir) / ema.FILE, self.bare_model, write=self.args.should_save)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(Path(self.state.best_model_checkpoint) / ema.FILE, self.bare_model)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model, processor and configuration; no pickle of the arguments, which the run's record has."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         if not self.args.should_save:
             return
         os.makedirs(output_dir, exist_ok=True)
-        model: PreTrainedModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         # Transformers' default writes ViT's old parameter names, which `_load_from_checkpoint` does not know.
-        model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+        self.bare_model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 
@@ -129,6 +268,29 @@ class ImageClassificationTrainer(Trainer):
                 raise InputError(
                     f"The checkpoint {what}: {shown}. It is damaged or of another model; nothing was trained."
                 )
+
+
+class _Hooks(TrainerCallback):
+    """The Trainer's own part in its events."""
+
+    def __init__(self, trainer: ImageClassificationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.after_step()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has held at most: of the GPU, else of main memory (without the data workers)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Not on Windows.
+
+    # In bytes on macOS, else in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:

@@ -2,17 +2,19 @@
 """The Trainer: gradients under accumulation, parameter groups, schedules, and resuming that loses nothing."""
 
 import math
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import EvalPrediction, Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from image_classification import main as script
 from image_classification.arguments import RunArguments
 from image_classification.console import EpochLines
+from image_classification.divergence import SKIPPED_STEPS, DivergenceGuard
 from image_classification.errors import InputError
-from image_classification.metrics import TopKAccuracy, best_classes
+from image_classification.metrics import ComputeMetrics, TopKAccuracy, preprocess
 from image_classification.trainer import ImageClassificationTrainer, parameter_groups, schedule
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
@@ -76,14 +78,16 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path, kind, soft, smoo
 
 def test_loss_is_pytorchs(tmp_path):
     trainer = ImageClassificationTrainer(
-        model=make_model("karat"), args=run_arguments(tmp_path, label_smoothing_factor=0.1)
+        model=make_model("karat").train(), args=run_arguments(tmp_path, label_smoothing_factor=0.1)
     )
     logits, labels = torch.randn(6, 3), torch.randint(3, (6,))
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(trainer.cross_entropy({"logits": logits}, labels, torch.tensor(6)), expected)
-    # Evaluation does not smooth.
+    # Evaluation does not smooth, although Transformers counts the images there too.
+    trainer.model.eval()
     plain = torch.nn.functional.cross_entropy(logits, labels)
-    torch.testing.assert_close(trainer.cross_entropy({"logits": logits}, labels), plain)
+    for count in (None, torch.tensor(6)):
+        torch.testing.assert_close(trainer.cross_entropy({"logits": logits}, labels, count), plain)
 
 
 def test_parameter_groups(tmp_path):
@@ -143,22 +147,122 @@ def test_schedule_runs_in_training(tmp_path, settings, last):
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(last * (0.1 if settings["sched"] else 1), abs=1e-9)
 
 
+def rows_of(images, value=None):
+    torch.manual_seed(2)
+    pixels = torch.randn(images, 3, 8, 8) if value is None else torch.full((images, 3, 8, 8), value)
+    return [{"pixel_values": p, "labels": torch.tensor(index % 3)} for index, p in enumerate(pixels)]
+
+
 def test_diverged_loss_stops_the_run(tmp_path):
-    rows = [{"pixel_values": torch.full((3, 8, 8), math.nan), "labels": torch.tensor(0)}] * 4
     args = run_arguments(tmp_path, num_train_epochs=1)
     model = make_model("softmax")  # KArAt's refuses such pixels by itself.
-    with pytest.raises(InputError, match="loss is nan at step 1"):
-        ImageClassificationTrainer(model=model, args=args, train_dataset=rows).train()
+    trainer = ImageClassificationTrainer(model=model, args=args, train_dataset=rows_of(4, math.nan))
+    with pytest.raises(InputError, match=r"the loss is nan at step 1, and the first gradient .* `classifier"):
+        trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["layers.0.mlp.fc1", "layers.0.attention.o_proj"])
+def test_broken_gradient_is_named(tmp_path, where, clip):
+    """A NaN that enters the backward pass at one module, in the third step, where the loss is still finite."""
+    model = make_model("softmax")
+    calls = []
+
+    def spoil(module, gradients):
+        calls.append(module)
+        return tuple(gradient * (math.nan if len(calls) == 5 else 1) for gradient in gradients)
+
+    module = model.get_submodule(f"vit.{where}")
+    module.register_full_backward_pre_hook(spoil)
+    args = run_arguments(
+        tmp_path,
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=clip,
+        logging_strategy="no",
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer = ImageClassificationTrainer(model=model, args=args, train_dataset=rows_of(16))
+    with pytest.raises(InputError, match=rf"the loss is \d\.\d+ at step 3, .* `vit\.{where}\.(weight|bias)`"):
+        trainer.train()
+    # Not every gradient is broken: clipping would have made them so.
+    assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
+
+
+def test_guard_lets_fp16_find_its_scale():
+    model = torch.nn.Linear(2, 2)
+    guard = DivergenceGuard(model, scaled=True, where="Try bf16.")
+
+    def step(number, gradient, loss=1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        guard.watch(number, torch.tensor(loss), last=True)
+
+    for number in range(1, SKIPPED_STEPS):
+        step(number, math.inf)
+    step(SKIPPED_STEPS, 1.0)
+    for number in range(1, SKIPPED_STEPS):
+        step(number, math.nan)
+    with pytest.raises(InputError, match=f"step {SKIPPED_STEPS}, .* last of {SKIPPED_STEPS} such steps"):
+        step(SKIPPED_STEPS, math.nan)
+    with pytest.raises(InputError, match="the loss is inf at step 7, and all gradients are finite"):
+        step(7, 1.0, loss=math.inf)
 
 
 def test_metric():
     logits = torch.eye(7)[[0, 1, 2, 3]] + torch.linspace(0, 0.5, 7)
-    ranked = best_classes(logits, None)
+    labels = torch.tensor([0, 1, 6, 4])
+    ranked, losses = preprocess(logits, labels)
     assert ranked.shape == (4, 5)
-    scores = TopKAccuracy(7).compute(predictions=ranked.numpy(), references=[0, 1, 6, 4])
+    scores = TopKAccuracy(7).compute(predictions=ranked.numpy(), references=labels)
     assert scores == {"accuracy": 0.5, "top5_accuracy": 1.0}
     assert TopKAccuracy(5).compute(predictions=[[0, 1, 2, 3, 4]], references=[1]) == {"accuracy": 0.0}
+    prediction = EvalPrediction(predictions=(ranked.numpy(), losses.numpy()), label_ids=labels.numpy())
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert ComputeMetrics(7)(prediction) == {**scores, "loss": pytest.approx(expected)}
+
+
+def test_evaluation_counts_every_image_once(tmp_path):
+    """Batches of 4, 4 and 3: the loss is the mean over the 11 images, not over the batches."""
+    rows = rows_of(11)
+    args = run_arguments(tmp_path, per_device_eval_batch_size=4, label_smoothing_factor=0.3)
+    trainer = ImageClassificationTrainer(
+        model=make_model("karat"),
+        args=args,
+        eval_dataset=rows,
+        compute_metrics=ComputeMetrics(3),
+        preprocess_logits_for_metrics=preprocess,
+    )
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        logits = trainer.model(torch.stack([row["pixel_values"] for row in rows])).logits
+    labels = torch.stack([row["labels"] for row in rows])
+    assert metrics["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+
+
+def test_speed_is_that_of_training_alone(tmp_path, monkeypatch):
+    args = run_arguments(tmp_path, num_train_epochs=2, per_device_train_batch_size=4, eval_strategy="epoch")
+    trainer = ImageClassificationTrainer(
+        model=make_model("softmax"), args=args, train_dataset=rows_of(10), eval_dataset=rows_of(2)
+    )
+    evaluate, seconds = Trainer.evaluate, 5.0
+
+    def slow(self, *args, **kwargs):
+        time.sleep(seconds / 10)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluate", slow)
+    metrics = trainer.train().metrics
+    logged = [entry["images_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2 and all(rate > 0 for rate in logged)
+    # 20 images; the two evaluations' time is not in it.
+    training = 20 / metrics["train_images_per_second"]
+    assert training <= metrics["train_runtime"] - 2 * seconds / 10 + 0.05
+    assert 0.01 < metrics["train_peak_memory_gib"] < 100 and "train_samples_per_second" not in metrics
 
 
 # Resuming
@@ -185,6 +289,7 @@ def command(folder, kind, small):
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_stopped_run_goes_on_bit_for_bit(tmp_path, kind, small, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    small = [*small, "--model-ema", "--model-ema-decay", "0.9"]
     assert script.main(command(whole, kind, small)) == 0
 
     def interrupt(self, args, state, control, **kwargs):
@@ -198,9 +303,10 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, kind, small, monkeypatch, cap
     assert not (stopped / "model.safetensors").exists()
     assert script.main(command(stopped, kind, small)) == 0
     assert "goes on from checkpoint-6" in capsys.readouterr().out
-    first, second = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("model.safetensors", "checkpoint-9/model.safetensors", "checkpoint-9/ema.safetensors"):
+        first, second = load_file(whole / name), load_file(stopped / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

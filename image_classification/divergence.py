@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stops a run whose loss or gradients are no longer finite, and says where that began."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .errors import InputError
+
+
+# fp16 skips steps while its loss scaling settles: from 2^16 down to 2^-8, the smallest scale with any use.
+SKIPPED_STEPS = 25
+
+
+class DivergenceGuard:
+    """
+    Looks at the loss and the norm of every gradient after each backward pass, before clipping spreads a NaN to all of
+    them. The device is not waited for: what it computed in one step is read in the next, or by `flush`.
+
+    Args:
+        model: without wrappers of DDP or `torch.compile`.
+        scaled: gradients are those of fp16's scaled loss, of which some may overflow.
+        where: what the error says after the diagnosis.
+    """
+
+    def __init__(self, model: nn.Module, scaled: bool, where: str):
+        self.scaled, self.where = scaled, where
+        self._pending: tuple[int, list[str], torch.Tensor, torch.cuda.Event | None] | None = None
+        self._losses: list[torch.Tensor] = []
+        self._skipped = 0
+        self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # The backward pass has its own order (a block's MLP comes before its attention): it shows in the first step.
+        self._order: list[str] = []
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._order.append(name))
+            for name, parameter in self._trainable.items()
+        ]
+
+    @torch.no_grad()
+    def watch(self, step: int, loss: torch.Tensor, last: bool) -> None:
+        """
+        Args:
+            step: number of the optimiser step, from 1.
+            loss: of the batch whose backward pass is done, a scalar.
+            last: of the batches accumulated for this step.
+        """
+        self._losses.append(loss.detach())
+        if not last:
+            return
+        self.flush()
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            # FSDP2 does not call the hooks: then the order of the forward pass, reversed.
+            self._order = list(dict.fromkeys([*self._order, *reversed(self._trainable)]))
+            self._hooks = []
+        gradients = {name: self._trainable[name].grad for name in self._order}
+        gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
+        norms = torch._foreach_norm(local) if local else []
+        loss = torch.stack(self._losses).sum().float()
+        values = torch.stack([loss, *(norm.to(loss) for norm in norms)])
+        self._losses = []
+        event = None
+        if values.is_cuda:
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (step, list(gradients), values, event)
+        if event is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """
+        Judge the last step that was watched.
+
+        Raises:
+            InputError: its loss or a gradient was not finite.
+        """
+        if self._pending is None:
+            return
+        step, names, values, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        loss, *norms = values.tolist()
+        broken = [name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)]
+        if math.isfinite(loss):
+            self._skipped = self._skipped + 1 if broken else 0
+            if not broken or (self.scaled and self._skipped < SKIPPED_STEPS):
+                return
+        first = "gradients are with DeepSpeed, which names none"
+        if names:
+            first = "all gradients are finite"
+        if broken:
+            first = (
+                f"the first gradient of the backward pass that is not finite is that of `{broken[0]}` "
+                f"({len(broken)} of {len(names)} are not)"
+            )
+        streak = f" It is the last of {self._skipped} such steps in a row." if self.scaled and self._skipped else ""
+        raise InputError(
+            f"The run has diverged: the loss is {loss:g} at step {step}, and {first}.{streak} {self.where}"
+        )

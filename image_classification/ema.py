@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exponential moving average of the weights, which survives with the checkpoints."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .errors import InputError, more
+
+
+FILE = "ema.safetensors"
+
+
+class WeightAverage:
+    """
+    After each optimiser step, `average = decay * average + (1 - decay) * weights`, from the weights it was made with.
+
+    Trainable parameters are averaged; what is frozen, and buffers, are the model's own. Unlike timm's `ModelEmaV3` and
+    PyTorch's `AveragedModel` this is no copy of the module: the average lies beside it and is put into the model while
+    that is evaluated, so that compiled, DDP and FSDP2 models keep their wrappers, and frozen weights take no memory.
+    Under FSDP2 each process averages its own shards; the file holds whole tensors, whatever the layout.
+
+    Args:
+        model: without wrappers of DDP or `torch.compile`; already sharded under FSDP2.
+        decay: from 0 to 1.
+        device: where the average is kept; default where the parameters are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, device: str | torch.device | None = None):
+        self.decay = decay
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in _averaged(model):
+            # Steps of 1 - decay vanish in the rounding of half precision.
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            self.tensors[name] = _local(parameter).to(device=device, dtype=dtype, copy=True)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after one step of the optimiser."""
+        averages = list(self.tensors.values())
+        weights = [
+            _local(parameter).to(device=average.device, dtype=average.dtype)
+            for (_, parameter), average in zip(_averaged(model), averages, strict=True)
+        ]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the model's weights with the average."""
+        _reshard(model)
+        for name, parameter in _averaged(model):
+            _local(parameter).copy_(self.tensors[name])
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model has the average for its weights within, and its own again after, bit for bit."""
+        _reshard(model)
+        own = {name: _local(parameter).clone() for name, parameter in _averaged(model)}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            _reshard(model)
+            with torch.no_grad():
+                for name, parameter in _averaged(model):
+                    _local(parameter).copy_(own[name])
+
+    def save(self, path: Path, model: nn.Module, write: bool = True) -> None:
+        """Write whole tensors by the parameters' names. All processes call it; those with `write` false only help."""
+        _reshard(model)
+        whole = {}
+        for name, parameter in _averaged(model):
+            tensor = self.tensors[name]
+            if isinstance(parameter, DTensor):
+                shard = tensor.to(_local(parameter).device)
+                layout = (parameter.device_mesh, parameter.placements)
+                tensor = DTensor.from_local(
+                    shard, *layout, run_check=False, shape=parameter.shape, stride=parameter.stride()
+                ).full_tensor()
+            if write:
+                whole[name] = tensor.cpu().contiguous()
+        if write:
+            save_file(whole, path, metadata={"format": "pt"})
+
+    def load(self, path: Path, model: nn.Module) -> None:
+        """
+        Go on with an average that `save` wrote.
+
+        Raises:
+            InputError: there is none, or it is not of this model.
+        """
+        if not path.is_file():
+            raise InputError(
+                f"{path.parent} has no average of the weights ({path.name}): it was written without `model_ema`. Leave "
+                "`model_ema` out, or start a new run from those weights with --finetune."
+            )
+        whole = load_file(path)
+        shapes = {name: parameter.shape for name, parameter in _averaged(model)}
+        wrong = sorted(
+            name
+            for name in shapes.keys() | whole.keys()
+            if name not in whole or name not in shapes or whole[name].shape != shapes[name]
+        )
+        if wrong:
+            raise InputError(
+                f"{path} is damaged or of another model: {', '.join(wrong[:4])}{more(wrong, 4)} differ from the "
+                "model's trainable parameters."
+            )
+        _reshard(model)
+        for name, parameter in _averaged(model):
+            tensor = whole[name]
+            if isinstance(parameter, DTensor):
+                # Every process has read the file, so there is nothing to send.
+                layout = (parameter.device_mesh, parameter.placements)
+                tensor = distribute_tensor(tensor.to(parameter.device), *layout, src_data_rank=None).to_local()
+            self.tensors[name].copy_(tensor)
+
+
+def _averaged(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.is_floating_point()
+    ]
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part, sharing its memory."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _reshard(model: nn.Module) -> None:
+    """An evaluation leaves FSDP2's root gathered: a copy that would hide what is written to the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
