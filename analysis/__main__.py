@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m analysis WHAT ...`: finds the module of that name, reads its flags and runs it."""
+
+import argparse
+import importlib
+import sys
+
+from image_classification.errors import InputError, did_you_mean
+
+
+# One module each. Its docstring is the command's description.
+COMMANDS = {
+    "functions": "the learned functions phi_pq, over the scores that really occur",
+}
+
+_USAGE = """\
+usage: python -m analysis WHAT [flags]
+
+See what attention learned, for any KArAt-ViT or softmax ViT checkpoint: a figure as PNG and SVG, and its numbers as
+CSV or NPZ.
+
+{commands}
+
+`python -m analysis WHAT --help` lists the flags. For example:
+  python -m analysis functions --model outputs/digits --before start
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Args:
+        argv: the words after `python -m analysis`; default the process's.
+
+    Returns:
+        The exit status: 0, or 2 where the input cannot be used, or 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+        print(_USAGE.format(commands="\n".join(lines)), end="")
+        return 0
+    what, *flags = argv
+    if what not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"python -m analysis: error: no {what!r} here{did_you_mean(what, COMMANDS)}: {known}", file=sys.stderr)
+        return 2
+    # Only this one, and only now: `--help` need not wait for PyTorch.
+    module = importlib.import_module(f".{what}", "analysis")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m analysis {what}",
+        description=module.__doc__.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        module.run(parser.parse_args(flags))
+    except InputError as error:
+        sys.stdout.flush()
+        print(f"python -m analysis {what}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

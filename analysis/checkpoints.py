@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of any checkpoint, KArAt or softmax, and the training runs that they are from."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+
+from image_classification import models, runs
+from image_classification.arguments import ModelArguments
+from image_classification.errors import InputError, more
+from image_classification.transforms import height_and_width
+from modeling_karat_vit.attention import KArAtOperator
+
+
+@dataclass
+class Checkpoint:
+    """
+    A model for looking at: in evaluation mode, in fp32, with attention computed by `eager`.
+
+    Args:
+        source: the folder or Hub name that it was loaded from.
+        name: what figures call it.
+        model: `KArAtViTForImageClassification` or `ViTForImageClassification`.
+        processor: the image processor beside it, if there is one.
+        run: the settings and results of its run (run.json), if it is from one.
+        has_classifier: False where only the encoder was saved.
+    """
+
+    source: str
+    name: str
+    model: PreTrainedModel
+    processor: BaseImageProcessor | None
+    run: dict[str, Any] | None
+    has_classifier: bool = True
+
+    @property
+    def is_karat(self) -> bool:
+        return self.model.config.model_type == "karat_vit"
+
+    @property
+    def kind(self) -> str:
+        return "karat" if self.is_karat else "softmax"
+
+    @property
+    def blocks(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def heads(self) -> int:
+        return self.model.config.num_attention_heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        sides = height_and_width(self.model.config.image_size)
+        patch = height_and_width(self.model.config.patch_size)
+        return sides[0] // patch[0], sides[1] // patch[1]
+
+    @property
+    def tokens(self) -> int:
+        """N: the patches and [CLS], which comes first."""
+        return self.grid[0] * self.grid[1] + 1
+
+    @property
+    def labels(self) -> list[str]:
+        config = self.model.config
+        return [config.id2label[index] for index in range(config.num_labels)]
+
+    def attention(self, block: int) -> torch.nn.Module:
+        """The attention module of a block."""
+        return self.model.vit.layers[block].attention
+
+    def head_kinds(self, block: int) -> list[str]:
+        """`"karat"` or `"softmax"` for each head of a block; KArAt heads come first."""
+        karat = getattr(self.attention(block), "karat_heads", 0)
+        return ["karat"] * karat + ["softmax"] * (self.heads - karat)
+
+    def operator(self, block: int) -> KArAtOperator:
+        """
+        The learnable activation of a block, its own or the universal one.
+
+        Raises:
+            InputError: the block has none.
+        """
+        if not self.is_karat:
+            raise InputError(f"{self.source} is a softmax ViT: its activation has nothing that is learned.")
+        if "karat" not in self.head_kinds(block):
+            layers = ", ".join(map(str, self.model.config.karat_layers))
+            raise InputError(f"Block {block} of {self.source} is plain softmax: blocks with KArAt heads are {layers}.")
+        own = self.attention(block).operator
+        return self.model.vit.operator if own is None else own
+
+
+def load_checkpoint(source: str, flag: str = "--model", device: torch.device | str = "cpu") -> Checkpoint:
+    """
+    Load a checkpoint from a folder (of a run, finished or not; a checkpoint-* folder; any other) or from the Hub.
+
+    Args:
+        source: folder or Hub name.
+        flag: which flag named it, for errors.
+        device: where to put the model.
+
+    Raises:
+        InputError: there is none, it is of another type of model, or weights are missing.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        # A run that was stopped has weights in its checkpoints only.
+        source = runs.last_checkpoint(folder) or source
+    config = models.load_config(source, flag)
+    if config.model_type not in ("karat_vit", "vit"):
+        raise InputError(
+            f"`{flag}` {source} is a model of type {config.model_type!r}, expected 'karat_vit' or 'vit' (the softmax "
+            "ViT of Transformers)."
+        )
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            source, attn_implementation="eager", dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"`{flag}` {source} cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    absent = [key for key in missing if not key.startswith("classifier.")]
+    if absent:
+        raise InputError(f"`{flag}` {source} lacks weights of its model: {', '.join(absent[:5])}{more(absent)}.")
+    return Checkpoint(
+        source,
+        Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2],
+        model.eval().to(device),
+        models.load_image_processor(source),
+        read_run(source),
+        has_classifier=not missing,
+    )
+
+
+def run_folder(source: str | Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to: itself, or for checkpoint-* the one above."""
+    folder = Path(source).resolve()
+    for candidate in (folder, folder.parent) if re.fullmatch(r"checkpoint-\d+", folder.name) else (folder,):
+        if (candidate / runs.RECORD).is_file():
+            return candidate
+    return None
+
+
+def read_run(source: str | Path) -> dict[str, Any] | None:
+    """What run.json says of the run that a checkpoint belongs to; `None` if it is of no run."""
+    folder = run_folder(source)
+    return None if folder is None else runs.read_record(folder)
+
+
+@dataclass
+class Moment:
+    """
+    A point of a run.
+
+    Args:
+        folder: of the checkpoint; `None` for the start, which is not saved.
+        epoch, step: how far the run was.
+    """
+
+    folder: Path | None
+    epoch: float
+    step: int
+
+
+def moments(source: str) -> list[Moment]:
+    """
+    The points of a run whose weights can be had, in order: its start, then its checkpoint-* folders.
+
+    Raises:
+        InputError: `source` is no run's folder, or the run kept no checkpoint.
+    """
+    folder = run_folder(source)
+    if folder is None:
+        raise InputError(f"{source} is no folder of a run of run_image_classification.py: it holds no {runs.RECORD}.")
+    found = []
+    for entry in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", entry.name) and runs.is_complete(entry):
+            state = json.loads((entry / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append(Moment(entry, state["epoch"], state["global_step"]))
+    if not found:
+        raise InputError(f"{folder} keeps no checkpoints. Train with --save_total_limit 0 to keep one of every epoch.")
+    return [Moment(None, 0.0, 0), *sorted(found, key=lambda moment: moment.step)]
+
+
+def load_moment(source: str, moment: Moment, device: torch.device | str = "cpu") -> Checkpoint:
+    """The model of a run at one of its `moments`."""
+    if moment.folder is not None:
+        return load_checkpoint(str(moment.folder), device=device)
+    return load_start(source, device)
+
+
+def load_start(source: str, device: torch.device | str = "cpu") -> Checkpoint:
+    """
+    The model of a run before its first step: rebuilt as the run built it, from the settings and the seed in run.json
+    (the same numbers wherever PyTorch draws the same random numbers), or from the weights that it fine-tuned.
+
+    Raises:
+        InputError: `source` is of no run, or what the run started from is not there any more.
+    """
+    run, folder = read_run(source), run_folder(source)
+    if run is None:
+        raise InputError(f"{source} is no folder of a run: it holds no {runs.RECORD} to rebuild the start from.")
+    final = load_checkpoint(source, device=device)
+    fields = {field.name for field in dataclasses.fields(ModelArguments)}
+    args = ModelArguments(**{key: value for key, value in run["settings"].items() if key in fields})
+    args.attn_implementation = "eager"
+    set_seed(run["settings"]["seed"])
+    model = models.build_model(args, final.labels)
+    return dataclasses.replace(final, source=str(folder), name="start", model=model.eval().to(device))

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The learned functions phi_pq of one block: for each KArAt head the mean over all edges with its spread, the strongest
+edges and a chosen one, base function included, over the range of inputs that really occur (measured on images, and
+drawn beneath as a density). With --before, the same edges before training beside them.
+
+Writes functions_block<B>.png, .svg (the figure) and .csv (its curves and densities).
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from tqdm.auto import tqdm
+
+from image_classification import models
+from image_classification.errors import InputError
+
+from . import options, style
+from .checkpoints import Checkpoint, load_checkpoint, load_start
+from .images import load_images
+from .output import Output, figure_names
+from .recording import record
+
+
+# Points of a curve, bins of a density, and inputs (rows of scores) on which the strength of an edge is measured.
+POINTS, BINS, ROWS = 301, 60, 1024
+# What is drawn spans all inputs but the outermost of either side.
+OUTSIDE = 0.001
+
+
+@dataclass
+class Functions:
+    """
+    The functions of one head: P outputs, Q inputs (r and N for the paper's operator), T points.
+
+    Args:
+        head: which.
+        x: points, (T,).
+        mean, deviation: over all P * Q edges, (T,).
+        edges: the selected edges (p, q), strongest first.
+        curves: their functions, (len(edges), T).
+        strength: standard deviation of what each edge adds to the activated row over the inputs that occur, (P, Q).
+        density: of the inputs, (BINS,).
+        bins: their borders, (BINS + 1,).
+    """
+
+    head: int
+    x: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+    edges: list[tuple[int, int]]
+    curves: np.ndarray
+    strength: np.ndarray
+    density: np.ndarray
+    bins: np.ndarray
+
+
+@torch.inference_mode()
+def inputs_of(operator, scores: torch.Tensor, step: int = 0) -> torch.Tensor:
+    """
+    What the functions of a step are applied to.
+
+    Args:
+        operator: the `KArAtOperator`.
+        scores: of its heads, (B, h, N, N).
+        step: which step of learnable functions.
+
+    Returns:
+        (B, h, N, Q): the scores themselves for the first step of `phi1_w2`, W s for `w1_phi2`.
+    """
+    x = scores @ operator.projector.mT if operator.mode == "w1_phi2" else scores
+    for earlier in operator.edges[:step]:
+        x = earlier.activate(x, earlier(x.dtype))
+    return x
+
+
+@torch.inference_mode()
+def evaluate(operator, head: int, x: torch.Tensor, step: int = 0) -> torch.Tensor:
+    """
+    phi_pq(x) of all edges of one head.
+
+    Args:
+        operator: the `KArAtOperator`.
+        head: which KArAt head.
+        x: (T, 1) for the same points on every edge, or (T, Q) for one value per input.
+        step: which step of learnable functions.
+
+    Returns:
+        (T, P, Q)
+    """
+    edges = operator.edges[step]
+    tensors = {name: tensor[head : head + 1] for name, tensor in edges(x.dtype).items()}
+    x = x.expand(-1, edges.in_features)[None, :, None]
+    # Some thousand rows of a full-rank operator would fill the memory.
+    rows = max(1, 2**24 // (edges.in_features * edges.out_features))
+    return torch.cat([edges.edges(part, tensors)[0] for part in x.split(rows, dim=1)])
+
+
+@torch.inference_mode()
+def strength_of(operator, head: int, inputs: torch.Tensor, step: int = 0) -> torch.Tensor:
+    """
+    How much each edge moves the activated row: the standard deviation of phi_pq over the inputs that occur, times the
+    length of column p of W where W follows (phi1_w2).
+
+    Args:
+        inputs: (rows, Q).
+
+    Returns:
+        (P, Q)
+    """
+    edges = operator.edges[step]
+    rows = max(1, 2**24 // (edges.in_features * edges.out_features))
+    total = squares = 0.0
+    for part in inputs.double().split(rows):
+        values = evaluate(operator, head, part, step)
+        total, squares = total + values.sum(0), squares + values.square().sum(0)
+    mean = total / len(inputs)
+    deviation = (squares / len(inputs) - mean.square()).clamp(min=0).sqrt()
+    if operator.mode == "phi1_w2":
+        deviation = deviation * operator.projector[head].double().norm(dim=0)[:, None]
+    return deviation
+
+
+def compute(
+    checkpoint: Checkpoint,
+    pixels: torch.Tensor,
+    block: int,
+    heads: list[int],
+    edge: tuple[int, int] | None = None,
+    strongest: int = 5,
+    step: int = 0,
+    same_as: list[Functions] | None = None,
+    batch_size: int = 8,
+) -> list[Functions]:
+    """
+    The functions of some heads of a block.
+
+    Args:
+        checkpoint: a KArAt model.
+        pixels: images that say which inputs occur, (B, 3, height, width).
+        block, heads: which; the heads must be KArAt heads.
+        edge: one to keep beside the strongest, (p, q); it comes last.
+        strongest: how many of the strongest edges to keep.
+        step: which step of learnable functions, where the operator has several.
+        same_as: take the edges and points of these instead of the strongest of this model.
+        batch_size: images computed at once.
+
+    Raises:
+        InputError: the block has no KArAt heads, a head is softmax, or there is no such step or edge.
+    """
+    operator = checkpoint.operator(block)
+    kinds = checkpoint.head_kinds(block)
+    softmax = [head for head in heads if kinds[head] == "softmax"]
+    if softmax:
+        raise InputError(f"Head {softmax[0]} of block {block} is softmax, and has no learned functions.")
+    if not 0 <= step < len(operator.edges):
+        raise InputError(
+            f"`--step` is {step}, and the operator has {len(operator.edges)} step(s) of functions, from 0."
+        )
+    outputs, inputs = operator.edges[step].out_features, operator.edges[step].in_features
+    if edge is not None and not (0 <= edge[0] < outputs and 0 <= edge[1] < inputs):
+        raise InputError(
+            f"`--edge` is {edge[0]} {edge[1]}, and there are {outputs} x {inputs} edges (p, q): 0 0 to {outputs - 1} "
+            f"{inputs - 1}."
+        )
+    karat = kinds.count("karat")
+    scores = record(checkpoint, pixels, [block], batch_size)[block].scores[:, :karat]
+    operator_device = next(operator.parameters()).device
+    result = []
+    bar = tqdm(heads, desc=f"Functions of {checkpoint.name}", unit="head", leave=False, delay=1)
+    for index, head in enumerate(bar):
+        values = inputs_of(operator, scores.to(operator_device), step)[:, head].flatten(0, 1)
+        if same_as is None:
+            flat = values.flatten()
+            # Not `torch.quantile`, which takes 16 million values at most.
+            low, high = np.quantile(flat.cpu().numpy(), [OUTSIDE, 1 - OUTSIDE])
+            x = torch.linspace(low, high, POINTS, dtype=torch.float64, device=operator_device)
+        else:
+            x = torch.as_tensor(same_as[index].x, device=operator_device)
+        curves = evaluate(operator, head, x[:, None], step)
+        rows = values[torch.linspace(0, len(values) - 1, min(ROWS, len(values))).round().long().to(values.device)]
+        strength = strength_of(operator, head, rows, step)
+        if same_as is None:
+            order = strength.flatten().argsort(descending=True)[:strongest].tolist()
+            chosen = [pair for position in order if (pair := divmod(position, inputs)) != edge]
+            chosen += [edge] if edge is not None else []
+        else:
+            chosen = same_as[index].edges
+        density, bins = np.histogram(values.cpu().numpy(), bins=BINS, range=(float(x[0]), float(x[-1])), density=True)
+        result.append(
+            Functions(
+                head,
+                x.cpu().numpy(),
+                curves.mean((1, 2)).cpu().numpy(),
+                curves.std((1, 2), correction=0).cpu().numpy(),
+                chosen,
+                np.stack([curves[:, p, q].cpu().numpy() for p, q in chosen]) if chosen else np.empty((0, len(x))),
+                strength.cpu().numpy(),
+                density,
+                bins,
+            )
+        )
+    return result
+
+
+def draw(data: Functions, axes: Axes, edge: tuple[int, int] | None = None) -> Axes:
+    """
+    One head's functions.
+
+    Args:
+        data: what to draw.
+        axes: where.
+        edge: which of its edges to highlight.
+    """
+    beneath = axes.twinx()
+    beneath.stairs(data.density, data.bins, fill=True, color=style.PALE)
+    beneath.set_ylim(0, 3.6 * max(data.density.max(), 1e-12))
+    beneath.axis("off")
+    axes.set_zorder(beneath.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.fill_between(
+        data.x, data.mean - data.deviation, data.mean + data.deviation, color=style.ORANGE, alpha=0.3, linewidth=0
+    )
+    for (p, q), curve in zip(data.edges, data.curves):
+        if (p, q) != edge:
+            axes.plot(data.x, curve, color=style.BLUE, linewidth=0.7, alpha=0.8)
+    axes.plot(data.x, data.mean, color=style.INK, linewidth=1.4)
+    if edge is not None:
+        axes.plot(data.x, data.curves[data.edges.index(edge)], color=style.VERMILLION, linewidth=1.4, linestyle="--")
+    axes.set_xlim(data.x[0], data.x[-1])
+    axes.margins(y=0.06)
+    return axes
+
+
+def draw_all(
+    after: list[Functions], figure: Figure, before: list[Functions] | None = None, edge=None, inputs: str = "score $x$"
+) -> Figure:
+    """All heads of a block, four panels a row; with `before`, two panels a head, on one scale."""
+    panels = []
+    for index, data in enumerate(after):
+        if before is not None:
+            panels.append((before[index], f"head {data.head}, before training"))
+            panels.append((data, f"head {data.head}, after training"))
+        else:
+            panels.append((data, f"head {data.head}"))
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (data, title) in zip(grid.flat, panels):
+        draw(data, axes, edge)
+        axes.set_title(title)
+    if before is not None:
+        for first, second in zip(grid.flat[0::2], grid.flat[1::2]):
+            low, high = zip(first.get_ylim(), second.get_ylim())
+            for axes in (first, second):
+                axes.set_ylim(min(low), max(high))
+    for axes in grid[:, 0]:
+        axes.set_ylabel(r"$\varphi_{pq}(x)$")
+    for column in range(columns):
+        last = [axes for axes in grid[:, column] if axes.get_visible()][-1]
+        last.set_xlabel(inputs)
+    figure.legend(handles=_legend(after[0], edge), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _legend(data: Functions, edge) -> list:
+    handles = [
+        Line2D([], [], color=style.INK, linewidth=1.4, label="mean over edges"),
+        Patch(color=style.ORANGE, alpha=0.3, linewidth=0, label="± 1 s.d. over edges"),
+    ]
+    others = [pair for pair in data.edges if pair != edge]
+    if others:
+        handles.append(Line2D([], [], color=style.BLUE, linewidth=0.7, label=f"strongest {len(others)} edges"))
+    if edge is not None:
+        label = rf"edge $p={edge[0]}$, $q={edge[1]}$"
+        handles.append(Line2D([], [], color=style.VERMILLION, linewidth=1.4, linestyle="--", label=label))
+    return [*handles, Patch(color=style.PALE, label="density of the inputs")]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument(
+        "--before",
+        metavar="DIR_OR_REPO",
+        help="checkpoint to show beside it, such as an earlier one of the same run; `start` is the model before the "
+        "run's first step, rebuilt from the seed in run.json",
+    )
+    options.add_block(parser)
+    parser.add_argument("--heads", type=int, nargs="+", help="which heads, from 0 (default: all KArAt heads)")
+    parser.add_argument("--edge", type=int, nargs=2, metavar=("P", "Q"), help="an edge to highlight: output p, input q")
+    parser.add_argument("--strongest", type=int, default=5, help="how many of the strongest edges to draw (default: 5)")
+    parser.add_argument(
+        "--step", type=int, default=0, help="which step of functions, for operators of several (default: 0)"
+    )
+    options.add_images(parser, count=16)
+    options.add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    device = options.device_of(args.device)
+    checkpoint = load_checkpoint(args.model, device=device)
+    (block,) = options.numbers([args.block], checkpoint.blocks, "--block", "block")
+    stem = f"functions_block{block}"
+    output = Output(args.output, [*figure_names(stem), f"{stem}.csv"], args.overwrite)
+    if args.strongest < 0:
+        raise InputError(f"`--strongest` is {args.strongest}, expected 0 or more.")
+    checkpoint.operator(block)
+    if args.heads is None:
+        heads = [head for head, kind in enumerate(checkpoint.head_kinds(block)) if kind == "karat"]
+    else:
+        heads = options.numbers(args.heads, checkpoint.heads, "--heads", "head")
+    edge = None if args.edge is None else tuple(args.edge)
+    earlier = None
+    if args.before == "start":
+        earlier = load_start(args.model, device)
+    elif args.before is not None:
+        earlier = load_checkpoint(args.before, "--before", device)
+        models.check_same_model(checkpoint.model.config, earlier.model.config, args.before)
+    pixels = load_images(checkpoint, args.images, args.num_images, args.seed).pixels
+    common = {"edge": edge, "strongest": args.strongest, "step": args.step, "batch_size": args.batch_size}
+    after = compute(checkpoint, pixels, block, heads, **common)
+    before = None
+    if earlier is not None:
+        before = compute(earlier, pixels, block, heads, **common, same_as=after)
+    projected = checkpoint.operator(block).mode == "w1_phi2" or args.step > 0
+    with style.context():
+        panels = len(heads) * (1 if before is None else 2)
+        columns = min(panels, 4)
+        width = style.COLUMN if columns <= 2 else style.PAGE
+        figure = style.figure(width, 0.45 + 1.35 * -(-panels // columns))
+        draw_all(after, figure, before, edge, "input $x$" if projected else "score $x$")
+        output.figure(stem, figure)
+    output.table(f"{stem}.csv", _rows(after, before, block))
+    output.report()
+
+
+def _rows(after: list[Functions], before: list[Functions] | None, block: int) -> list[dict]:
+    rows = []
+    for when, group in (("before", before or []), ("after", after)):
+        for data in group:
+            base = {"when": when, "block": block, "head": data.head}
+            for position, x in enumerate(data.x):
+                rows.append(base | {"curve": "mean", "x": x, "y": data.mean[position]})
+                rows.append(base | {"curve": "standard deviation", "x": x, "y": data.deviation[position]})
+            for (p, q), curve in zip(data.edges, data.curves):
+                strength = data.strength[p, q]
+                rows += [
+                    base | {"curve": f"phi[{p},{q}]", "x": x, "y": y, "strength": strength}
+                    for x, y in zip(data.x, curve)
+                ]
+            centres = (data.bins[1:] + data.bins[:-1]) / 2
+            rows += [base | {"curve": "density", "x": x, "y": y} for x, y in zip(centres, data.density)]
+    return rows

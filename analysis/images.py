@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to look at a model with: files, folders, or the held-out images of the data set that it was trained on."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from image_classification.arguments import DataArguments
+from image_classification.data import decode, load_data
+from image_classification.errors import InputError
+
+from .checkpoints import Checkpoint
+
+
+@dataclass
+class Images:
+    """
+    Args:
+        pixels: (B, 3, height, width), as the model takes them.
+        pictures: (B, height, width, 3), from 0 to 1: what the model sees, that is, after resizing and cropping.
+        names: of the files, or numbers in the data set.
+        labels: true classes where they are known, otherwise `None`.
+    """
+
+    pixels: torch.Tensor
+    pictures: np.ndarray
+    names: list[str]
+    labels: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def load_images(checkpoint: Checkpoint, paths: list[str] | None, count: int, seed: int = 0) -> Images:
+    """
+    Read images, and prepare them with the checkpoint's image processor.
+
+    Args:
+        checkpoint: the model.
+        paths: files, all of which are taken, and folders; `None` for the data set of the checkpoint's run.
+        count: how many to draw from the folders, or from the data set.
+        seed: of the draw.
+
+    Raises:
+        InputError: a path does not exist or holds no image, an image is broken, the checkpoint has no image processor,
+            or no images are named and it is of no run.
+    """
+    if checkpoint.processor is None:
+        raise InputError(
+            f"{checkpoint.source} has no image processor (preprocessor_config.json), so how its images were prepared "
+            "is not known. Save one beside it: ViTImageProcessor(...).save_pretrained(folder)."
+        )
+    found = _of_run(checkpoint, count, seed) if paths is None else _of_paths(paths, count, seed)
+    return prepare(checkpoint, *zip(*found, strict=True))
+
+
+def prepare(checkpoint: Checkpoint, pictures, names, labels) -> Images:
+    """PIL images as `Images`, by the checkpoint's image processor."""
+    processor = checkpoint.processor
+    pixels = torch.cat([processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures])
+    mean, std = (torch.tensor(getattr(processor, key)).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
+    shown = pixels * std + mean if processor.do_normalize else pixels
+    return Images(pixels, shown.clamp(0, 1).permute(0, 2, 3, 1).numpy(), list(names), list(labels))
+
+
+def _of_paths(paths: list[str], count: int, seed: int) -> list[tuple[Image.Image, str, None]]:
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files, in_folders = [], []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            if not inside:
+                raise InputError(f"`--images` {path} holds no images.")
+            in_folders += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise InputError(f"`--images` {path} does not exist.")
+    files += [in_folders[index] for index in _draw(len(in_folders), count, seed)]
+    return [(decode({"path": str(file), "bytes": None}, str(file)), file.name, None) for file in files]
+
+
+def _of_run(checkpoint: Checkpoint, count: int, seed: int) -> list[tuple[Image.Image, str, str]]:
+    if checkpoint.run is None:
+        raise InputError(
+            f"{checkpoint.source} is of no run of run_image_classification.py (no run.json), so its data set is not "
+            "known. Name images with --images."
+        )
+    settings = checkpoint.run["settings"]
+    fields = {field.name for field in dataclasses.fields(DataArguments)}
+    args = DataArguments(**{key: value for key, value in settings.items() if key in fields})
+    # Those drawn are decoded below; the others need not be.
+    args.check_images, args.max_eval_samples = "none", None
+    try:
+        data = load_data(args, settings["seed"], train=False)
+    except InputError as error:
+        raise InputError(f"The data set of {checkpoint.source} is not there: {error} Or name --images.") from error
+    split = data.validation
+    return [
+        (decode(row["image"], f"validation image {index}"), f"{index}", data.labels[row["label"]])
+        for index in _draw(len(split), count, seed)
+        for row in [split[index]]
+    ]
+
+
+def _draw(size: int, count: int, seed: int) -> list[int]:
+    order = np.random.default_rng(seed).permutation(size)[:count]
+    return sorted(order.tolist())

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that the commands share, and what their values mean."""
+
+import argparse
+
+import torch
+
+from image_classification.errors import InputError
+
+
+def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_REPO",
+        help="checkpoint of a KArAt-ViT, or of Transformers' softmax ViT: a folder, or its name on the Hub",
+    )
+    if compare:
+        parser.add_argument("--compare", metavar="DIR_OR_REPO", help="another checkpoint, shown beside it")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
+
+
+def add_images(parser: argparse.ArgumentParser, count: int) -> None:
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="image files, or folders of them (default: held-out images of the data set that run.json, beside the "
+        "checkpoint, names)",
+    )
+    parser.add_argument(
+        "--num-images",
+        type=positive,
+        default=count,
+        metavar="COUNT",
+        help=f"how many to draw from a folder or data set; named files are all used (default: {count})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images computed at once (default: 8)")
+
+
+def add_block(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--block", type=int, default=-1, help="which block, from 0; negative ones from the end (default: -1)"
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", default="outputs/analysis", metavar="DIR", help="folder for the files (default: outputs/analysis)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def numbers(given: list[int] | None, size: int, flag: str, what: str) -> list[int]:
+    """
+    The blocks, heads, ... that a flag names: numbers from 0, negative ones from the end; unset means all.
+
+    Raises:
+        InputError: there is no such one.
+    """
+    if given is None:
+        return list(range(size))
+    for number in given:
+        if not -size <= number < size:
+            raise InputError(f"`{flag}` names {what} {number}, and the model has {size}: 0 to {size - 1}.")
+    return list(dict.fromkeys(number % size for number in given))
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of `--device`, or the best one here. Raises `InputError` where there is none of that name."""
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"`--device` {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

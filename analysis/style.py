@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One look for every figure: sizes of a printed column, colours that colour-blind readers tell apart, signs about 0."""
+
+import contextlib
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+
+
+# Widths in inches: a column of a two-column page, and the whole page. Text is 7 to 8 pt at these sizes.
+COLUMN, PAGE = 3.35, 6.9
+
+# Okabe and Ito's palette, in the order in which series take it; black is left for means and outlines.
+BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#56B4E9",
+    "#CC79A7",
+    "#F0E442",
+)
+PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW)
+INK, GREY, PALE = "black", "#6b7280", "#d4d7dc"
+
+# KArAt and softmax look the same in every figure.
+KIND_COLOURS = {"karat": BLUE, "softmax": VERMILLION}
+KIND_NAMES = {"karat": "KArAt", "softmax": "softmax"}
+
+# Negative is blue, positive red, zero white; safe for the usual kinds of colour blindness.
+DIVERGING = "RdBu_r"
+# Magnitudes from 0 up.
+SEQUENTIAL = "cividis"
+
+_RC = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "figure.titlesize": 9,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlepad": 3.5,
+    "axes.labelpad": 2.5,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3,
+    "image.interpolation": "nearest",
+    "figure.dpi": 150,
+    "savefig.dpi": 300,
+    # The same figure is the same file.
+    "svg.hashsalt": "karat-vit",
+}
+
+
+@contextlib.contextmanager
+def context() -> Iterator[None]:
+    """Make and draw figures in here."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def use() -> None:
+    """The same for a whole notebook."""
+    matplotlib.rcParams.update(_RC)
+
+
+def figure(width: float = PAGE, height: float = 2.4) -> Figure:
+    """An empty figure with constrained layout, apart from pyplot (no window system, nothing global). Inches."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    made.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.03, hspace=0.03)
+    return made
+
+
+def symmetric(*values: np.ndarray) -> Normalize:
+    """A norm for `DIVERGING`, with 0 in the middle and the largest finite magnitude at both ends."""
+    largest = max((float(np.nanmax(np.abs(v))) for v in values if np.size(v)), default=0.0)
+    largest = largest if largest > 0 else 1.0
+    return Normalize(-largest, largest)
+
+
+def blank(axes: Axes) -> Axes:
+    """Axes for a picture: no ticks, a thin frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_linewidth(0.4)
+        spine.set_color(GREY)
+    return axes
+
+
+def shades(count: int) -> list:
+    """`count` colours from early (light) to late (dark), for series with an order."""
+    steps = np.linspace(0.82, 0.0, count) if count > 1 else [0.2]
+    return [matplotlib.colormaps[SEQUENTIAL](step) for step in steps]
+
+
+def categories(count: int) -> Colormap:
+    """`count` colours for names without an order. Beyond the palette they are repeated lighter, then lighter again."""
+    base = [np.array(matplotlib.colors.to_rgb(colour)) for colour in PALETTE]
+    colours = [
+        base[i % len(base)] + (1 - base[i % len(base)]) * min(0.8, 0.45 * (i // len(base))) for i in range(count)
+    ]
+    return ListedColormap(colours)

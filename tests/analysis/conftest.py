@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small checkpoints to look at."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from analysis.__main__ import main
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from tests.images import own_library_settings  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _own_library_settings(own_library_settings):  # noqa: F811
+    pass
+
+
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 12,
+    "patch_size": 4,
+    "layer_norm_eps": 1e-6,
+    "id2label": {0: "cat", 1: "dog", 2: "newt"},
+    "label2id": {"cat": 0, "dog": 1, "newt": 2},
+}
+
+
+def karat_model(**fields) -> KArAtViTForImageClassification:
+    """2 blocks, 2 heads, 3 x 3 patches (N = 10), r = 4; queries and keys large enough for scores of about 1."""
+    torch.manual_seed(0)
+    model = KArAtViTForImageClassification(KArAtViTConfig(**{**SIZES, "karat_rank": 4, **fields}))
+    return _with_scores(model)
+
+
+def softmax_model() -> ViTForImageClassification:
+    torch.manual_seed(1)
+    return _with_scores(ViTForImageClassification(ViTConfig(**SIZES)))
+
+
+def _with_scores(model):
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            for projection in (layer.attention.q_proj, layer.attention.k_proj):
+                projection.weight.normal_(std=0.3)
+    return model
+
+
+def save(model, folder) -> str:
+    model.save_pretrained(folder, save_original_format=False)
+    ViTImageProcessorPil(size={"height": 12, "width": 12}, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def karat(tmp_path) -> str:
+    return save(karat_model(), tmp_path / "karat")
+
+
+@pytest.fixture
+def softmax(tmp_path) -> str:
+    return save(softmax_model(), tmp_path / "softmax")
+
+
+@pytest.fixture
+def photos(tmp_path) -> str:
+    """A folder of six 12 x 12 images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> str:
+    """A run on 64 digits: 2 epochs at a rate of 0 (the weights stay at their start), both checkpoints kept."""
+    from image_classification.main import main as train
+
+    folder = str(tmp_path_factory.mktemp("runs") / "digits")
+    flags = (
+        "configuration/digits.yaml --hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 "
+        "--intermediate_size 16 --num_train_epochs 2 --max_train_samples 64 --max_eval_samples 32 --learning_rate 0 "
+        "--save_total_limit 0 --use_cpu --disable_tqdm"
+    )
+    assert train([*flags.split(), "--output_dir", folder]) == 0
+    return folder
+
+
+@pytest.fixture
+def analyse(tmp_path, capsys):
+    """A function `analyse(*words)` that runs a command into `tmp_path / "out"`, must succeed, and returns that path."""
+
+    def call(*words):
+        status = main([*map(str, words), "--output", str(tmp_path / "out")])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return tmp_path / "out"
+
+    return call
+
+
+@pytest.fixture
+def refusal(tmp_path, capsys):
+    """A function `refusal(*words)` that runs a command, which must fail before it writes; returns its message."""
+
+    def call(*words):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([*map(str, words), "--output", str(tmp_path / "out")]) == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        return capsys.readouterr().err
+
+    return call
