@@ -96,7 +96,7 @@ class EdgeFunctions(nn.Module):
         This, and not the mathematics, is `forward`, because only calling a module makes hooks bring weights that are
         kept elsewhere (accelerate's offloading to memory and disk).
         """
-        return {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+        return {name: parameter.to(dtype) for name, parameter in self._parameters.items() if parameter is not None}
 
     def activate(
         self,

@@ -17,7 +17,7 @@ Importing this file needs Triton; `attention.py` goes without it. With TRITON_IN
 
 import os
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import lru_cache, wraps
 
 import torch
 
@@ -96,25 +96,25 @@ def _spline(x, i: tl.constexpr, ORDER: tl.constexpr, LOW: tl.constexpr, SLOPE: t
         value = tl.where((u >= 0.0) & (u < 1.0), 1.0, 0.0)
         derivative = tl.zeros_like(x)
     else:
-        t = (x - LOW) * SLOPE + (ORDER - i)
+        t = x * SLOPE + (ORDER - i - LOW * SLOPE)
         falling = t > (ORDER + 1) / 2
         t = tl.minimum(t, ORDER + 1 - t)
         value = tl.zeros_like(x)
         derivative = tl.zeros_like(x)
         factor = 1.0
-        norm = 1.0
-        for j in tl.static_range((ORDER + 1) // 2 + 1):
+        for j in tl.static_range(1, ORDER + 1):
+            factor = factor / j
+        # t is at most (ORDER + 1) / 2 now: later terms are zero.
+        for j in tl.static_range((ORDER + 2) // 2):
             rest = tl.maximum(t - j, 0.0)
             power = factor * _power(rest, ORDER - 1)
             value += power * rest
-            # The derivative of a ramp is a step, also where rest^0 is 1.
-            derivative += tl.where(rest > 0.0, power, 0.0)
+            if ORDER == 1:
+                # The derivative of a ramp is a step, also where rest^0 is 1.
+                power = tl.where(rest > 0.0, power, 0.0)
+            derivative += power
             factor = -factor * (ORDER + 1 - j) / (j + 1)
-        for j in tl.static_range(1, ORDER):
-            norm = norm * j
-        value = value * (1.0 / (norm * ORDER))
-        derivative = derivative * (SLOPE / norm)
-        derivative = tl.where(falling, -derivative, derivative)
+        derivative = derivative * tl.where(falling, -SLOPE * ORDER, SLOPE * ORDER)
     return value, derivative
 
 
@@ -252,24 +252,24 @@ def _window(keys, N, WAVELET: tl.constexpr):
 
 
 @triton.jit
-def _horner(x, ptr, at, mask, stride, COUNT: tl.constexpr):
-    """c_0 + ... + c_(COUNT-1) x^(COUNT-1) and its derivative, c_j at ptr + j * stride + at."""
-    value = tl.load(ptr + (COUNT - 1) * stride + at, mask=mask, other=0.0).to(tl.float32) + tl.zeros_like(x)
+def _horner(x, ptr, step, COUNT: tl.constexpr):
+    """c_0 + ... + c_(COUNT-1) x^(COUNT-1) and its derivative, c_j at ptr + j * step."""
+    value = tl.load(ptr + (COUNT - 1) * step) + tl.zeros_like(x)
     slope = tl.zeros_like(x)
     for j in tl.static_range(COUNT - 2, -1, -1):
         slope = slope * x + value
-        value = value * x + tl.load(ptr + j * stride + at, mask=mask, other=0.0).to(tl.float32)
+        value = value * x + tl.load(ptr + j * step)
     return value, slope
 
 
 @triton.jit
-def _rational(x, first_ptr, second_ptr, at, mask, stride, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr):
+def _rational(x, ptr, step, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr):
     """P / (1 + |Q|), its derivative, the reciprocal of the denominator, and the sign of Q."""
-    p, p_slope = _horner(x, first_ptr, at, mask, stride, NUMERATOR)
+    p, p_slope = _horner(x, ptr, step, NUMERATOR)
     if DENOMINATOR == 0:
         return p, p_slope, tl.full(x.shape, 1.0, tl.float32), tl.zeros_like(x)
     else:
-        q, q_slope = _horner(x, second_ptr, at, mask, stride, DENOMINATOR)
+        q, q_slope = _horner(x, ptr + NUMERATOR * step, step, DENOMINATOR)
         q_slope = q + x * q_slope
         q = q * x
         reciprocal = 1.0 / (1.0 + tl.abs(q))
@@ -280,62 +280,85 @@ def _rational(x, first_ptr, second_ptr, at, mask, stride, NUMERATOR: tl.constexp
 
 @triton.jit
 def _edge(
-    p,
     x,
-    keys,
-    visible,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    scale_ptr,
-    head,
-    N,
-    R,
+    ptr,
+    step,
     FAMILY: tl.constexpr,
     WAVELET: tl.constexpr,
     NUMERATOR: tl.constexpr,
     DENOMINATOR: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """
-    The functions of output p that are not linear in their parameters: scale * basis(x) and its derivative. `keys` and
-    their mask `visible` are shaped to go with `x`.
-    """
-    own = (head * R + p) * N + keys
-    scale = tl.load(scale_ptr + own, mask=visible, other=0.0).to(tl.float32)
+    """scale * basis(x) and its derivative for one output of a family that is not linear in its parameters."""
     if FAMILY == 2:
-        scale *= tl.load(first_ptr + own, mask=visible, other=0.0).to(tl.float32) * _window(keys, N, WAVELET)
-        inverse = 1.0 / tl.load(third_ptr + own, mask=visible, other=1.0).to(tl.float32)
-        t = (x - tl.load(second_ptr + own, mask=visible, other=0.0).to(tl.float32)) * inverse
-        value, derivative = _wavelet(t, WAVELET, FAST)
-        return scale * value, scale * inverse * derivative
+        scale = tl.load(ptr)
+        inverse = tl.load(ptr + 2 * step)
+        value, derivative = _wavelet(x * inverse + tl.load(ptr + step), WAVELET, FAST)
+        return scale * value, (scale * inverse) * derivative
     else:
-        stride = R * N
-        first_ptr += head * (NUMERATOR - 1) * stride
-        second_ptr += head * (DENOMINATOR - 1) * stride
-        value, derivative, _, _ = _rational(x, first_ptr, second_ptr, own, visible, stride, NUMERATOR, DENOMINATOR)
-        return scale * value, scale * derivative
+        value, derivative, _, _ = _rational(x, ptr, step, NUMERATOR, DENOMINATOR)
+        return value, derivative
+
+
+@triton.jit
+def _add_row_sums(total, values, p, r, dtype: tl.constexpr):
+    """total[:, p] += the sums of the rows of `values`: on the matrix units unless `dtype` is fp32."""
+    if dtype == tl.float32:
+        return total + tl.where(r[None, :] == p, tl.sum(values, axis=1)[:, None], 0.0)
+    else:
+        chosen = tl.zeros([values.shape[1], total.shape[1]], tl.float32) + tl.where(r[None, :] == p, 1.0, 0.0)
+        return tl.dot(values.to(dtype), chosen.to(dtype), total)
+
+
+@triton.jit
+def _column(matrix, p, r, WIDTH: tl.constexpr):
+    """Column p of `matrix`, (rows, RP), as (rows, WIDTH) or (rows, 1)."""
+    if matrix.dtype == tl.float32:
+        return tl.sum(tl.where(r[None, :] == p, matrix, 0.0), axis=1)[:, None]
+    else:
+        chosen = tl.zeros([matrix.shape[1], WIDTH], tl.float32) + tl.where(r[:, None] == p, 1.0, 0.0)
+        return tl.dot(matrix, chosen.to(matrix.dtype))
+
+
+@triton.jit
+def _row(matrix, p, r, HEIGHT: tl.constexpr):
+    """Column p of `matrix`, (rows, RP), lying: as (HEIGHT, rows) or (1, rows)."""
+    if matrix.dtype == tl.float32:
+        return tl.sum(tl.where(r[None, :] == p, matrix, 0.0), axis=1)[None, :]
+    else:
+        chosen = tl.zeros([HEIGHT, matrix.shape[1]], tl.float32) + tl.where(r[None, :] == p, 1.0, 0.0)
+        return tl.dot(chosen.to(matrix.dtype), tl.trans(matrix))
 
 
 @triton.jit
 def _pack(
     first_ptr,
     second_ptr,
+    third_ptr,
     scale_ptr,
     base_ptr,
     w_ptr,
     packed_ptr,
+    edges_ptr,
     N,
+    NP,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
+    WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr,
+    EDGES: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """
-    (h, 2M + 1, N, R) in the dtype of the scores: the M coefficients with their scales, W, and the M coefficients of the
-    derivative.
+    The parameters as the other kernels read them, zero beyond N and R:
+
+    * `packed` (h, 2M + 1, NP, RP), in the dtype of the scores: the M coefficients with their scales, W, and the M
+      coefficients of the derivative;
+    * `edges` (h, EDGES, R, NP), fp32: of wavelets scale * amplitude * window, -tau / s and 1 / s; of rational functions
+      numerators with their scales, and denominators.
     """
     head = tl.program_id(0)
     m = tl.program_id(1)
@@ -345,25 +368,46 @@ def _pack(
     edge = r[None, :] * N + n[:, None]
     size = R * N
     value = tl.load(scale_ptr + head * size + edge, mask=inside, other=0.0).to(tl.float32)
-    if m == M:
-        value = tl.load(w_ptr + head * size + n[:, None] * R + r[None, :], mask=inside, other=0.0).to(tl.float32)
-    elif m == K:
-        value = tl.load(base_ptr + head * size + edge, mask=inside, other=0.0).to(tl.float32)
-    elif FAMILY == 1:
-        value *= tl.load(first_ptr + (head * K + m) * size + edge, mask=inside, other=0.0).to(tl.float32)
-    elif m % 2 == 0:
-        value *= tl.load(first_ptr + (head * (K // 2) + m // 2) * size + edge, mask=inside, other=0.0).to(tl.float32)
+    if m > M:
+        e = m - M - 1
+        if FAMILY == 2:
+            own = head * size + edge
+            if e == 0:
+                value *= tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
+                value *= _window(n, N, WAVELET)[:, None]
+            else:
+                value = 1.0 / tl.load(third_ptr + own, mask=inside, other=1.0).to(tl.float32)
+                if e == 1:
+                    value *= -tl.load(second_ptr + own, mask=inside, other=0.0).to(tl.float32)
+        elif e < NUMERATOR:
+            value *= tl.load(first_ptr + (head * NUMERATOR + e) * size + edge, mask=inside, other=0.0).to(tl.float32)
+        else:
+            own = (head * (EDGES - NUMERATOR) + e - NUMERATOR) * size + edge
+            value = tl.load(second_ptr + own, mask=inside, other=0.0).to(tl.float32)
+        at = ((head * EDGES + e) * R + r[None, :]) * NP + n[:, None]
+        tl.store(edges_ptr + at, tl.where(inside, value, 0.0), mask=r[None, :] < R)
     else:
-        value *= tl.load(second_ptr + (head * (K // 2) + m // 2) * size + edge, mask=inside, other=0.0).to(tl.float32)
-    out = packed_ptr + ((head * (2 * M + 1) + m) * N + n[:, None]) * RP + r[None, :]
-    dtype = packed_ptr.dtype.element_ty
-    tl.store(out, value.to(dtype), mask=n[:, None] < N)
-    if m != M:
-        if (FAMILY == 0) & (m < K):
-            # d(a cos nx + b sin nx) = -n a sin nx + n b cos nx
-            harmonic = (m // 2 + 1).to(tl.float32)
-            value *= tl.where(m % 2 == 0, -harmonic, harmonic)
-        tl.store(out + (M + 1) * N * RP, value.to(dtype), mask=n[:, None] < N)
+        if m == M:
+            value = tl.load(w_ptr + head * size + n[:, None] * R + r[None, :], mask=inside, other=0.0).to(tl.float32)
+        elif m == K:
+            value = tl.load(base_ptr + head * size + edge, mask=inside, other=0.0).to(tl.float32)
+        elif FAMILY == 1:
+            value *= tl.load(first_ptr + (head * K + m) * size + edge, mask=inside, other=0.0).to(tl.float32)
+        elif m % 2 == 0:
+            own = (head * (K // 2) + m // 2) * size + edge
+            value *= tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
+        else:
+            own = (head * (K // 2) + m // 2) * size + edge
+            value *= tl.load(second_ptr + own, mask=inside, other=0.0).to(tl.float32)
+        at = ((head * (2 * M + 1) + m) * NP + n[:, None]) * RP + r[None, :]
+        dtype = packed_ptr.dtype.element_ty
+        tl.store(packed_ptr + at, value.to(dtype))
+        if m != M:
+            if (FAMILY == 0) & (m < K):
+                # d(a cos nx + b sin nx) = -n a sin nx + n b cos nx
+                harmonic = (m // 2 + 1).to(tl.float32)
+                value *= tl.where(m % 2 == 0, -harmonic, harmonic)
+            tl.store(packed_ptr + (M + 1) * NP * RP + at, value.to(dtype))
 
 
 @triton.jit
@@ -376,42 +420,72 @@ def _tile(ptr, rows, row_stride, columns, N, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _visible(keep_ptr, b, keys, N, HAS_KEEP: tl.constexpr):
-    """Which keys exist and are not masked."""
-    visible = keys < N
-    if HAS_KEEP:
-        visible = visible & (tl.load(keep_ptr + b * N + keys, mask=visible, other=0) != 0)
-    return visible
+def _visible(keep_ptr, b, keys, N):
+    """Which keys are not masked."""
+    return tl.load(keep_ptr + b * N + keys, mask=keys < N, other=0) != 0
 
 
 @triton.jit
-def _forward(
-    q_ptr,
-    k_ptr,
+def _values(
     v_ptr,
     packed_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    scale_ptr,
     keep_ptr,
-    out_ptr,
-    hidden_ptr,
     u_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
     v_b,
     v_h,
     v_n,
     B,
     H,
     N,
+    NP,
+    M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    RP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """U = W^T v of one image and head, (RP, DP)."""
+    dtype = v_ptr.dtype.element_ty
+    head = tl.program_id(0) // B
+    b = (tl.program_id(0) % B).to(tl.int64)
+    columns = tl.arange(0, DP)
+    r = tl.arange(0, RP)
+    packed_ptr += (head * (2 * M + 1) + M) * NP * RP
+    u = tl.zeros([RP, DP], tl.float32)
+    for start in range(0, N, BN):
+        keys = start + tl.arange(0, BN)
+        v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
+        if HAS_KEEP:
+            v = tl.where(_visible(keep_ptr, b, keys, N)[:, None], v, 0.0).to(dtype)
+        w = tl.load(packed_ptr + keys[:, None] * RP + r[None, :])
+        u = tl.dot(tl.trans(w), v, u, input_precision=PRECISION)
+    tl.store(u_ptr + ((b * H + head) * RP + r[:, None]) * DP + columns[None, :], u.to(dtype))
+
+
+@triton.jit
+def _forward(
+    q_ptr,
+    k_ptr,
+    packed_ptr,
+    edges_ptr,
+    keep_ptr,
+    u_ptr,
+    out_ptr,
+    hidden_ptr,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    B,
+    H,
+    N,
+    NP,
     scaling,
-    R,
+    R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -433,7 +507,7 @@ def _forward(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Output of BM queries of one image and head; with SAVE also H and U, which the backward pass wants."""
+    """Output of BM queries of one image and head; with SAVE also H, which the backward pass wants."""
     dtype = q_ptr.dtype.element_ty
     # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
     tiles = tl.cdiv(N, BM)
@@ -444,58 +518,41 @@ def _forward(
     rows = tile * BM + tl.arange(0, BM)
     columns = tl.arange(0, DP)
     r = tl.arange(0, RP)
-    packed_ptr += head * (2 * M + 1) * N * RP
+    own = b * H + head
+    packed_ptr += head * (2 * M + 1) * NP * RP
+    edges_ptr += head * EDGES * R * NP
     q = _tile(q_ptr + b * q_b + head * q_h, rows, q_n, columns, N, D, DP)
     hidden = tl.zeros([BM, RP], tl.float32)
-    u = tl.zeros([RP, DP], tl.float32)
     for start in range(0, N, BN):
         keys = start + tl.arange(0, BN)
-        visible = _visible(keep_ptr, b, keys, N, HAS_KEEP)
         k = _tile(k_ptr + b * k_b + head * k_h, keys, k_n, columns, N, D, DP)
-        v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
         if HAS_KEEP:
+            visible = _visible(keep_ptr, b, keys, N)
             # Where, and not times: what a masked key holds may be infinite.
             k = tl.where(visible[:, None], k, 0.0).to(dtype)
-            v = tl.where(visible[:, None], v, 0.0).to(dtype)
         edge = keys[:, None] * RP + r[None, :]
-        w = tl.load(packed_ptr + M * N * RP + edge, mask=visible[:, None], other=0.0)
-        u = tl.dot(tl.trans(w), v, u, input_precision=PRECISION)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
         state = (x, x, x, x, x)
         for m in tl.static_range(M):
             feature, _, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
-            coefficients = tl.load(packed_ptr + m * N * RP + edge, mask=visible[:, None], other=0.0)
+            coefficients = tl.load(packed_ptr + m * NP * RP + edge)
+            if HAS_KEEP:
+                coefficients = tl.where(visible[:, None], coefficients, 0.0).to(dtype)
             hidden = tl.dot(feature.to(dtype), coefficients, hidden, input_precision=PRECISION)
         if FAMILY >= 2:
             for p in range(R):
-                values, _ = _edge(
-                    p,
-                    x,
-                    keys[None, :],
-                    visible[None, :],
-                    first_ptr,
-                    second_ptr,
-                    third_ptr,
-                    scale_ptr,
-                    head,
-                    N,
-                    R,
-                    FAMILY,
-                    WAVELET,
-                    NUMERATOR,
-                    DENOMINATOR,
-                    FAST,
-                )
-                hidden += tl.where(r[None, :] == p, tl.sum(values, axis=1)[:, None], 0.0)
-    out = tl.dot(hidden.to(dtype), u.to(dtype), input_precision=PRECISION)
+                own_edges = edges_ptr + p * NP + keys[None, :]
+                values, _ = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
+                if HAS_KEEP:
+                    values = tl.where(visible[None, :], values, 0.0)
+                hidden = _add_row_sums(hidden, values, p, r, dtype)
+    u = tl.load(u_ptr + (own * RP + r[:, None]) * DP + columns[None, :])
+    out = tl.dot(hidden.to(dtype), u, input_precision=PRECISION)
     inside = rows[:, None] < N
     out_ptr += ((b * N + rows[:, None]) * H + head) * D + columns[None, :]
     tl.store(out_ptr, out.to(dtype), mask=inside & (columns[None, :] < D))
     if SAVE:
-        own = b * H + head
         tl.store(hidden_ptr + (own * N + rows[:, None]) * RP + r[None, :], hidden.to(dtype), mask=inside)
-        if tile == 0:
-            tl.store(u_ptr + (own * RP + r[:, None]) * DP + columns[None, :], u.to(dtype))
 
 
 @triton.jit
@@ -503,10 +560,7 @@ def _backward_queries(
     q_ptr,
     k_ptr,
     packed_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    scale_ptr,
+    edges_ptr,
     keep_ptr,
     d_out_ptr,
     hidden_ptr,
@@ -526,8 +580,9 @@ def _backward_queries(
     B,
     H,
     N,
+    NP,
     scaling,
-    R,
+    R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -559,7 +614,8 @@ def _backward_queries(
     columns = tl.arange(0, DP)
     r = tl.arange(0, RP)
     own = b * H + head
-    packed_ptr += (head * (2 * M + 1) + M + 1) * N * RP
+    packed_ptr += (head * (2 * M + 1) + M + 1) * NP * RP
+    edges_ptr += head * EDGES * R * NP
     inside = rows[:, None] < N
     q = _tile(q_ptr + b * q_b + head * q_h, rows, q_n, columns, N, D, DP)
     d_out = _tile(d_out_ptr + b * o_b + head * o_h, rows, o_n, columns, N, D, DP)
@@ -573,39 +629,23 @@ def _backward_queries(
     d_q = tl.zeros([BM, DP], tl.float32)
     for start in range(0, N, BN):
         keys = start + tl.arange(0, BN)
-        visible = _visible(keep_ptr, b, keys, N, HAS_KEEP)
         k = _tile(k_ptr + b * k_b + head * k_h, keys, k_n, columns, N, D, DP)
         if HAS_KEEP:
-            k = tl.where(visible[:, None], k, 0.0).to(dtype)
+            # A key of zeros hands no gradient on to its query.
+            k = tl.where(_visible(keep_ptr, b, keys, N)[:, None], k, 0.0).to(dtype)
         edge = keys[:, None] * RP + r[None, :]
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
         state = (x, x, x, x, x)
         d_x = tl.zeros([BM, BN], tl.float32)
         for m in tl.static_range(M):
             _, derivative, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
-            coefficients = tl.load(packed_ptr + m * N * RP + edge, mask=visible[:, None], other=0.0)
+            coefficients = tl.load(packed_ptr + m * NP * RP + edge)
             d_x += derivative * tl.dot(d_hidden, tl.trans(coefficients), input_precision=PRECISION)
         if FAMILY >= 2:
             for p in range(R):
-                _, derivatives = _edge(
-                    p,
-                    x,
-                    keys[None, :],
-                    visible[None, :],
-                    first_ptr,
-                    second_ptr,
-                    third_ptr,
-                    scale_ptr,
-                    head,
-                    N,
-                    R,
-                    FAMILY,
-                    WAVELET,
-                    NUMERATOR,
-                    DENOMINATOR,
-                    FAST,
-                )
-                d_x += tl.sum(tl.where(r[None, :] == p, d_hidden, 0.0), axis=1)[:, None] * derivatives
+                own_edges = edges_ptr + p * NP + keys[None, :]
+                _, derivatives = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
+                d_x += _column(d_hidden, p, r, BN) * derivatives
         d_q = tl.dot(d_x.to(dtype), k, d_q, input_precision=PRECISION)
     d_q_ptr += ((b * N + rows[:, None]) * H + head) * D + columns[None, :]
     tl.store(d_q_ptr, (d_q * scaling).to(dtype), mask=inside & (columns[None, :] < D))
@@ -617,10 +657,7 @@ def _backward_keys(
     k_ptr,
     v_ptr,
     packed_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    scale_ptr,
+    edges_ptr,
     keep_ptr,
     d_hidden_ptr,
     d_u_ptr,
@@ -639,10 +676,11 @@ def _backward_keys(
     B,
     H,
     N,
+    NP,
     scaling,
     CHUNK,
     U_TILES,
-    R,
+    R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -675,9 +713,10 @@ def _backward_keys(
     r = tl.arange(0, RP)
     edge = keys[:, None] * RP + r[None, :]
     inside = keys[:, None] < N
-    packed_ptr += head * (2 * M + 1) * N * RP
-    w = tl.load(packed_ptr + M * N * RP + edge, mask=inside, other=0.0)
-    packed_ptr += (M + 1) * N * RP
+    packed_ptr += head * (2 * M + 1) * NP * RP
+    w = tl.load(packed_ptr + M * NP * RP + edge)
+    packed_ptr += (M + 1) * NP * RP
+    edges_ptr += head * EDGES * R * NP + keys[:, None]
     sums = ()
     # M sums for the features, and one for each parameter of wavelets and rational functions.
     for _ in tl.static_range(M + EDGES):
@@ -686,10 +725,10 @@ def _backward_keys(
     for image in range(chunk * CHUNK, tl.minimum(B, (chunk + 1) * CHUNK)):
         b = tl.cast(image, tl.int64)
         own = b * H + head
-        visible = _visible(keep_ptr, b, keys, N, HAS_KEEP)
         k = _tile(k_ptr + b * k_b + head * k_h, keys, k_n, columns, N, D, DP)
         v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
         if HAS_KEEP:
+            visible = _visible(keep_ptr, b, keys, N)
             k = tl.where(visible[:, None], k, 0.0).to(dtype)
             v = tl.where(visible[:, None], v, 0.0).to(dtype)
         d_u = tl.zeros([RP, DP], tl.float32)
@@ -710,44 +749,31 @@ def _backward_keys(
             new = ()
             for m in tl.static_range(M):
                 feature, derivative, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
-                coefficients = tl.load(packed_ptr + m * N * RP + edge, mask=visible[:, None], other=0.0)
+                coefficients = tl.load(packed_ptr + m * NP * RP + edge)
                 d_x += derivative * tl.dot(coefficients, tl.trans(d_hidden), input_precision=PRECISION)
                 if HAS_KEEP:
                     feature = tl.where(visible[:, None], feature, 0.0)
                 new = new + (tl.dot(feature.to(dtype), d_hidden, sums[m], input_precision=PRECISION),)
             if FAMILY >= 2:
-                seen = visible[:, None]
                 edge_sums = ()
                 for j in tl.static_range(EDGES):
                     edge_sums = edge_sums + (sums[M + j],)
                 for p in range(R):
-                    at_p = r[None, :] == p
-                    gradient = tl.sum(tl.where(at_p, d_hidden, 0.0), axis=1)[None, :].to(tl.float32)
-                    edge_at = (head * R + p) * N + keys[:, None]
-                    scale = tl.load(scale_ptr + edge_at, mask=seen, other=0.0).to(tl.float32)
+                    gradient = _row(d_hidden, p, r, BN).to(tl.float32)
+                    if HAS_KEEP:
+                        gradient = tl.where(visible[:, None], gradient, 0.0)
+                    at_p = edges_ptr + p * NP
                     added = ()
                     if FAMILY == 2:
-                        scale *= tl.load(first_ptr + edge_at, mask=seen, other=0.0).to(tl.float32)
-                        scale *= _window(keys[:, None], N, WAVELET)
-                        inverse = 1.0 / tl.load(third_ptr + edge_at, mask=seen, other=1.0).to(tl.float32)
-                        t = (x - tl.load(second_ptr + edge_at, mask=seen, other=0.0).to(tl.float32)) * inverse
+                        inverse = tl.load(at_p + 2 * R * NP)
+                        t = x * inverse + tl.load(at_p + R * NP)
                         value, derivative = _wavelet(t, WAVELET, FAST)
                         moved = gradient * derivative
-                        d_x += scale * inverse * moved
+                        d_x += (tl.load(at_p) * inverse) * moved
                         added = (gradient * value, moved, moved * t)
                     else:
-                        stride = R * N
-                        value, derivative, reciprocal, sign = _rational(
-                            x,
-                            first_ptr + head * (NUMERATOR - 1) * stride,
-                            second_ptr + head * (DENOMINATOR - 1) * stride,
-                            edge_at,
-                            seen,
-                            stride,
-                            NUMERATOR,
-                            DENOMINATOR,
-                        )
-                        d_x += scale * gradient * derivative
+                        value, derivative, reciprocal, sign = _rational(x, at_p, R * NP, NUMERATOR, DENOMINATOR)
+                        d_x += gradient * derivative
                         power = gradient * reciprocal
                         lower = -power * value * sign
                         for _ in tl.static_range(NUMERATOR):
@@ -756,10 +782,11 @@ def _backward_keys(
                         for _ in tl.static_range(DENOMINATOR):
                             lower = lower * x
                             added = added + (lower,)
+                    # The ten sums of rational functions are faster without the matrix units.
+                    way: tl.constexpr = dtype if FAMILY == 2 else tl.float32
                     grown = ()
                     for j in tl.static_range(EDGES):
-                        total = tl.sum(tl.where(seen, added[j], 0.0), axis=1)[:, None]
-                        grown = grown + (edge_sums[j] + tl.where(at_p, total, 0.0),)
+                        grown = grown + (_add_row_sums(edge_sums[j], added[j], p, r, way),)
                     edge_sums = grown
                 new = new + edge_sums
             sums = new
@@ -767,6 +794,7 @@ def _backward_keys(
         at = ((b * N + keys[:, None]) * H + head) * D + columns[None, :]
         store = inside & (columns[None, :] < D)
         if HAS_KEEP:
+            d_k = tl.where(visible[:, None], d_k, 0.0)
             d_v = tl.where(visible[:, None], d_v, 0.0)
         tl.store(d_v_ptr + at, d_v.to(dtype), mask=store)
         tl.store(d_k_ptr + at, (d_k * scaling).to(dtype), mask=store)
@@ -873,7 +901,8 @@ def _reduce(
             tl.store(d_first_ptr + own, total * scale, mask=inside)
         for j in tl.static_range(DENOMINATOR):
             total = _total(partial_ptr, M + NUMERATOR + j, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
-            tl.store(d_second_ptr + (head * DENOMINATOR + j) * size + edge, total * scale, mask=inside)
+            # The scale is in these sums already.
+            tl.store(d_second_ptr + (head * DENOMINATOR + j) * size + edge, total, mask=inside)
     total = _total(partial_ptr, COUNT - 1, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
     tl.store(d_w_ptr + head * size + n * R + r, total, mask=inside)
     tl.store(d_scale_ptr + head * size + edge, d_scale, mask=inside)
@@ -915,43 +944,95 @@ class Form:
 _FORM_FIELDS = tuple(field.name for field in fields(Form))
 
 
-def _constants(q, form: Form, rank: int, keep) -> dict:
-    full = q.dtype == torch.float32
-    head_size = q.shape[-1]
-    return {
-        "FAMILY": form.family,
-        "K": form.features,
-        "M": form.features + (form.base != 0),
-        "ORDER": form.order,
-        "LOW": form.low,
-        "SLOPE": form.slope,
-        "WAVELET": form.wavelet,
-        "NUMERATOR": form.numerator,
-        "DENOMINATOR": form.denominator,
-        "EDGES": 3 if form.family == 2 else form.numerator + form.denominator,
-        "BASE": form.base,
-        "FAST": not full and not INTERPRET,
-        "PRECISION": "ieee" if full else "tf32",
-        "HAS_KEEP": keep is not None,
-        "RP": max(16, triton.next_power_of_2(rank)),
-        "D": head_size,
-        "DP": max(16, triton.next_power_of_2(head_size)),
-    }
+def _tiles(form: Form) -> dict[str, dict]:
+    """What measured best on an H200 at 197 tokens and heads of 64: mostly one warp per 16 rows."""
+    if form.family >= FAMILIES["wavelet"]:
+        forward, queries = (32, 16, 1, 2), (32, 32, 2, 2)
+    elif form.features <= 2:
+        forward = queries = (64, 32, 4, 3)
+    else:
+        forward = queries = (64, 16, 4, 3)
+    keys = (16, 64, 4, 2) if form.family == FAMILIES["spline"] else (32, 64, 4, 2 if form.family else 3)
+    tiles = {"_forward": forward, "_backward_queries": queries, "_backward_keys": keys}
+    return {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
 
 
-# Tiles measured best on an H200 at 197 tokens and heads of 64: mostly one warp per 16 rows.
-def _query_tile(form: Form) -> dict:
-    if form.family >= 2:
-        return {"BM": 32, "BN": 32, "num_warps": 2, "num_stages": 2}
-    if form.features <= 2:
-        return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3}
-    return {"BM": 64, "BN": 16, "num_warps": 4, "num_stages": 2}
+@lru_cache(maxsize=None)
+class _Plan:
+    """How to compile the kernels for one kind of attention: `options` are their compile-time arguments by name."""
+
+    def __init__(self, form: Form, rank: int, head_size: int, dtype: torch.dtype, masked: bool, save: bool):
+        full = dtype == torch.float32
+        self.features = form.features + (form.base != 0)
+        # Numbers per edge of the families that are not linear in them.
+        self.edges = 3 if form.family == FAMILIES["wavelet"] else form.numerator + form.denominator
+        self.rank = rank
+        self.rank_padded = max(16, triton.next_power_of_2(rank))
+        self.head_size_padded = max(16, triton.next_power_of_2(head_size))
+        constants = {
+            "FAMILY": form.family,
+            "K": form.features,
+            "M": self.features,
+            "ORDER": form.order,
+            "LOW": form.low,
+            "SLOPE": form.slope,
+            "WAVELET": form.wavelet,
+            "NUMERATOR": form.numerator,
+            "DENOMINATOR": form.denominator,
+            "EDGES": self.edges,
+            "BASE": form.base,
+            "FAST": not full and not INTERPRET,
+            "PRECISION": "ieee" if full else "tf32",
+            "HAS_KEEP": masked,
+            "SAVE": save,
+            "R": rank,
+            "RP": self.rank_padded,
+            "D": head_size,
+            "DP": self.head_size_padded,
+        }
+        self.tiles = _tiles(form)
+        own = self.tiles | {
+            "_pack": {"BLOCK": _PADDING},
+            "_values": {"BN": _PADDING},
+            "_reduce": {"BLOCK": 64, "ROWS": 16},
+        }
+        self.options = {}
+        for kernel in (_pack, _values, _forward, _backward_queries, _backward_keys, _reduce):
+            name = kernel.fn.__name__
+            known = {key: value for key, value in constants.items() if key in kernel.arg_names}
+            self.options[name] = known | own[name]
 
 
-def _key_tile(form: Form) -> dict:
-    if form.family == 1:
-        return {"BM": 16, "BN": 64, "num_warps": 4, "num_stages": 2}
-    return {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 3 if form.family == 0 else 2}
+def _kind(argument):
+    """What Triton compiles anew for: type and alignment of tensors, values of integers."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return float if isinstance(argument, float) else argument
+
+
+_compiled = {}
+
+
+def _launch(kernel, grid: tuple[int, int, int], plan: _Plan, *arguments) -> None:
+    """
+    Launch a kernel on the current device.
+
+    Triton binds and hashes some forty arguments at each launch, which takes longer than the kernels of a small batch
+    run. Here a compiled kernel is kept for each kind of arguments, and launched directly.
+    """
+    name = kernel.fn.__name__
+    options = plan.options[name]
+    if INTERPRET:
+        kernel[grid](*arguments, **options)
+        return
+    key = (name, plan, torch.cuda.current_device(), *map(_kind, arguments))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **options)
+        _compiled[key] = compiled, [options[constant] for constant in kernel.arg_names[len(arguments) :]]
+    else:
+        compiled, constants = found
+        compiled[grid](*arguments, *constants)
 
 
 # Programs that sum coefficients: two for each multiprocessor of an H200. More would only add partial sums to reduce;
@@ -959,12 +1040,16 @@ def _key_tile(form: Form) -> dict:
 _PROGRAMS = 264
 
 
+# Tokens are padded to a multiple of the largest tile of keys, so that nothing masks what `_pack` wrote.
+_PADDING = 64
+
+
+def _padded(tokens: int) -> int:
+    return triton.cdiv(tokens, _PADDING) * _PADDING
+
+
 def _strides(*tensors) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
-def _only(constants: dict, *names: str) -> dict:
-    return {name: constants[name] for name in names}
 
 
 def _on_its_device(launch):
@@ -981,140 +1066,57 @@ def _on_its_device(launch):
 @_on_its_device
 def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bool):
     """
-    Output (B, N, h, d); the packed coefficients, H and U, the last two empty unless `save`.
+    Output (B, N, h, d), and what the backward pass wants: the packed parameters, H and U, H empty unless `save`.
 
     `parameters` are three of the basis (absent ones empty), scale_basis, scale_base, and the projector.
     """
-    first, second, third, scale, base, projector = parameters
     images, heads, tokens, head_size = q.shape
-    rank = projector.shape[-1]
-    constants = _constants(q, form, rank, keep)
-    m, rp = constants["M"], constants["RP"]
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save)
+    rp, padded = plan.rank_padded, _padded(tokens)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    packed = q.new_empty(heads, 2 * m + 1, tokens, rp)
-    _pack[(heads, m + 1, triton.cdiv(tokens, 64))](
-        first,
-        second,
-        scale,
-        base,
-        projector,
-        packed,
-        tokens,
-        R=rank,
-        BLOCK=64,
-        **_only(constants, "FAMILY", "K", "M", "RP"),
-    )
+    packed = q.new_empty(heads, 2 * plan.features + 1, padded, rp)
+    edges = q.new_empty(heads, plan.edges, plan.rank, padded, dtype=torch.float32)
+    grid = (heads, plan.features + 1 + plan.edges, padded // _PADDING)
+    _launch(_pack, grid, plan, *parameters, packed, edges, tokens, padded)
+    visible = q if keep is None else keep
+    sizes = (images, heads, tokens, padded)
+    u = q.new_empty(images, heads, rp, plan.head_size_padded)
+    _launch(_values, (heads * images, 1, 1), plan, v, packed, visible, u, *_strides(v), *sizes)
     out = q.new_empty(images, tokens, heads, head_size)
     hidden = q.new_empty((images, heads, tokens, rp) if save else 0)
-    u = q.new_empty((images, heads, rp, constants["DP"]) if save else 0)
-    tile = _query_tile(form)
-    _forward[(heads * images * triton.cdiv(tokens, tile["BM"]),)](
-        q,
-        k,
-        v,
-        packed,
-        first,
-        second,
-        third,
-        scale,
-        q if keep is None else keep,
-        out,
-        hidden,
-        u,
-        *_strides(q, k, v),
-        images,
-        heads,
-        tokens,
-        scaling,
-        rank,
-        SAVE=save,
-        **constants,
-        **tile,
-    )
-    return out, packed, hidden, u
+    grid = (heads * images * triton.cdiv(tokens, plan.tiles["_forward"]["BM"]), 1, 1)
+    tensors = (q, k, packed, edges, visible, u, out, hidden)
+    _launch(_forward, grid, plan, *tensors, *_strides(q, k), *sizes, scaling)
+    return out, packed, edges, hidden, u
 
 
 @_on_its_device
-def _run_backward(d_out, q, k, v, parameters, keep, packed, hidden, u, scaling: float, form: Form):
+def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form):
     """Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty."""
-    first, second, third, scale, _, projector = parameters
     images, heads, tokens, head_size = q.shape
-    rank = projector.shape[-1]
-    constants = _constants(q, form, rank, keep)
-    m, rp = constants["M"], constants["RP"]
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True)
+    rp, dp = plan.rank_padded, plan.head_size_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
+    sizes = (images, heads, tokens, _padded(tokens), scaling)
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
     d_hidden = torch.empty_like(hidden)
-    tile = _query_tile(form)
-    tiles = triton.cdiv(tokens, tile["BM"])
-    d_u = q.new_empty(images, heads, tiles, rp, constants["DP"], dtype=torch.float32)
-    shape = (images, heads, tokens, scaling)
-    _backward_queries[(heads * images * tiles,)](
-        q,
-        k,
-        packed,
-        first,
-        second,
-        third,
-        scale,
-        visible,
-        d_out,
-        hidden,
-        u,
-        d_q,
-        d_hidden,
-        d_u,
-        *_strides(q, k, d_out.transpose(1, 2)),
-        *shape,
-        rank,
-        **constants,
-        **tile,
-    )
-    key_tile = _key_tile(form)
-    key_tiles = triton.cdiv(tokens, key_tile["BN"])
+    tiles = triton.cdiv(tokens, plan.tiles["_backward_queries"]["BM"])
+    d_u = q.new_empty(images, heads, tiles, rp, dp, dtype=torch.float32)
+    tensors = (q, k, packed, edges, visible, d_out, hidden, u, d_q, d_hidden, d_u)
+    strides = _strides(q, k, d_out.transpose(1, 2))
+    _launch(_backward_queries, (heads * images * tiles, 1, 1), plan, *tensors, *strides, *sizes)
+    key_tiles = triton.cdiv(tokens, plan.tiles["_backward_keys"]["BN"])
     chunk = triton.cdiv(images * heads * key_tiles, _PROGRAMS)
     chunks = triton.cdiv(images, chunk)
-    partial = q.new_empty(chunks, heads, m + constants["EDGES"] + 1, tokens, rp, dtype=torch.float32)
-    _backward_keys[(heads * chunks * key_tiles,)](
-        q,
-        k,
-        v,
-        packed,
-        first,
-        second,
-        third,
-        scale,
-        visible,
-        d_hidden,
-        d_u,
-        d_k,
-        d_v,
-        partial,
-        *_strides(q, k, v),
-        *shape,
-        chunk,
-        tiles,
-        rank,
-        **constants,
-        **key_tile,
-    )
+    partial = q.new_empty(chunks, heads, plan.features + plan.edges + 1, tokens, rp, dtype=torch.float32)
+    tensors = (q, k, v, packed, edges, visible, d_hidden, d_u, d_k, d_v, partial)
+    grid = (heads * chunks * key_tiles, 1, 1)
+    _launch(_backward_keys, grid, plan, *tensors, *_strides(q, k, v), *sizes, chunk, tiles)
     gradients = [torch.empty_like(x) for x in parameters]
-    _reduce[(heads, triton.cdiv(tokens * rp, 64))](
-        partial,
-        first,
-        second,
-        third,
-        scale,
-        *gradients,
-        chunks,
-        heads,
-        tokens,
-        R=rank,
-        BLOCK=64,
-        ROWS=16,
-        **_only(constants, "FAMILY", "K", "M", "WAVELET", "NUMERATOR", "DENOMINATOR", "EDGES", "RP"),
-    )
+    basis_and_scale = parameters[:4]
+    grid = (heads, triton.cdiv(tokens * rp, 64), 1)
+    _launch(_reduce, grid, plan, partial, *basis_and_scale, *gradients, chunks, heads, tokens)
     return d_q, d_k, d_v, *gradients
 
 
@@ -1140,17 +1142,17 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, scaling, keep, q, k, v, *parameters):
         save = any(ctx.needs_input_grad)
-        out, packed, hidden, u = _run_forward(q, k, v, parameters, keep, scaling, form, save)
+        out, packed, edges, hidden, u = _run_forward(q, k, v, parameters, keep, scaling, form, save)
         if save:
-            ctx.save_for_backward(q, k, v, keep, packed, hidden, u, *parameters)
+            ctx.save_for_backward(q, k, v, keep, packed, edges, hidden, u, *parameters)
         ctx.form, ctx.scaling = form, scaling
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        q, k, v, keep, packed, hidden, u, *parameters = ctx.saved_tensors
-        gradients = _run_backward(d_out, q, k, v, parameters, keep, packed, hidden, u, ctx.scaling, ctx.form)
+        q, k, v, keep, packed, edges, hidden, u, *parameters = ctx.saved_tensors
+        gradients = _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, ctx.scaling, ctx.form)
         gradients = (*(x.transpose(1, 2) for x in gradients[:3]), *gradients[3:])
         return None, None, None, *(x if need else None for x, need in zip(gradients, ctx.needs_input_grad[3:]))
 
@@ -1173,19 +1175,20 @@ def _register_operators():
         scaling: float,
         form: list[float],
         save: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return _run_forward(q, k, v, parameters, keep, scaling, Form.from_list(form), save)
 
     @attention.register_fake
     def _(q, k, v, parameters, keep, scaling, form, save):
         images, heads, tokens, head_size = q.shape
-        constants = _constants(q, Form.from_list(form), parameters[5].shape[-1], keep)
-        rp, dp = constants["RP"], constants["DP"]
+        plan = _Plan(Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save)
+        rp, padded = plan.rank_padded, _padded(tokens)
         return (
             q.new_empty(images, tokens, heads, head_size),
-            q.new_empty(heads, 2 * constants["M"] + 1, tokens, rp),
+            q.new_empty(heads, 2 * plan.features + 1, padded, rp),
+            q.new_empty(heads, plan.edges, plan.rank, padded, dtype=torch.float32),
             q.new_empty((images, heads, tokens, rp) if save else 0),
-            q.new_empty((images, heads, rp, dp) if save else 0),
+            q.new_empty(images, heads, rp, plan.head_size_padded),
         )
 
     @torch.library.custom_op("karat_vit::attention_backward_v1", mutates_args=())
@@ -1197,30 +1200,31 @@ def _register_operators():
         parameters: list[torch.Tensor],
         keep: torch.Tensor | None,
         packed: torch.Tensor,
+        edges: torch.Tensor,
         hidden: torch.Tensor,
         u: torch.Tensor,
         scaling: float,
         form: list[float],
     ) -> list[torch.Tensor]:
         form = Form.from_list(form)
-        return list(_run_backward(d_out, q, k, v, parameters, keep, packed, hidden, u, scaling, form))
+        return list(_run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form))
 
     @attention_backward.register_fake
-    def _(d_out, q, k, v, parameters, keep, packed, hidden, u, scaling, form):
+    def _(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form):
         images, heads, tokens, head_size = q.shape
         d_qkv = [q.new_empty(images, tokens, heads, head_size) for _ in range(3)]
         return d_qkv + [torch.empty_like(x) for x in parameters]
 
     def setup_context(ctx, inputs, output):
         q, k, v, parameters, keep, scaling, form, _ = inputs
-        _, packed, hidden, u = output
-        ctx.save_for_backward(q, k, v, keep, packed, hidden, u, *parameters)
+        _, packed, edges, hidden, u = output
+        ctx.save_for_backward(q, k, v, keep, packed, edges, hidden, u, *parameters)
         ctx.scaling, ctx.form = scaling, form
 
     def backward(ctx, d_out, *_):
-        q, k, v, keep, packed, hidden, u, *parameters = ctx.saved_tensors
+        q, k, v, keep, packed, edges, hidden, u, *parameters = ctx.saved_tensors
         gradients = torch.ops.karat_vit.attention_backward_v1(
-            d_out, q, k, v, parameters, keep, packed, hidden, u, ctx.scaling, ctx.form
+            d_out, q, k, v, parameters, keep, packed, edges, hidden, u, ctx.scaling, ctx.form
         )
         d_q, d_k, d_v = (x.transpose(1, 2) for x in gradients[:3])
         return d_q, d_k, d_v, gradients[3:], None, None, None, None

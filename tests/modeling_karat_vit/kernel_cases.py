@@ -185,7 +185,13 @@ def test_compile_takes_the_kernels_whole():
         torch.testing.assert_close(actual, expected)
 
 
-half = pytest.mark.skipif(DEVICE == "cpu", reason="half precision and the fast sine need a GPU")
+@pytest.mark.parametrize("options", BASES, ids=str)
+def test_fp16(options):
+    """Sums of rows take another way in half precision; bf16 is more than the interpreter can."""
+    check(dtype=torch.float16, karat_rank=3, images=1, grid=(3, 5), masked=True, **options)
+
+
+half = pytest.mark.skipif(DEVICE == "cpu", reason="bf16 and the fast sine need a GPU")
 
 
 @half
