@@ -11,6 +11,8 @@ from image_classification.errors import InputError, did_you_mean
 # One module each. Its docstring is the command's description.
 COMMANDS = {
     "functions": "the learned functions phi_pq, over the scores that really occur",
+    "attention": "attention maps, signed, of any block, head and query; regions, dominant head, rollout",
+    "spectrum": "singular values of the attention matrices before and after the activation; effective rank",
 }
 
 _USAGE = """\

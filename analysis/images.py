@@ -16,6 +16,10 @@ from image_classification.errors import InputError
 from .checkpoints import Checkpoint
 
 
+# An image, its name (the file's, or its number in the data set), and its class if that is known.
+Found = tuple[Image.Image, str, str | None]
+
+
 @dataclass
 class Images:
     """
@@ -36,38 +40,49 @@ class Images:
 
 
 def load_images(checkpoint: Checkpoint, paths: list[str] | None, count: int, seed: int = 0) -> Images:
+    """`find_images` for one model, prepared for it."""
+    return prepare(checkpoint, find_images([checkpoint], paths, count, seed))
+
+
+def find_images(checkpoints: list[Checkpoint], paths: list[str] | None, count: int, seed: int = 0) -> list[Found]:
     """
-    Read images, and prepare them with the checkpoint's image processor.
+    Read images for one or several models.
 
     Args:
-        checkpoint: the model.
-        paths: files, all of which are taken, and folders; `None` for the data set of the checkpoint's run.
+        checkpoints: the models; the first that is of a run says which data set.
+        paths: files, all of which are taken, and folders; `None` for the held-out images of the data set.
         count: how many to draw from the folders, or from the data set.
         seed: of the draw.
 
     Raises:
-        InputError: a path does not exist or holds no image, an image is broken, the checkpoint has no image processor,
-            or no images are named and it is of no run.
+        InputError: a path does not exist or holds no image, an image is broken, a checkpoint has no image processor,
+            or no images are named and no checkpoint is of a run.
     """
-    if checkpoint.processor is None:
-        raise InputError(
-            f"{checkpoint.source} has no image processor (preprocessor_config.json), so how its images were prepared "
-            "is not known. Save one beside it: ViTImageProcessor(...).save_pretrained(folder)."
-        )
-    found = _of_run(checkpoint, count, seed) if paths is None else _of_paths(paths, count, seed)
-    return prepare(checkpoint, *zip(*found, strict=True))
+    for checkpoint in checkpoints:
+        _processor(checkpoint)
+    return _of_run(checkpoints, count, seed) if paths is None else _of_paths(paths, count, seed)
 
 
-def prepare(checkpoint: Checkpoint, pictures, names, labels) -> Images:
-    """PIL images as `Images`, by the checkpoint's image processor."""
-    processor = checkpoint.processor
+def prepare(checkpoint: Checkpoint, found: list[Found]) -> Images:
+    """Images as a model takes them, by its image processor."""
+    processor = _processor(checkpoint)
+    pictures, names, labels = zip(*found, strict=True)
     pixels = torch.cat([processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures])
     mean, std = (torch.tensor(getattr(processor, key)).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
     shown = pixels * std + mean if processor.do_normalize else pixels
     return Images(pixels, shown.clamp(0, 1).permute(0, 2, 3, 1).numpy(), list(names), list(labels))
 
 
-def _of_paths(paths: list[str], count: int, seed: int) -> list[tuple[Image.Image, str, None]]:
+def _processor(checkpoint: Checkpoint):
+    if checkpoint.processor is None:
+        raise InputError(
+            f"{checkpoint.source} has no image processor (preprocessor_config.json), so how its images were prepared "
+            "is not known. Save one beside it: ViTImageProcessor(...).save_pretrained(folder)."
+        )
+    return checkpoint.processor
+
+
+def _of_paths(paths: list[str], count: int, seed: int) -> list[Found]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, in_folders = [], []
     for path in map(Path, paths):
@@ -84,11 +99,12 @@ def _of_paths(paths: list[str], count: int, seed: int) -> list[tuple[Image.Image
     return [(decode({"path": str(file), "bytes": None}, str(file)), file.name, None) for file in files]
 
 
-def _of_run(checkpoint: Checkpoint, count: int, seed: int) -> list[tuple[Image.Image, str, str]]:
-    if checkpoint.run is None:
+def _of_run(checkpoints: list[Checkpoint], count: int, seed: int) -> list[Found]:
+    checkpoint = next((checkpoint for checkpoint in checkpoints if checkpoint.run is not None), None)
+    if checkpoint is None:
         raise InputError(
-            f"{checkpoint.source} is of no run of run_image_classification.py (no run.json), so its data set is not "
-            "known. Name images with --images."
+            f"{checkpoints[0].source} is of no run of run_image_classification.py (no run.json), so its data set is "
+            "not known. Name images with --images."
         )
     settings = checkpoint.run["settings"]
     fields = {field.name for field in dataclasses.fields(DataArguments)}

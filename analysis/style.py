@@ -34,6 +34,8 @@ KIND_NAMES = {"karat": "KArAt", "softmax": "softmax"}
 
 # Negative is blue, positive red, zero white; safe for the usual kinds of colour blindness.
 DIVERGING = "RdBu_r"
+# The positive end of it, for veils over images.
+RED = "#b2182b"
 # Magnitudes from 0 up.
 SEQUENTIAL = "cividis"
 
@@ -105,6 +107,11 @@ def blank(axes: Axes) -> Axes:
         spine.set_linewidth(0.4)
         spine.set_color(GREY)
     return axes
+
+
+def tell_apart(names: list[str], kinds: list[str]) -> list[str]:
+    """What to call models side by side: KArAt and softmax where that tells them apart, else their names."""
+    return [KIND_NAMES[kind] for kind in kinds] if len(set(kinds)) == len(kinds) > 1 else names
 
 
 def shades(count: int) -> list:

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Attention maps of one block: what one query ([CLS], or a patch) sees of each image.
+
+attention_heads_<i>, one for each image: every head, before the activation (the scores) and after it, signed, with zero
+in the middle of the colours. attention_summary, all images: the map of the dominant head, the region that holds most
+of it, which head is strongest at each patch, and attention rollout over all blocks. With --compare, another model (a
+softmax ViT, say) beside it. attention.npz has the numbers.
+
+The dominant head is the one whose map is the longest vector over the patches. Regions and overlays show what is
+positive. Rollout (Abnar and Zuidema 2020) needs rows that are distributions: KArAt's signed maps go in as magnitudes,
+averaged over the heads, each row divided by its sum; for softmax this changes nothing.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from image_classification.errors import InputError
+
+from . import options, style
+from .checkpoints import Checkpoint, load_checkpoint
+from .images import Images, find_images, prepare
+from .output import Output, figure_names
+from .recording import record
+
+
+STAGES = ("before", "after")
+HEADS_PER_ROW = 6
+
+
+@dataclass
+class Maps:
+    """
+    What one query sees, in one block of one model. B images, h heads, N tokens ([CLS] first), rows x columns patches.
+
+    Args:
+        name: what figures call the model.
+        kind: `"karat"` or `"softmax"`.
+        head_kinds: `"karat"` or `"softmax"` for each head.
+        grid: rows and columns of patches.
+        block: which.
+        query: token whose rows these are; 0 is [CLS].
+        before: scores, (B, h, N).
+        after: activated maps, (B, h, N).
+        rollout: of all blocks, (B, N).
+    """
+
+    name: str
+    kind: str
+    head_kinds: list[str]
+    grid: tuple[int, int]
+    block: int
+    query: int
+    before: np.ndarray
+    after: np.ndarray
+    rollout: np.ndarray
+
+
+def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, query: int = 0, batch_size: int = 8) -> Maps:
+    """
+    Args:
+        checkpoint: the model.
+        pixels: (B, 3, height, width).
+        block: which block's maps.
+        query: token, 0 for [CLS].
+        batch_size: images computed at once.
+    """
+    before, after, rolled = [], [], []
+    # Rollout needs the maps of all blocks: a batch at a time.
+    for part in pixels.split(batch_size):
+        attention = record(checkpoint, part, list(range(checkpoint.blocks)), batch_size)
+        before.append(attention[block].scores[:, :, query])
+        after.append(attention[block].maps[:, :, query])
+        rolled.append(rollout([attention[index].maps.numpy() for index in range(checkpoint.blocks)])[:, query])
+    return Maps(
+        checkpoint.name,
+        checkpoint.kind,
+        checkpoint.head_kinds(block),
+        checkpoint.grid,
+        block,
+        query,
+        torch.cat(before).numpy(),
+        torch.cat(after).numpy(),
+        np.concatenate(rolled),
+    )
+
+
+def rollout(maps: list[np.ndarray]) -> np.ndarray:
+    """
+    Attention rollout (Abnar and Zuidema 2020): the product over the blocks of (A + I)/2, A the mean over the heads.
+
+    Signed maps go in as magnitudes, each row of the mean divided by its sum. A row of zeros passes on its own token.
+
+    Args:
+        maps: of every block, first to last, (B, h, N, N).
+
+    Returns:
+        (B, N, N), rows sum to 1.
+    """
+    identity = np.eye(maps[0].shape[-1])
+    joint = identity[None]
+    for block in maps:
+        mean = np.abs(block.astype(np.float64)).mean(1)
+        sums = mean.sum(-1, keepdims=True)
+        mean = np.where(sums > 0, mean / np.where(sums > 0, sums, 1), identity)
+        joint = (mean + identity) / 2 @ joint
+    return joint
+
+
+def on_grid(rows: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(..., N) as (..., rows, columns): the patches, without [CLS]."""
+    return rows[..., 1:].reshape(*rows.shape[:-1], *grid)
+
+
+def dominant_head(maps: np.ndarray) -> np.ndarray:
+    """The head whose map is the longest vector over the patches: (..., h, N) to (...)."""
+    return np.linalg.norm(maps[..., 1:], axis=-1).argmax(-1)
+
+
+def strongest_heads(maps: np.ndarray) -> np.ndarray:
+    """At each token, the head of the largest magnitude: (..., h, N) to (..., N)."""
+    return np.abs(maps).argmax(-2)
+
+
+def region(rows: np.ndarray, share: float) -> np.ndarray:
+    """
+    The smallest set of patches that holds `share` of what is positive.
+
+    Args:
+        rows: (..., N). [CLS] takes no part.
+        share: from 0 to 1.
+
+    Returns:
+        Boolean, (..., N), False at [CLS]; nowhere True where no patch is positive.
+    """
+    positive = np.clip(rows.astype(np.float64), 0, None)
+    positive[..., 0] = 0
+    order = np.argsort(-positive, axis=-1, kind="stable")
+    ordered = np.take_along_axis(positive, order, -1)
+    before = ordered.cumsum(-1) - ordered
+    total = positive.sum(-1, keepdims=True)
+    inside = np.zeros(rows.shape, dtype=bool)
+    # Without the rounding of the sum, the last patch that is needed is the last that is taken.
+    np.put_along_axis(inside, order, (before < share * total * (1 - 1e-12)) & (ordered > 0), -1)
+    return inside
+
+
+def draw_picture(picture: np.ndarray, grid: tuple[int, int], query: int, axes: Axes) -> Axes:
+    """The image (height, width, 3), with the query's patch framed."""
+    style.blank(axes).imshow(picture)
+    if query > 0:
+        height, width = picture.shape[0] / grid[0], picture.shape[1] / grid[1]
+        row, column = divmod(query - 1, grid[1])
+        corner = (column * width - 0.5, row * height - 0.5)
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=style.VERMILLION, linewidth=1.5))
+    return axes
+
+
+def draw_signed(values: np.ndarray, axes: Axes, norm=None):
+    """
+    Signed values on the grid of patches.
+
+    Args:
+        values: (rows, columns).
+        axes: where.
+        norm: from `style.symmetric`, to share one scale.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    return style.blank(axes).imshow(values, cmap=style.DIVERGING, norm=norm or style.symmetric(values))
+
+
+def draw_overlay(picture: np.ndarray, values: np.ndarray, axes: Axes, low: float | None = 0.0) -> Axes:
+    """
+    A map as a red veil over the image in pale grey.
+
+    Args:
+        picture: (height, width, 3).
+        values: (rows, columns); enlarged smoothly.
+        axes: where.
+        low: the value that is clear, as is all below it (0 clips what is negative); `None` for the smallest. The
+            largest is the densest.
+    """
+    # Fine enough for a smooth veil over the smallest image.
+    factor = -(-160 // min(picture.shape[:2]))
+    grey = np.kron(picture.mean(-1), np.ones((factor, factor)))
+    low = values.min() if low is None else low
+    veil = np.clip(values - low, 0, None)
+    veil = torch.as_tensor(veil / (veil.max() or 1.0), dtype=torch.float32)[None, None]
+    veil = torch.nn.functional.interpolate(veil, grey.shape, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
+    opacity = 0.85 * veil.numpy()[..., None]
+    pale = (0.35 + 0.65 * grey)[..., None]
+    style.blank(axes).imshow((1 - opacity) * pale + opacity * np.array(to_rgb(style.RED)))
+    return axes
+
+
+def draw_region(picture: np.ndarray, inside: np.ndarray, axes: Axes) -> Axes:
+    """The image, pale outside a region (rows, columns) and with a line around it."""
+    height, width = picture.shape[:2]
+    enlarged = np.kron(inside, np.ones((height // inside.shape[0], width // inside.shape[1]))) > 0
+    pale = 1 - 0.25 * (1 - picture)
+    shown = pale.copy()
+    shown[: enlarged.shape[0], : enlarged.shape[1]][enlarged] = picture[: enlarged.shape[0], : enlarged.shape[1]][
+        enlarged
+    ]
+    style.blank(axes).imshow(shown)
+    # Lines between patches of which one is inside.
+    rows, columns = inside.shape
+    padded = np.pad(inside, 1)
+    y, x = height / rows, width / columns
+    lines = []
+    for row in range(rows + 1):
+        for column in range(columns + 1):
+            if column < columns and padded[row, column + 1] != padded[row + 1, column + 1]:
+                lines.append(((column * x, (column + 1) * x), (row * y, row * y)))
+            if row < rows and padded[row + 1, column] != padded[row + 1, column + 1]:
+                lines.append(((column * x, column * x), (row * y, (row + 1) * y)))
+    for xs, ys in lines:
+        axes.plot(np.array(xs) - 0.5, np.array(ys) - 0.5, color=style.VERMILLION, linewidth=1.0, clip_on=False)
+    return axes
+
+
+def draw_strongest(heads: np.ndarray, count: int, axes: Axes):
+    """The strongest head at each patch, (rows, columns) of numbers below `count`, a colour each. Returns the image."""
+    return style.blank(axes).imshow(heads, cmap=style.categories(count), vmin=-0.5, vmax=count - 0.5)
+
+
+def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure) -> Figure:
+    """
+    One image, every head before and after the activation: one row of heads for each model and stage.
+
+    Args:
+        maps: of one model or several.
+        picture: the image, (height, width, 3).
+        image: its number in the maps.
+        figure: empty.
+    """
+    lines = []  # (maps, stage, heads)
+    for each in maps:
+        for stage in STAGES:
+            heads = range(len(each.head_kinds))
+            lines += [(each, stage, heads[i : i + HEADS_PER_ROW]) for i in range(0, len(heads), HEADS_PER_ROW)]
+    columns = max(len(heads) for _, _, heads in lines)
+    grid = figure.add_gridspec(len(lines), columns + 1, width_ratios=[1.25, *[1] * columns])
+    shown = figure.add_subplot(grid[:2, 0])
+    draw_picture(picture, maps[0].grid, maps[0].query, shown)
+    query = "[CLS]" if maps[0].query == 0 else "framed patch"
+    shown.set_title(f"query: {query}")
+    names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
+    bars = {}
+    for row, (each, stage, heads) in enumerate(lines):
+        values = on_grid(getattr(each, stage)[image], each.grid)
+        norm = style.symmetric(values)
+        for column, head in enumerate(heads):
+            axes = figure.add_subplot(grid[row, column + 1])
+            drawn = draw_signed(values[head], axes, norm)
+            if stage == "before":
+                kind = " (softmax)" if len(set(each.head_kinds)) > 1 and each.head_kinds[head] == "softmax" else ""
+                axes.set_title(f"head {head}{kind}")
+            if column == 0:
+                axes.set_ylabel(f"{names[maps.index(each)]}\n{stage}" if len(maps) > 1 else stage)
+            bars.setdefault((maps.index(each), stage), (drawn, []))[1].append(axes)
+    for drawn, axes in bars.values():
+        bar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.015, aspect=12)
+        bar.ax.tick_params(labelsize=6, length=1.5, pad=1.5)
+        bar.ax.locator_params(nbins=4)
+        bar.outline.set_linewidth(0.4)
+    return figure
+
+
+def draw_summary(
+    maps: list[Maps], pictures: list[np.ndarray], labels: list[str], figure: Figure, stage: str, share: float
+) -> Figure:
+    """
+    A row for each image, four pictures for each model.
+
+    Args:
+        maps: of one model or several.
+        pictures: for each model (B, height, width, 3).
+        labels: of the rows.
+        figure: empty.
+        stage: `"before"` or `"after"`: which maps.
+        share: of the region.
+    """
+    names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
+    titles = ("dominant\nhead", f"{share:.0%}\nregion", "strongest\nhead", "\nrollout")
+    first, *parts = figure.subfigures(1, 1 + len(maps), width_ratios=[1.22, *[4] * len(maps)])
+    query = "[CLS]" if maps[0].query == 0 else "patch"
+    for row, axes in enumerate(first.subplots(len(labels), 1, squeeze=False)[:, 0]):
+        draw_picture(pictures[0][row], maps[0].grid, maps[0].query, axes)
+        axes.set_ylabel(labels[row])
+        if row == 0:
+            axes.set_title(f"query\n{query}")
+    if len(maps) > 1:
+        first.suptitle(" ")  # keeps its pictures level with the others
+    for each, name, shown, part in zip(maps, names, pictures, parts):
+        if len(maps) > 1:
+            part.suptitle(name, fontweight="bold")
+        grid = part.subplots(len(labels), 4, squeeze=False)
+        for row, panels in enumerate(grid):
+            values = getattr(each, stage)[row]
+            head = int(dominant_head(values))
+            draw_overlay(shown[row], on_grid(values[head], each.grid), panels[0])
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+            panels[0].text(0.04, 0.96, f"head {head}", transform=panels[0].transAxes, fontsize=6, va="top", bbox=box)
+            draw_region(shown[row], on_grid(region(values[head], share), each.grid), panels[1])
+            strongest = on_grid(strongest_heads(values), each.grid)
+            draw_strongest(strongest, len(each.head_kinds), panels[2])
+            draw_overlay(shown[row], on_grid(each.rollout[row], each.grid), panels[3], low=None)
+        for axes, title in zip(grid[0], titles):
+            axes.set_title(title)
+    heads = max(len(each.head_kinds) for each in maps)
+    colours = style.categories(heads).colors
+    handles = [Patch(color=colour, label=f"head {head}") for head, colour in enumerate(colours)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(heads, 6 if len(maps) == 1 else 12))
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser, compare=True)
+    options.add_block(parser)
+    parser.add_argument(
+        "--query",
+        nargs="+",
+        default=["cls"],
+        metavar=("cls|ROW", "COLUMN"),
+        help="whose row of the map: cls, or a patch by its row and column from 0 (default: cls)",
+    )
+    parser.add_argument(
+        "--stage", choices=STAGES, default="after", help="which maps the summary shows (default: after)"
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.6, help="of what is positive, how much the region holds (default: 0.6)"
+    )
+    options.add_images(parser, count=3)
+    options.add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    device = options.device_of(args.device)
+    if not 0 < args.share <= 1:
+        raise InputError(f"`--share` is {args.share}, expected more than 0 and at most 1.")
+    checkpoints = [load_checkpoint(args.model, device=device)]
+    if args.compare is not None:
+        checkpoints.append(load_checkpoint(args.compare, "--compare", device))
+    blocks = [options.numbers([args.block], each.blocks, "--block", "block")[0] for each in checkpoints]
+    query = _query(args.query, checkpoints)
+    found = find_images(checkpoints, args.images, args.num_images, args.seed)
+    stems = [f"attention_heads_{index}" for index in range(len(found))]
+    files = [name for stem in (*stems, "attention_summary") for name in figure_names(stem)]
+    output = Output(args.output, [*files, "attention.npz"], args.overwrite)
+    images = [prepare(each, found) for each in checkpoints]
+    maps = [
+        compute(each, these.pixels, block, query, args.batch_size)
+        for each, these, block in zip(checkpoints, images, blocks)
+    ]
+    pictures = [these.pictures for these in images]
+    with style.context():
+        for index, stem in enumerate(stems):
+            figure = style.figure(*_heads_size(maps))
+            output.figure(stem, draw_heads(maps, pictures[0][index], index, figure))
+        width = style.PAGE if len(maps) > 1 else 0.62 * style.PAGE
+        side = width / (1.22 + 4 * len(maps))
+        titles = 0.65 if len(maps) > 1 else 0.5
+        figure = style.figure(width, titles + 0.2 + len(found) * side)
+        draw_summary(maps, pictures, _row_labels(images[0]), figure, args.stage, args.share)
+        output.figure("attention_summary", figure)
+    output.arrays("attention.npz", **_arrays(maps, images, args.share, args.stage))
+    output.report()
+
+
+def _heads_size(maps: list[Maps]) -> tuple[float, float]:
+    """Width and height of `draw_heads`' figure, whose panels are at most an inch wide."""
+    columns = min(max(len(each.head_kinds) for each in maps), HEADS_PER_ROW)
+    lines = sum(len(STAGES) * -(-len(each.head_kinds) // HEADS_PER_ROW) for each in maps)
+    width = min(style.PAGE, 0.75 + 1.0 * (columns + 1.25))
+    return width, 0.1 + lines * ((width - 0.75) / (columns + 1.25) + 0.13)
+
+
+def _query(words: list[str], checkpoints: list[Checkpoint]) -> int:
+    if words == ["cls"]:
+        return 0
+    rows, columns = checkpoints[0].grid
+    if any(each.grid != (rows, columns) for each in checkpoints):
+        raise InputError("A patch of `--query` is one patch of both models only where their grids are equal.")
+    if len(words) != 2 or not all(word.isdigit() for word in words):
+        raise InputError(f"`--query` is {' '.join(words)}, expected cls, or the row and column of a patch.")
+    row, column = map(int, words)
+    if row >= rows or column >= columns:
+        raise InputError(f"`--query` is {row} {column}, and there are {rows} x {columns} patches, from 0 0.")
+    return 1 + row * columns + column
+
+
+def _row_labels(images: Images) -> list[str]:
+    return [label if label is not None else name[:16] for name, label in zip(images.names, images.labels)]
+
+
+def _arrays(maps: list[Maps], images: list[Images], share: float, stage: str) -> dict[str, np.ndarray]:
+    arrays = {"names": np.array(images[0].names), "query": np.array(maps[0].query)}
+    for prefix, each, these in zip(("model", "compare"), maps, images):
+        values = getattr(each, stage)
+        dominant = dominant_head(values)
+        arrays |= {
+            f"{prefix}_pictures": these.pictures,
+            f"{prefix}_grid": np.array(each.grid),
+            f"{prefix}_block": np.array(each.block),
+            f"{prefix}_before": each.before,
+            f"{prefix}_after": each.after,
+            f"{prefix}_rollout": each.rollout,
+            f"{prefix}_dominant_head": dominant,
+            f"{prefix}_strongest_head": strongest_heads(values),
+            f"{prefix}_region": region(values[np.arange(len(values)), dominant], share),
+        }
+    return arrays

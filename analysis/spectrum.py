@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Singular values of the attention matrices of one block, before the activation (the scores) and after it: mean, smallest
+and largest over heads and images, with the bounds that the head size d and the operator's rank r set. Beside it the
+effective rank of every block: exp(entropy of the normalised singular values), Roy and Vetterli 2007. With --compare,
+another model (a softmax ViT, say) beside it.
+
+Writes spectrum_block<B>.png, .svg and .npz (all singular values and effective ranks). Computed in fp64 where the device
+has it; what is zero up to rounding is not drawn.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from . import options, style
+from .checkpoints import Checkpoint, load_checkpoint
+from .images import find_images, prepare
+from .output import Output, figure_names
+from .recording import record
+
+
+@dataclass
+class Spectrum:
+    """
+    Of one model; B images, h heads, N tokens, L blocks.
+
+    Args:
+        name: what figures call the model.
+        kind: `"karat"` or `"softmax"`.
+        head_kinds: for each block, `"karat"` or `"softmax"` for each head.
+        head_size: d, which bounds the rank of the scores.
+        rank: r, which bounds the rank of the activated maps of KArAt heads; `None` where the operator does not.
+        block: of `before` and `after`.
+        before, after: its singular values, descending, (B, h, N).
+        effective_before, effective_after: effective ranks of all blocks, (L, B, h).
+        resolution: relative to the largest, the singular value that rounding may have made.
+    """
+
+    name: str
+    kind: str
+    head_kinds: list[list[str]]
+    head_size: int
+    rank: int | None
+    block: int
+    before: np.ndarray
+    after: np.ndarray
+    effective_before: np.ndarray
+    effective_after: np.ndarray
+    resolution: float
+
+
+def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size: int = 8) -> Spectrum:
+    """
+    Args:
+        checkpoint: the model.
+        pixels: (B, 3, height, width).
+        block: whose singular values to keep.
+        batch_size: images computed at once.
+    """
+    dtype = torch.float32 if checkpoint.model.device.type == "mps" else torch.float64
+    kept = {"before": [], "after": []}
+    effective = {"before": [], "after": []}
+    parts = pixels.split(batch_size)
+    bar = tqdm(total=len(parts) * checkpoint.blocks, desc=f"Spectra of {checkpoint.name}", leave=False, delay=1)
+    for part in parts:
+        recorded = record(checkpoint, part, list(range(checkpoint.blocks)), batch_size, dtype)
+        ranks = {"before": [], "after": []}
+        for index, attention in recorded.items():
+            for stage, matrices in (("before", attention.scores), ("after", attention.maps)):
+                values = torch.linalg.svdvals(matrices).numpy()
+                ranks[stage].append(effective_rank(values))
+                if index == block:
+                    kept[stage].append(values)
+            bar.update()
+        for stage in ranks:
+            effective[stage].append(np.stack(ranks[stage]))
+    bar.close()
+    config = checkpoint.model.config
+    bounded = checkpoint.is_karat and config.modular_mode == "phi1_w2" and not config.project_l1
+    return Spectrum(
+        checkpoint.name,
+        checkpoint.kind,
+        [checkpoint.head_kinds(index) for index in range(checkpoint.blocks)],
+        config.hidden_size // config.num_attention_heads,
+        config.karat_rank if bounded else None,
+        block,
+        *(np.concatenate(kept[stage]) for stage in ("before", "after")),
+        *(np.concatenate(effective[stage], axis=1) for stage in ("before", "after")),
+        checkpoint.tokens * torch.finfo(dtype).eps,
+    )
+
+
+def effective_rank(values: np.ndarray) -> np.ndarray:
+    """
+    exp(-sum p log p) of p = values / sum (Roy and Vetterli 2007): from 1, one singular value, to N, all equal.
+
+    Args:
+        values: singular values, (..., N).
+
+    Returns:
+        (...), 0 where all are zero.
+    """
+    total = values.sum(-1, keepdims=True)
+    shares = values / np.where(total > 0, total, 1)
+    logarithms = np.log(np.where(shares > 0, shares, 1))
+    return np.where(total[..., 0] > 0, np.exp(-(shares * logarithms).sum(-1)), 0.0)
+
+
+def series(data: Spectrum, block: int) -> list[tuple[str, str, str, list[int]]]:
+    """What is drawn of a block: (stage, label, colour, heads), the kinds of heads apart after the activation."""
+    kinds = data.head_kinds[block]
+    found = [("before", "before (scores)", style.GREY, list(range(len(kinds))))]
+    for kind in ("karat", "softmax"):
+        heads = [head for head, of in enumerate(kinds) if of == kind]
+        if heads:
+            found.append(("after", f"after ({style.KIND_NAMES[kind]})", style.KIND_COLOURS[kind], heads))
+    return found
+
+
+def draw(data: Spectrum, axes: Axes) -> Axes:
+    """The singular values of one block: mean (line), smallest to largest (band), over heads and images."""
+    lowest = np.inf
+    for stage, label, colour, heads in series(data, data.block):
+        values = getattr(data, stage)[:, heads].reshape(-1, getattr(data, stage).shape[-1])
+        # Where all are zero up to rounding the line ends; a band that reaches zero leaves through the bottom.
+        floor = data.resolution * values.max()
+        real = values.max(0) > floor
+        index = np.arange(1, values.shape[-1] + 1)[real]
+        values = np.maximum(values[:, real], floor)
+        axes.fill_between(index, values.min(0), values.max(0), color=colour, alpha=0.22, linewidth=0)
+        axes.plot(index, values.mean(0), color=colour, label=label)
+        lowest = min(lowest, values.mean(0).min())
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=lowest / 10)
+    axes.set_xlim(0.5, data.before.shape[-1])
+    karat = "karat" in data.head_kinds[data.block]
+    bounds = [(data.head_size, "d", style.GREY)]
+    if data.rank is not None and karat:
+        bounds.append((data.rank, "r", style.KIND_COLOURS["karat"]))
+    for line, (bound, symbol, colour) in enumerate(sorted(bounds)):
+        if bound < data.before.shape[-1]:
+            axes.axvline(bound, color=colour, linewidth=0.8, linestyle=":")
+            axes.annotate(
+                f"${symbol}={bound}$",
+                (bound, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(2, -8 * line),
+                textcoords="offset points",
+                va="top",
+                color=colour,
+                fontsize=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            )
+    axes.set_xlabel("index of singular value")
+    axes.set_ylabel("singular value")
+    return axes
+
+
+def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None = None) -> Axes:
+    """The effective rank after the activation (solid) and before it (dashed) over the blocks, mean and range."""
+    labels = labels or [data.name for data in spectra]
+    colours = [style.KIND_COLOURS[data.kind] for data in spectra]
+    if len(set(colours)) < len(colours):
+        colours = style.PALETTE
+    for data, colour, label in zip(spectra, colours, labels):
+        blocks = np.arange(len(data.head_kinds))
+        for stage, dashes in (("before", "--"), ("after", "-")):
+            values = getattr(data, f"effective_{stage}").reshape(len(blocks), -1)
+            if stage == "after":
+                axes.fill_between(blocks, values.min(1), values.max(1), color=colour, alpha=0.18, linewidth=0)
+            axes.plot(blocks, values.mean(1), dashes, color=colour, label=f"{label}, {stage}" if label else stage)
+        if data.rank is not None:
+            axes.axhline(data.rank, color=colour, linewidth=0.8, linestyle=":")
+            axes.annotate(
+                f"$r={data.rank}$",
+                (1, data.rank),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 1.5),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                fontsize=7,
+            )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("block")
+    axes.set_ylabel("effective rank")
+    return axes
+
+
+def draw_all(spectra: list[Spectrum], figure: Figure) -> Figure:
+    """A panel of singular values for each model, on one scale, and the effective ranks of all."""
+    panels = figure.subplots(1, len(spectra) + 1)
+    names = style.tell_apart([data.name for data in spectra], [data.kind for data in spectra])
+    for data, name, axes in zip(spectra, names, panels):
+        draw(data, axes)
+        axes.set_title(f"{name}, block {data.block}" if len(spectra) > 1 else f"block {data.block}")
+        axes.legend(loc="upper right", bbox_to_anchor=(1.02, 0.88))
+    low, high = zip(*(axes.get_ylim() for axes in panels[:-1]))
+    for axes in panels[:-1]:
+        axes.set_ylim(min(low), max(high))
+    draw_effective(spectra, panels[-1], names if len(spectra) > 1 else [""])
+    panels[-1].set_title("all blocks")
+    panels[-1].legend(handlelength=2.2)
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser, compare=True)
+    options.add_block(parser)
+    options.add_images(parser, count=5)
+    options.add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    device = options.device_of(args.device)
+    checkpoints = [load_checkpoint(args.model, device=device)]
+    if args.compare is not None:
+        checkpoints.append(load_checkpoint(args.compare, "--compare", device))
+    blocks = [options.numbers([args.block], each.blocks, "--block", "block")[0] for each in checkpoints]
+    stem = f"spectrum_block{blocks[0]}"
+    output = Output(args.output, [*figure_names(stem), f"{stem}.npz"], args.overwrite)
+    found = find_images(checkpoints, args.images, args.num_images, args.seed)
+    spectra = [
+        compute(each, prepare(each, found).pixels, block, args.batch_size) for each, block in zip(checkpoints, blocks)
+    ]
+    with style.context():
+        output.figure(stem, draw_all(spectra, style.figure(style.PAGE, 2.1)))
+    arrays = {}
+    for prefix, data in zip(("model", "compare"), spectra):
+        for name in ("before", "after", "effective_before", "effective_after"):
+            arrays[f"{prefix}_{name}"] = getattr(data, name)
+    output.arrays(f"{stem}.npz", **arrays)
+    output.report()
