@@ -2,6 +2,7 @@
 """Flags that the commands share, and what their values mean."""
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -76,6 +77,17 @@ def numbers(given: list[int] | None, size: int, flag: str, what: str) -> list[in
         if not -size <= number < size:
             raise InputError(f"`{flag}` names {what} {number}, and the model has {size}: 0 to {size - 1}.")
     return list(dict.fromkeys(number % size for number in given))
+
+
+def names(given: list[str] | None, sources: list[str]) -> list[str]:
+    """What to call several models: `--names`, or their folders' names; the folder above tells equal ones apart."""
+    if given is not None:
+        if len(given) != len(sources) or len(set(given)) != len(given):
+            raise InputError(f"`--names` gives {' '.join(given)}, expected {len(sources)} different names.")
+        return given
+    paths = [Path(source).resolve() if Path(source).is_dir() else Path(source) for source in sources]
+    short = [path.name for path in paths]
+    return [path.name if short.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
 
 
 def device_of(name: str | None) -> torch.device:

@@ -36,8 +36,8 @@ KIND_NAMES = {"karat": "KArAt", "softmax": "softmax"}
 DIVERGING = "RdBu_r"
 # The positive end of it, for veils over images.
 RED = "#b2182b"
-# Magnitudes from 0 up.
-SEQUENTIAL = "cividis"
+# What has an order, such as epochs.
+ORDERED = "viridis"
 
 _RC = {
     "font.size": 8,
@@ -116,8 +116,13 @@ def tell_apart(names: list[str], kinds: list[str]) -> list[str]:
 
 def shades(count: int) -> list:
     """`count` colours from early (light) to late (dark), for series with an order."""
-    steps = np.linspace(0.82, 0.0, count) if count > 1 else [0.2]
-    return [matplotlib.colormaps[SEQUENTIAL](step) for step in steps]
+    steps = np.linspace(0.88, 0.05, count) if count > 1 else [0.2]
+    return [matplotlib.colormaps[ORDERED](step) for step in steps]
+
+
+def columns_of(panels: int) -> int:
+    """How many panels to put in a row of a page."""
+    return 3 if panels > 4 and panels % 4 in (1, 2) else min(panels, 4)
 
 
 def categories(count: int) -> Colormap:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Loss and accuracy of several runs together, over their epochs: training loss (dashed), held-out loss and accuracy.
+
+--model takes folders of runs of run_image_classification.py, finished or not. Writes curves.png, .svg and .csv.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from image_classification import reports, runs
+from image_classification.errors import InputError
+
+from . import options, style
+from .checkpoints import run_folder
+from .output import Output, figure_names
+
+
+METRICS = {
+    "train_loss": "training loss",
+    "eval_loss": "held-out loss",
+    "eval_accuracy": "held-out accuracy",
+    "eval_top5_accuracy": "held-out top-5 accuracy",
+}
+
+
+@dataclass
+class Curves:
+    """
+    One run.
+
+    Args:
+        name: what figures call it.
+        epochs: of its evaluations, (E,).
+        metrics: by the keys of `METRICS`, (E,), NaN where one was not logged; accuracies from 0 to 1.
+        rows: everything that history.json says of each evaluation.
+    """
+
+    name: str
+    epochs: np.ndarray
+    metrics: dict[str, np.ndarray]
+    rows: list[dict]
+
+
+def read(source: str, name: str | None = None) -> Curves:
+    """
+    The history of a run: history.json, or of a run that is not finished its last checkpoint's log.
+
+    Raises:
+        InputError: `source` is no run's folder, or it has not come to its first evaluation.
+    """
+    folder = run_folder(source)
+    if folder is None:
+        raise InputError(
+            f"`--model` {source} is no folder of a run of run_image_classification.py: it holds no {runs.RECORD}."
+        )
+    rows = []
+    if (folder / reports.HISTORY).is_file():
+        rows = json.loads((folder / reports.HISTORY).read_text(encoding="utf-8"))
+    elif (last := runs.last_checkpoint(folder)) is not None:
+        state = json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
+        rows = reports.history(state["log_history"])
+    if not rows:
+        raise InputError(f"{folder} holds no evaluation yet: expected {reports.HISTORY}, or a checkpoint with a log.")
+    return Curves(
+        name or folder.name,
+        np.array([row["epoch"] for row in rows], dtype=float),
+        {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in METRICS},
+        rows,
+    )
+
+
+def draw_loss(curves: list[Curves], axes: Axes) -> Axes:
+    """Held-out loss solid, training loss dashed."""
+    for each, colour in zip(curves, _colours(curves)):
+        axes.plot(each.epochs, each.metrics["train_loss"], "--", color=colour, linewidth=0.9)
+        axes.plot(each.epochs, each.metrics["eval_loss"], "-", color=colour, label=each.name, **_marker(each))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    return axes
+
+
+def draw_accuracy(curves: list[Curves], axes: Axes, metric: str = "eval_accuracy") -> Axes:
+    """Held-out accuracy in per cent, with its last value."""
+    for each, colour in zip(curves, _colours(curves)):
+        axes.plot(each.epochs, 100 * each.metrics[metric], "-", color=colour, label=each.name, **_marker(each))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{METRICS[metric]} in %")
+    return axes
+
+
+def draw_all(curves: list[Curves], figure: Figure) -> Figure:
+    """Loss and accuracy side by side, one legend."""
+    loss, accuracy = figure.subplots(1, 2)
+    draw_loss(curves, loss)
+    draw_accuracy(curves, accuracy)
+    handles = [Line2D([], [], color=colour, label=_described(each)) for each, colour in zip(curves, _colours(curves))]
+    handles += [Line2D([], [], color=style.INK, label="held out")]
+    if any(np.isfinite(each.metrics["train_loss"]).any() for each in curves):
+        handles += [Line2D([], [], color=style.INK, linestyle="--", linewidth=0.9, label="training")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), handlelength=2.2)
+    return figure
+
+
+def _described(each: Curves) -> str:
+    last = each.metrics["eval_accuracy"][-1]
+    return f"{each.name} ({100 * last:.1f} %)" if np.isfinite(last) else each.name
+
+
+def _colours(curves: list[Curves]) -> list[str]:
+    return [style.PALETTE[index % len(style.PALETTE)] for index in range(len(curves))]
+
+
+def _marker(each: Curves) -> dict:
+    return {"marker": "o", "markersize": 2} if len(each.epochs) < 30 else {}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, nargs="+", metavar="DIR", help="folders of runs")
+    parser.add_argument("--names", nargs="+", help="what to call them (default: the folders' names)")
+    options.add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    output = Output(args.output, [*figure_names("curves"), "curves.csv"], args.overwrite)
+    names = options.names(args.names, args.model)
+    curves = [read(source, name) for source, name in zip(args.model, names)]
+    with style.context():
+        lines = -(-(len(curves) + 2) // 4)
+        output.figure("curves", draw_all(curves, style.figure(style.PAGE, 2.0 + 0.18 * lines)))
+    output.table("curves.csv", [{"run": each.name} | row for each in curves for row in each.rows])
+    output.report()
