@@ -383,12 +383,15 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         grid, new_grid = self.config.patch_grid(), new.patch_grid()
         for module in self.modules():
             if isinstance(module, KArAtViTEmbeddings):
-                positions = module.position_embeddings
-                resized = resample_tokens(positions.mT, grid, new_grid).mT.contiguous()
-                module.position_embeddings = nn.Parameter(resized, requires_grad=positions.requires_grad)
                 patches = module.patch_embeddings
                 patches.image_size = module.image_size = _pair(new.image_size)
                 patches.num_patches = new_grid[0] * new_grid[1]
+            if grid == new_grid:
+                continue  # The parameters stay the same objects, which an optimiser may hold.
+            if isinstance(module, KArAtViTEmbeddings):
+                positions = module.position_embeddings
+                resized = resample_tokens(positions.mT, grid, new_grid).mT.contiguous()
+                module.position_embeddings = nn.Parameter(resized, requires_grad=positions.requires_grad)
             elif isinstance(module, KArAtOperator):
                 for name, parameter in list(module.named_parameters()):
                     resized = module.resample(name, parameter, grid, new_grid).contiguous()

@@ -124,8 +124,10 @@ def test_the_present_size_is_the_identity(make_model, basis, variant, sharing):
     with torch.no_grad():
         expected = model(images).logits
         assert torch.equal(model(images, interpolate_pos_encoding=True).logits, expected)
-    before = copy.deepcopy(model.state_dict())
+    before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     assert model.resize(size_of(GRID)) is model
+    # An optimiser made before goes on with them.
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model(images).logits, expected)
