@@ -2,8 +2,9 @@
 """
 Time and memory of KArAt beside softmax:
 
-    python -m benchmarks --device cuda    # attention alone and whole models; about five minutes
-    python -m benchmarks --device cpu     # ViT-Tiny, batch 8
+    python -m benchmarks --device cuda                      # everything; about six minutes
+    python -m benchmarks --device cuda --only models        # or a part: attention, models, compiled, many-tokens
+    python -m benchmarks --device cpu                       # ViT-Tiny, batch 8
 
 Every row is a ratio to a softmax baseline of the same process, and is timed only if its output and gradients agree with
 the reference. The rows go to benchmarks/results/DEVICE.csv, behind those that are there.
@@ -27,21 +28,28 @@ def attention_on_cuda(table: Table) -> None:
     attention.run("cuda", table, 256, 14, 20, ["karat_triton"])
     few = {name: attention.BASES[name] for name in ("fourier G=1", "fourier G=3", "mexican_hat")}
     attention.run("cuda", table, 256, 14, 5, ["karat_portable"], few)
-    for side, batch in ((32, 16), (64, 2)):
-        attention.run("cuda", table, batch, side, 10, ["karat_triton"], few)
 
 
 def models_on_cuda(table: Table) -> None:
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 10, FUSED, MODES)
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 32, 30, FUSED, MODES)
-    training_step.run("cuda", table, "small", "fourier G=3", G3, 128, 10, FUSED)
-    training_step.run("cuda", table, "small", "fourier G=3", G3, 256, 10, FUSED)
-    training_step.run("cuda", table, "base", "fourier G=1", G1, 128, 10, FUSED)
+    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 15, FUSED)
     for basis in ("spline", "mexican_hat", "morlet", "rational"):
-        training_step.run("cuda", table, "tiny", basis, attention.BASES[basis], 256, 5, ["karat_triton"])
+        training_step.run("cuda", table, "tiny", basis, attention.BASES[basis], 256, 10, ["karat_triton"])
     training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 5, ["karat_portable", "eager", "naive"])
+    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 32, 30, FUSED)
+    for batch in (128, 256):
+        training_step.run("cuda", table, "small", "fourier G=3", G3, batch, 10, FUSED)
+    training_step.run("cuda", table, "base", "fourier G=1", G1, 128, 10, FUSED)
+
+
+def compiled_on_cuda(table: Table) -> None:
+    for batch in (32, 256):
+        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 20, FUSED, ("cudagraphs", "compile"))
+
+
+def many_tokens_on_cuda(table: Table) -> None:
     for image_size, batch in ((512, 16), (1024, 2)):
         training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 10, FUSED, image_size=image_size)
+        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 3, ["naive"], image_size=image_size)
 
 
 def attention_on_cpu(table: Table) -> None:
@@ -54,25 +62,33 @@ def models_on_cpu(table: Table) -> None:
 
 
 PARTS = {
-    "cuda": {"attention": attention_on_cuda, "model": models_on_cuda},
-    "cpu": {"attention": attention_on_cpu, "model": models_on_cpu},
+    "cuda": {
+        "attention": attention_on_cuda,
+        "models": models_on_cuda,
+        "compiled": compiled_on_cuda,
+        "many-tokens": many_tokens_on_cuda,
+    },
+    "cpu": {"attention": attention_on_cpu, "models": models_on_cpu},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=["attention", "model"], help="one of the two parts")
+    parser.add_argument("--only", nargs="+", help="some parts: attention, models, and on cuda compiled, many-tokens")
     parser.add_argument("--output", type=Path, help="CSV to append to (default: benchmarks/results/DEVICE.csv)")
     arguments = parser.parse_args()
     device = arguments.device
+    unknown = sorted(set(arguments.only or ()) - set(PARTS[device]))
+    if unknown:
+        parser.error(f"--only {unknown[0]}: on {device} there are {', '.join(PARTS[device])}")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: use --device cpu")
     output = arguments.output or Path(__file__).parent / "results" / f"{device}.csv"
     table = Table(device)
     try:
         for name, part in PARTS[device].items():
-            if arguments.only in (None, name):
+            if arguments.only is None or name in arguments.only:
                 part(table)
     finally:
         table.write(output)

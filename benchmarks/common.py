@@ -26,8 +26,10 @@ FIELDS = (
     "p20_ms",
     "median_ms",
     "p80_ms",
+    "gpu_ms",
     "peak_gib",
     "ratio_time",
+    "ratio_gpu",
     "ratio_memory",
     "error",
     "hardware",
@@ -64,8 +66,8 @@ def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float
     Run `step` again and again: 20th, 50th and 80th percentile of its time in ms, and the peak memory in GiB: allocated
     on CUDA; of the whole process, libraries included, on a CPU.
 
-    Device time is read from events, so that the launches of a step overlap with the work of the one before, as they do
-    in training.
+    On CUDA, times are read from events, so that the launches of a step overlap with the work of the one before, as they
+    do in training; `gpu_ms` is the time that the GPU worked, the sum over a step's kernels, without waits for launches.
     """
     for _ in range(warmup):
         step()
@@ -80,7 +82,9 @@ def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float
         torch.cuda.synchronize()
         times = [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
         peak = torch.cuda.max_memory_allocated() / 2**30
+        gpu = {"gpu_ms": gpu_time(step)}
     else:
+        gpu = {}
         times = []
         with PeakMemory() as memory:
             for _ in range(repeats):
@@ -91,7 +95,16 @@ def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float
     p20, median, p80 = (
         torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
     )
-    return {"p20_ms": p20, "median_ms": median, "p80_ms": p80, "peak_gib": peak}
+    return {"p20_ms": p20, "median_ms": median, "p80_ms": p80, "peak_gib": peak, **gpu}
+
+
+def gpu_time(step, repeats: int = 3) -> float:
+    """What the kernels of a step take in ms, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / repeats / 1e3
 
 
 class PeakMemory:
@@ -141,9 +154,13 @@ class Table:
         if "median_ms" in row and "median_ms" in baseline:
             row["ratio_time"] = row["median_ms"] / baseline["median_ms"]
             row["ratio_memory"] = row["peak_gib"] / baseline["peak_gib"]
+            if "gpu_ms" in row:
+                row["ratio_gpu"] = row["gpu_ms"] / baseline["gpu_ms"]
         self.rows.append({**row, **self.constant})
         if "median_ms" in row:
             numbers = f"{row['median_ms']:9.3f} ms  x{row['ratio_time']:.2f}   memory x{row['ratio_memory']:.2f}"
+            if "gpu_ms" in row:
+                numbers += f"   GPU {row['gpu_ms']:9.3f} ms  x{row['ratio_gpu']:.2f}"
         else:
             numbers = row["error"]
         name = " ".join(str(row.get(key, "")) for key in ("model", "what", "provider", "basis", "mode"))
