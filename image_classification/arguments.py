@@ -210,7 +210,11 @@ class RunArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: epoch, steps, no."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log the training loss."})
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep this many checkpoint-* folders of the run, the newest (0: all)."}
+        default=2,
+        metadata={"help": "Keep this many checkpoint-* folders of the run: the newest, and always the best (0: all)."},
+    )
+    metric_for_best_model: str | None = field(
+        default="accuracy", metadata={"help": "By which metric of the evaluation a checkpoint is the best."}
     )
     do_train: bool = field(default=True, metadata={"help": "false only evaluates the checkpoint to resume from."})
     resume_from_checkpoint: str | None = _optional(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -71,8 +71,8 @@ class WeightAverage:
                 for name, parameter in _averaged(model):
                     _local(parameter).copy_(own[name])
 
-    def save(self, path: Path, model: nn.Module, write: bool = True) -> None:
-        """Write whole tensors by the parameters' names. All processes call it; those with `write` false only help."""
+    def whole(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Whole tensors by the parameters' names, on the CPU. All processes call it, and get them."""
         _reshard(model)
         whole = {}
         for name, parameter in _averaged(model):
@@ -83,14 +83,12 @@ class WeightAverage:
                 tensor = DTensor.from_local(
                     shard, *layout, run_check=False, shape=parameter.shape, stride=parameter.stride()
                 ).full_tensor()
-            if write:
-                whole[name] = tensor.cpu().contiguous()
-        if write:
-            save_file(whole, path, metadata={"format": "pt"})
+            whole[name] = tensor.cpu().contiguous()
+        return whole
 
     def load(self, path: Path, model: nn.Module) -> None:
         """
-        Go on with an average that `save` wrote.
+        Go on with an average that is in a file, as `whole` gave it.
 
         Raises:
             InputError: there is none, or it is not of this model.

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import models, reports, runs
+from . import checkpoints, models, reports, runs
 from .arguments import Settings, parse_settings
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
 from .errors import InputError
 from .metrics import ComputeMetrics, preprocess
+from .parallel import on_main_process
+from .stopping import Stopped, same_command
 from .trainer import ImageClassificationTrainer
 from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, collate
 
@@ -39,36 +40,60 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after the script's name; default the process's.
 
     Returns:
-        The exit status: 0, or 2 where the input cannot be used, or 130 after Ctrl-C.
+        The exit status: 0, or 2 where the input cannot be used or the disk is full, or 130 after Ctrl-C and 143 after
+        SIGTERM.
     """
     settings = None
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv)
-        run(settings)
+        with runs.FolderLock() as lock:
+            run(settings, lock)
     except InputError as error:
         sys.stdout.flush()
         # A data worker's error comes with the worker's traceback before it.
         message = str(error).rpartition(f"{InputError.__name__}: ")[2].strip()
         print(f"run_image_classification.py: error: {message}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if settings.training.process_index == 0:
+            command = f":\n  {same_command()}" if argv is None else "."
+            print(
+                f"\n{stopped}. The same command goes on from {stopped.checkpoint}{command}",
+                file=sys.stderr,
+            )
+        _leave()
+        return stopped.exit_status
     except KeyboardInterrupt:
-        folder = settings.training.output_dir if settings else None
-        last = runs.last_checkpoint(Path(folder)) if folder and settings.training.do_train else None
-        hint = f" The same command goes on from {last}." if last else ""
+        # Outside of the training loop, where there is nothing to save.
+        folder = Path(settings.training.output_dir) if settings and settings.training.do_train else None
+        steps = checkpoints.checkpoints(folder) if folder else {}
+        hint = f" The same command goes on from {steps[max(steps)]}." if steps else ""
         print(f"\nStopped.{hint}", file=sys.stderr)
         return 130
+    _leave()
     return 0
 
 
-def run(settings: Settings) -> dict[str, float]:
+def _leave() -> None:
+    """Take leave of the other processes, if there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
     """
     Train, or only evaluate, what the settings describe.
+
+    Args:
+        settings: what to do.
+        lock: taken on the output folder, in the main process.
 
     Returns:
         The metrics of the last evaluation (`eval_loss`, `eval_accuracy`, ...).
 
     Raises:
         InputError: anything that a user can mend.
+        Stopped: by a signal.
     """
     args = settings.training
     _set_up(settings)
@@ -81,7 +106,7 @@ def run(settings: Settings) -> dict[str, float]:
         return _evaluate_only(settings)
     if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
         raise InputError("No output folder is named. Give --output_dir.")
-    plan = runs.plan(settings)
+    plan = on_main_process(lambda: (lock.take(args.output_dir), runs.plan(settings))[1])
     if plan.finished is not None:
         logger.info(
             f"{args.output_dir} holds this run already, finished:\n"
@@ -93,7 +118,7 @@ def run(settings: Settings) -> dict[str, float]:
         logger.info(f"Recipe  {os.path.relpath(settings.recipe)}")
     if plan.message:
         logger.info(plan.message)
-    return _train(settings, plan)
+    return _train(settings, plan, lock)
 
 
 def _set_up(settings: Settings) -> None:
@@ -123,7 +148,7 @@ def _set_up(settings: Settings) -> None:
         logger.warning("`run_name` names the run in a tracker, and `report_to` names none: it has no effect.")
 
 
-def _train(settings: Settings, plan: runs.Plan) -> dict[str, float]:
+def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[str, float]:
     args, folder = settings.training, Path(settings.training.output_dir)
     models.build_config(settings.model)  # Cheap, so a misspelt setting does not wait for the data.
     with args.main_process_first(desc="reading the data"):
@@ -135,24 +160,25 @@ def _train(settings: Settings, plan: runs.Plan) -> dict[str, float]:
     with args.main_process_first(desc="writing the image processor"):
         if args.should_save:
             runs.write_record(settings)
+            lock.take(args.output_dir)
             checkpoint = models.load_image_processor(settings.model.finetune) if settings.model.finetune else None
             build_image_processor(settings.data, model.config.image_size, checkpoint).save_pretrained(folder)
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
         processor = AutoImageProcessor.from_pretrained(folder)
     transform = TrainTransform(settings.data, model.config.image_size, processor)
-    trainer = _trainer(settings, model, data, processor, ImageDataset(data.train, transform, "training"))
+    trainer = _trainer(settings, model, data, processor, ImageDataset(data.train, transform, "training", args.seed))
     _describe(settings, model, data, trainer)
-    began = time.time()
     result = trainer.train(resume_from_checkpoint=plan.checkpoint)
-    seconds = time.time() - began
     weights, metrics = trainer.keep_better_weights(trainer.evaluate())
-    trainer.save_model()
+    with checkpoints.writing("The trained model", folder, "Make room, then give the same command again: it writes it."):
+        trainer.save_model()
     if weights is not None:
         logger.info(reports.describe_choice(weights, metrics))
     if args.should_save:
-        finished = _write_reports(settings, trainer, data, result.metrics, metrics, weights)
-        runs.write_record(settings, finished)
-        logger.info(f"\nTrained in {_duration(seconds)}.\n{reports.summary(folder, finished)}")
+        with checkpoints.writing("The reports", folder, "Make room, then give the same command again: it writes them."):
+            finished = _write_reports(settings, trainer, data, result.metrics, metrics, weights)
+            runs.write_record(settings, finished)
+        logger.info(f"\nTrained in {_duration(result.metrics['train_runtime'])}.\n{reports.summary(folder, finished)}")
     return metrics
 
 
@@ -165,7 +191,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
         )
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         # A run that was stopped has weights in its checkpoints only.
-        checkpoint = runs.last_checkpoint(Path(checkpoint)) or checkpoint
+        checkpoint = str(checkpoints.newest(Path(checkpoint))[0] or checkpoint)
     target = None if settings.record["output_dir"] is None else Path(args.output_dir) / "eval_results.json"
     if target is not None and target.exists():
         raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")

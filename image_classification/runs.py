@@ -8,17 +8,21 @@ same folder goes on where it stopped, or says that it is done; anything else tha
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import checkpoints
 from .arguments import Settings, to_json
 from .errors import InputError, more
 
 
-RECORD = "run.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+try:
+    import fcntl
+except ImportError:  # Not on Windows, where nothing then keeps two commands out of one folder.
+    fcntl = None
+
+RECORD, LOCK = "run.json", ".lock"
 
 # Settings that may differ between two parts of one run: they change speed, output and place, not what is trained.
 _FREE = (
@@ -38,6 +42,8 @@ _FREE = (
     "use_cpu",
 )
 _FREE_PREFIXES = ("dataloader_", "log_", "logging_", "hub_", "push_to_hub", "trackio_", "ddp_", "local_rank")
+# What the global batch is made of: another number of devices needs another of these for the same run.
+_BATCH, _BATCH_PARTS = "global_batch_size", ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -56,7 +62,8 @@ class Plan:
 
 def plan(settings: Settings) -> Plan:
     """
-    Decide what a training command does with its output folder.
+    Decide what a training command does with its output folder. Damaged checkpoints of the folder's run are renamed,
+    where an undamaged one is left to go on from.
 
     Raises:
         InputError: the folder holds something else, or there is nothing to resume.
@@ -65,72 +72,135 @@ def plan(settings: Settings) -> Plan:
     resume = settings.training.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output_dir` {folder} is a file, expected a folder.")
-    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    entries = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK) if folder.is_dir() else []
     record = read_record(folder)
+    if record is not None:
+        checkpoints.tidy(folder)
     if resume is not None:
-        checkpoint = find_checkpoint(resume)
+        checkpoint, damaged = _given(resume)
         if entries and record is None:
             raise InputError(f"`output_dir` {folder} holds files that are of no run ({_some(entries)}). {_ELSEWHERE}")
-        if entries and Path(checkpoint).resolve().parent != folder.resolve():
+        if entries and checkpoint.resolve().parent != folder.resolve():
             raise InputError(
                 f"`output_dir` {folder} holds a run already, and {checkpoint} is of another one. {_ELSEWHERE}"
             )
-        return Plan(checkpoint, message=f"Resuming from {checkpoint}.")
+        return Plan(str(checkpoint), message=f"Resuming from {checkpoint}.{_told(damaged, entries)}")
     if not entries:
         return Plan()
     if record is None:
         raise InputError(
             f"`output_dir` {folder} is not empty ({_some(entries)}), and it holds no run of this script. {_ELSEWHERE}"
         )
-    different = differences(record["settings"], to_json(settings.record))
+    different = differences(record["settings"], _settings(settings))
     if different:
         raise InputError(
             f"`output_dir` {folder} holds another run: {different}. {_ELSEWHERE} To go on with that run under these "
             "settings, give --resume_from_checkpoint with one of its checkpoint-* folders."
         )
     if record.get("finished"):
-        if not any((folder / name).is_file() for name in WEIGHTS):
-            raise InputError(f"{folder} holds a finished run without its weights ({WEIGHTS[0]}). {_ELSEWHERE}")
+        if not any((folder / name).is_file() for name in (checkpoints.WEIGHTS, checkpoints.WEIGHTS_INDEX)):
+            raise InputError(f"{folder} holds a finished run without its weights ({checkpoints.WEIGHTS}). {_ELSEWHERE}")
         return Plan(finished=record["finished"])
-    checkpoint = last_checkpoint(folder)
+    checkpoint, damaged = _newest(folder)
     if checkpoint is None:
         return Plan(message=f"{folder} holds this run, stopped before its first checkpoint: it starts again.")
-    return Plan(checkpoint, message=f"{folder} holds this run, not finished: it goes on from {Path(checkpoint).name}.")
+    message = f"{folder} holds this run, not finished: it goes on from {checkpoint.name}.{_told(damaged, entries)}"
+    return Plan(str(checkpoint), message=message)
 
 
 _ELSEWHERE = "Choose another --output_dir, or move that folder away."
 
 
 def find_checkpoint(given: str) -> str:
-    """The checkpoint that `--resume_from_checkpoint` means: that folder, or the last checkpoint in it."""
+    """The checkpoint that `--resume_from_checkpoint` means: that folder, or the newest undamaged one in it."""
+    return str(_given(given)[0])
+
+
+def _given(given: str) -> tuple[Path, dict[Path, str]]:
     path = Path(given)
     if not path.is_dir():
         raise InputError(f"`resume_from_checkpoint` is {given}: there is no such folder.")
-    if is_complete(path):
-        return str(path)
-    last = last_checkpoint(path)
-    if last is None:
+    if checkpoints.is_checkpoint(path):
+        if wrong := checkpoints.damage(path):
+            raise InputError(
+                f"`resume_from_checkpoint` is {given}, which is damaged: {wrong}. Give another checkpoint-* folder, or "
+                "the run's folder, whose newest undamaged one is taken."
+            )
+        return path, {}
+    checkpoint, damaged = _newest(path)
+    if checkpoint is None:
         raise InputError(
             f"`resume_from_checkpoint` is {given}, which is no checkpoint and holds none: expected a checkpoint-* "
             "folder with weights and trainer_state.json, or a run's folder with such in it. To start from weights "
             "alone, give --finetune."
         )
-    return last
+    return checkpoint, damaged
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The complete checkpoint of the highest step, if any."""
-    found = {}
-    for entry in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
-        if match and is_complete(entry):
-            found[int(match[1])] = entry
-    return str(found[max(found)]) if found else None
+def _newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    checkpoint, damaged = checkpoints.newest(run)
+    if checkpoint is None and damaged:
+        raise InputError(
+            f"Every checkpoint of {run} is damaged: {_described(damaged)}. Put back a copy of one of them, or move the "
+            "folder away to start again."
+        )
+    return checkpoint, damaged
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint was written to the end: the Trainer's state comes last."""
-    return (folder / "trainer_state.json").is_file() and any((folder / name).is_file() for name in WEIGHTS)
+def _told(damaged: dict[Path, str], own: list[str]) -> str:
+    """What is said about damaged checkpoints; those of the output folder are set aside."""
+    if not damaged:
+        return ""
+    said = f"\nDamaged, and left out: {_described(damaged)}."
+    if own:
+        aside = [checkpoints.set_aside(folder).name for folder in damaged]
+        said += f" Now called {', '.join(aside)}: delete what you do not need."
+    return said
+
+
+def _described(damaged: dict[Path, str]) -> str:
+    return "; ".join(f"{folder.name} ({wrong})" for folder, wrong in damaged.items())
+
+
+class FolderLock:
+    """
+    A context that keeps a second command out of an output folder, as long as its process lives.
+
+    The system drops the lock with the process, however that ends.
+    """
+
+    def __init__(self):
+        self.file = None
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def take(self, folder: str) -> None:
+        """
+        Lock a folder, if it is a run's.
+
+        Raises:
+            InputError: another process has it.
+        """
+        if self.file is not None or fcntl is None or not (Path(folder) / RECORD).is_file():
+            return
+        file = (Path(folder) / LOCK).open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise InputError(
+                f"Another process is training in {folder}. Wait for it or stop it, or choose another --output_dir."
+            ) from error
+        except OSError:
+            pass  # A file system without locks.
+        self.file = file
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            Path(self.file.name).unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -148,21 +218,34 @@ def write_record(settings: Settings, finished: dict[str, Any] | None = None) -> 
     """Write the record, in one step, so that a run killed meanwhile keeps the old one."""
     folder = Path(settings.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": to_json(settings.record), "finished": finished}
     part = folder / f".{RECORD}.part"
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"settings": _settings(settings), "finished": finished}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, folder / RECORD)
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    return {**to_json(settings.record), _BATCH: settings.training.global_batch_size}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The settings in which two runs differ, in words; empty if in none that matters. Settings that only one of two
     releases knows are not compared."""
+    known = before.keys() & now.keys()
+    free = _FREE + (_BATCH_PARTS if _BATCH in known else ())
     different = [
         f"`{key}` was {before[key]!r} and is now {now[key]!r}"
-        for key in sorted(before.keys() & now.keys())
-        if before[key] != now[key] and key not in _FREE and not key.startswith(_FREE_PREFIXES)
+        for key in sorted(known)
+        if before[key] != now[key] and key not in free and not key.startswith(_FREE_PREFIXES)
     ]
-    return "; ".join(different[:4]) + more(different, 4)
+    said = "; ".join(different[:4]) + more(different, 4)
+    if _BATCH in known and before[_BATCH] != now[_BATCH]:
+        said += (
+            " (images in a step over all processes: --per_device_train_batch_size keeps it the same on another number)"
+        )
+    return said
 
 
 def _some(names: list[str]) -> str:

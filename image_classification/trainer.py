@@ -13,30 +13,30 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import ema
 from .arguments import RunArguments
 from .divergence import DivergenceGuard
-from .errors import InputError, more
+from .errors import InputError
+from .resumable import ResumableTrainer
 
 
 # Position embeddings and tokens are matrices in shape only; ViT does not decay them.
 NO_DECAY = ("cls_token", "position_embeddings", "mask_token")
 
 
-class ImageClassificationTrainer(Trainer):
+class ImageClassificationTrainer(ResumableTrainer):
     """
-    Transformers' Trainer with
+    A Trainer whose runs survive (`ResumableTrainer`), with
     * a cross-entropy that is normalised over the whole accumulated batch, so that accumulation gives the gradients of
       one large batch, for class indices and for soft targets, with and without label smoothing;
     * a learning rate and a weight decay of their own for KArAt parameters, layer-wise decay, timm's optimisers, and the
       schedules of `RunArguments`;
     * an average of the weights (`model_ema`), evaluated beside them, saved in every checkpoint and resumed;
-    * checkpoints under the parameters' present names, and an error for every weight that a checkpoint lacks or has too
-      many: Transformers only warns, and goes on with random weights;
+    * checkpoints under the parameters' present names;
     * an error for a loss or gradient that is not finite, which names the step and the parameter;
     * images per second of training alone, without evaluations and checkpoints, and the peak of memory.
     """
@@ -55,7 +55,6 @@ class ImageClassificationTrainer(Trainer):
                 "or leave it out."
             )
         self.average: ema.WeightAverage | None = None
-        self._resumed_from: str | None = None
         self._guard: DivergenceGuard | None = None
         # Images trained on, by all processes, and seconds that this took: in all, and at the last log.
         self._images, self._images_logged = 0, 0
@@ -67,14 +66,10 @@ class ImageClassificationTrainer(Trainer):
         """The model without wrappers of DDP or `torch.compile`."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        self._resumed_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
     def begin(self) -> None:
         """When the model is wrapped, its weights and the optimiser are loaded, and the first step is next."""
         if self.args.model_ema:
-            self.make_average(self._resumed_from)
+            self.make_average(self.resumed_from)
         where = f"Nothing of it was saved; checkpoints of before are kept in {self.args.output_dir}. Try a lower rate"
         where += ", or bf16 in place of fp16." if self.args.fp16 else ", or more warm-up."
         self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
@@ -82,7 +77,7 @@ class ImageClassificationTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats(self.args.device)
         self._began = time.perf_counter()
 
-    def make_average(self, checkpoint: str | None = None) -> None:
+    def make_average(self, checkpoint: str | Path | None = None) -> None:
         """Begin an average of the weights, or go on with that of a checkpoint."""
         self.average = ema.WeightAverage(self.bare_model, self.args.model_ema_decay, self.args.model_ema_device)
         if checkpoint is not None:
@@ -235,11 +230,8 @@ class ImageClassificationTrainer(Trainer):
         with self._apart():
             super()._save_checkpoint(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if _internal_call and self.average is not None:
-            # A checkpoint: it has the average beside the weights.
-            self.average.save(Path(output_dir) / ema.FILE, self.bare_model, write=self.args.should_save)
+    def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {ema.FILE: self.average.whole(self.bare_model)} if self.average is not None else {}
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -256,18 +248,6 @@ class ImageClassificationTrainer(Trainer):
         self.bare_model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Called after the weights of a checkpoint were loaded, to resume or as the best of a run."""
-        for keys, what in (
-            (load_result.missing_keys, "lacks weights that the model has"),
-            (load_result.unexpected_keys, "has weights that the model does not have"),
-        ):
-            if keys:
-                shown = ", ".join(sorted(keys)[:4]) + more(keys, 4)
-                raise InputError(
-                    f"The checkpoint {what}: {shown}. It is damaged or of another model; nothing was trained."
-                )
 
 
 class _Hooks(TrainerCallback):

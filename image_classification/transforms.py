@@ -6,6 +6,7 @@ Evaluation goes through the image processor that is saved with the model, so a p
 the pixels that the evaluation saw.
 """
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import ViTImageProcessor, ViTImageProcessorPil
@@ -140,18 +141,29 @@ class ImageDataset(torch.utils.data.Dataset):
         split: columns `image` (undecoded) and `label`.
         transform: PIL image -> tensor.
         name: of the split, for errors.
+        seed: of the random numbers of the transform. They depend on it, the epoch and the index, and on nothing else:
+            not on the number of workers or processes, nor on what was read before.
     """
 
-    def __init__(self, split: Dataset, transform, name: str):
+    def __init__(self, split: Dataset, transform, name: str, seed: int = 0):
         self.split, self.transform, self.name = split, transform, name
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return len(self.split)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer."""
+        self.epoch = epoch
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         row = self.split[index]
         image = decode(row["image"], f"{self.name} image {index}")
-        return {"pixel_values": self.transform(image), "labels": row["label"]}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)[0])
+            )
+            return {"pixel_values": self.transform(image), "labels": row["label"]}
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,8 @@ def image_folder(tmp_path):
 # A model and a schedule that train in a second.
 SMALL = (
     "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 "
-    "--per_device_train_batch_size 16 --warmup_epochs 0 --use_cpu --disable_tqdm --dataloader_num_workers 0"
+    "--per_device_train_batch_size 16 --warmup_epochs 0 --use_cpu --cpu_threads 1 --disable_tqdm "
+    "--dataloader_num_workers 0"
 ).split()
 
 

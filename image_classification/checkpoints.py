@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Checkpoint folders on the disk: written whole or not at all, and checked before a run goes on from them.
+
+A checkpoint is written into a hidden folder beside its place, listed in `SHA256SUMS` (which `sha256sum -c` reads),
+flushed to the disk, and only then given its name. So whatever is called `checkpoint-N` was complete once, and what
+damages it later (a full disk, a copy that broke off, a failing disk) is seen in the sums.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .errors import InputError, more
+
+
+SUMS, STATE = "SHA256SUMS", "trainer_state.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+OPTIMIZER = "optimizer.pt"
+
+
+class NotWritten(InputError):
+    """Something could not be written: the disk is full, or the folder is not ours to write to."""
+
+
+def checkpoint_folder(run: str | Path, step: int) -> Path:
+    """The checkpoint of one step of a run."""
+    return Path(run) / f"checkpoint-{step}"
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder that were written to the end, by step, in ascending order."""
+    found = {}
+    for entry in run.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        if match and is_checkpoint(entry):
+            found[int(match[1])] = entry
+    return dict(sorted(found.items()))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether there is the Trainer's state and a model in it; `damage` looks closer."""
+    return (folder / STATE).is_file() and any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+
+
+def damage(folder: Path) -> str | None:
+    """
+    What is wrong with a checkpoint, in words: a file is missing, too short, or of other content than was written.
+
+    Returns:
+        `None` if nothing is, or if the checkpoint has no `SHA256SUMS` because something else wrote it.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return f"{SUMS} cannot be read"
+    listed = [re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line) for line in lines]
+    if None in listed or STATE not in {match[2] for match in listed}:
+        return f"{SUMS} is truncated or damaged"
+    for match in listed:
+        path = folder / match[2]
+        try:
+            digest, size = _sha256(path), path.stat().st_size
+        except FileNotFoundError:
+            return f"{match[2]} is missing"
+        except OSError as error:
+            return f"{match[2]} cannot be read ({error.strerror})"
+        if digest != match[1]:
+            return f"{match[2]} ({size:,} bytes) is truncated or was changed after it was written"
+    return None
+
+
+def newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """
+    The checkpoint to go on from.
+
+    Returns:
+        The undamaged checkpoint of the highest step, if any; and the damaged ones after it, with what is wrong.
+    """
+    damaged = {}
+    for folder in reversed(checkpoints(run).values()):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, damaged
+        damaged[folder] = wrong
+    return None, damaged
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither taken for one nor counted, and return its new place."""
+    number = 0
+    while (aside := folder.with_name(f"{folder.name}.damaged" + (f".{number}" if number else ""))).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def tidy(run: Path) -> None:
+    """Clear away what a killed process left half written or half deleted."""
+    for replaced in run.glob(".checkpoint-*.replaced"):
+        place = run / replaced.name[1:].removesuffix(".replaced")
+        if place.exists():
+            shutil.rmtree(replaced)
+        else:  # Killed between the two renames of `publish`.
+            replaced.rename(place)
+    for part in run.glob(".checkpoint-*.part"):
+        shutil.rmtree(part)
+
+
+def part_of(folder: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+def begin(folder: Path) -> None:
+    """Make the empty folder `part_of(folder)`."""
+    abandon(folder)
+    part_of(folder).mkdir(parents=True)
+
+
+def abandon(folder: Path) -> None:
+    """Remove what was written of a checkpoint, which also frees its space."""
+    shutil.rmtree(part_of(folder), ignore_errors=True)
+
+
+def publish(folder: Path) -> None:
+    """Sum up and flush what is in `part_of(folder)`, and give it its name, in place of one that has it already."""
+    part = part_of(folder)
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    lines = [f"{_sha256(path, flush=True)}  {path.relative_to(part).as_posix()}\n" for path in files]
+    sums = part / SUMS
+    sums.write_text("".join(lines), encoding="utf-8")
+    for path in (sums, *(path for path in part.rglob("*") if path.is_dir()), part):
+        _flush(path)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(replaced)
+    part.rename(folder)
+    _flush(folder.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def rotate(run: Path, limit: int | None, last: Path, best: Path | None) -> None:
+    """
+    Delete the oldest checkpoints beyond `limit`; never the `last` one, from which the run goes on, nor the `best`.
+
+    Args:
+        run: the run's folder.
+        limit: how many to keep, those two included; `None` keeps all.
+    """
+    if limit is None:
+        return
+    keep = {last, best} - {None}
+    for folder in reversed(checkpoints(run).values()):
+        if folder in keep:
+            continue
+        if len(keep) < limit:
+            keep.add(folder)
+        else:
+            # Under another name first: killed meanwhile, half a checkpoint would be left.
+            abandon(folder)
+            shutil.rmtree(folder.rename(part_of(folder)))
+
+
+def best(run: Path, log: list[dict[str, float]], metric: str, greater_is_better: bool) -> Path | None:
+    """The checkpoint of the best evaluation (the first, of equals), by the Trainer's log; `None` without any."""
+    scores = {entry["step"]: entry[metric] for entry in log if metric in entry}
+    sign = 1 if greater_is_better else -1
+    return max(
+        ((sign * scores[step], -step, folder) for step, folder in checkpoints(run).items() if step in scores),
+        default=(None, None, None),
+    )[2]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, in one file or in several, on the CPU."""
+    if not (folder / WEIGHTS_INDEX).is_file():
+        names = [WEIGHTS]
+    else:
+        index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    weights = {}
+    for name in names:
+        try:
+            weights |= load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder / name} cannot be read ({error}): the checkpoint is damaged.") from error
+    return weights
+
+
+def check_weights(expected: set[str], found: set[str], folder: Path) -> None:
+    """Raise an `InputError` unless a checkpoint has exactly the weights of the model."""
+    for keys, what in (
+        (expected - found, "lacks weights that the model has"),
+        (found - expected, "has weights that the model does not have"),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:4]) + more(keys, 4)
+            raise InputError(f"{folder} {what}: {shown}. It is damaged or of another model; nothing was trained.")
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path, advice: str) -> Iterator[None]:
+    """
+    Turn what goes wrong while writing into a `NotWritten` that says what, where, why, and what to do.
+
+    PyTorch and safetensors each have errors of their own for a full disk, so every `Exception` counts here.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f"; {shutil.disk_usage(folder).free / 1e9:,.1f} GB are free there"
+        raise NotWritten(f"{what} could not be written to {folder} ({reason[0]}{free}). {advice}") from error
+
+
+def _sha256(path: Path, flush: bool = False) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if flush:
+            os.fsync(file.fileno())
+    return digest
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Several processes: the images that one process would see, each counted once.
+
+Every process gets batches of the same size, so where the images do not come out even, accelerate repeats some at the
+end of an epoch. Here repeated images have no weight: W processes of batch B/W train and evaluate as one of batch B.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import distributed
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from .errors import InputError
+
+
+T = TypeVar("T")
+IGNORED = -100  # PyTorch's and the Trainer's label of what does not count.
+
+
+class ParallelTrainer(Trainer):
+    """Transformers' Trainer, in which an image that was repeated to fill a batch does not count."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            _check_fsdp(self.accelerator)
+        elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise InputError(
+                "FSDP needs several GPUs: accelerate does not shard a model on the CPU or on one device. Use "
+                "accelerate_configs/cpu_two_processes.yaml, cpu.yaml or one_gpu.yaml."
+            )
+
+    @functools.cached_property
+    def _cpu_group(self):
+        """A process group for small decisions, which do not wait for the GPU."""
+        return distributed.new_group(backend="gloo")
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers. Every process must ask."""
+        if self.args.world_size == 1:
+            return number
+        tensor = torch.tensor(number)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._cpu_group)
+        return int(tensor)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        self._rows_at_end = 0  # Images in the last batch of an epoch over all processes, if it is not full.
+        sampler = getattr(loader, "batch_sampler", None)
+        while hasattr(sampler, "batch_sampler"):  # Accelerate's, around PyTorch's.
+            sampler = sampler.batch_sampler
+        if self.args.world_size > 1 and hasattr(sampler, "sampler") and not sampler.drop_last:
+            self._rows_at_end = len(sampler.sampler) % (sampler.batch_size * self.args.world_size)
+        return loader
+
+    def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
+        # Accelerate tells the epoch only some of these, depending on how it wrapped the loader to shard and to skip.
+        parts, inner = [self.train_dataset], train_dataloader
+        while (inner := getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None)) is not None:
+            parts.append(inner)
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches and self._rows_at_end and self.accelerator.gradient_state.end_of_dataloader:
+            batches[-1] = _without_repeated(batches[-1], self._own_rows(batches[-1], self._rows_at_end))
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _own_rows(self, batch: dict[str, torch.Tensor], rows: int) -> int:
+        """How many rows of this process's last batch are among the first `rows` of all processes'."""
+        size = len(batch["labels"])
+        return min(max(rows - self.args.process_index * size, 0), size)
+
+
+def _without_repeated(batch: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    if rows > 0:
+        return {key: value[:rows] for key, value in batch.items()}
+    # The other processes wait for this one's gradients: one image goes through the model, for nothing.
+    batch = {key: value[:1] for key, value in batch.items()}
+    return {**batch, "labels": torch.full_like(batch["labels"].flatten()[:1], IGNORED, dtype=torch.long)}
+
+
+def _check_fsdp(accelerator) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise InputError(
+            "FSDP's first version is not supported: set `fsdp_version: 2`, as accelerate_configs/fsdp2.yaml."
+        )
+    # Checkpoints are of one layout, whatever saved them; the models are small enough to be gathered.
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """
+    Call `function` in the main process only, and return its result in all of them.
+
+    Raises:
+        InputError: of the main process, in all of them.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return function()
+    result = [None]
+    if state.is_main_process:
+        try:
+            result = [function()]
+        except InputError as error:
+            result = [error]
+    broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]

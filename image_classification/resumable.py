@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A Trainer whose runs survive: killed at any moment and started again, they end with the same bits as if never stopped.
+
+Beside what Transformers saves, a checkpoint holds `progress.json`: the losses since the last log, and what was due
+when it was written, so that logs and evaluations are neither lost nor done twice. Its files are the same for one
+process, DDP and FSDP2, so a run may go on under another layout. (DeepSpeed writes its own, for its own.)
+"""
+
+import functools
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import recursively_apply
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from . import checkpoints
+from .errors import InputError
+from .parallel import ParallelTrainer
+from .stopping import Stopped, StopSignals, outlive_signals
+
+
+PROGRESS = "progress.json"
+ACTIONS = ("log", "evaluate", "save")
+
+
+class ResumableTrainer(ParallelTrainer):
+    """
+    Transformers' Trainer with
+    * checkpoints that are written whole or not at all, and from which a run goes on exactly;
+    * SIGTERM and Ctrl-C saving a checkpoint at the end of the step (`Stopped` is raised in all processes);
+    * an error for every weight that a checkpoint lacks or has too many: Transformers only warns, and goes on with
+      random weights;
+    * rotation that never deletes the best checkpoint.
+
+    `resumed_from` is the checkpoint folder of this part of the run, or `None`. A subclass with weights of its own
+    hands them out in `_more_weights`, and loads them when training begins.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.resumed_from: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """
+        Train, from the beginning or from a checkpoint folder.
+
+        Raises:
+            Stopped: by a signal, after a checkpoint was saved.
+            NotWritten: a checkpoint could not be written; the ones before are as they were.
+            InputError: the checkpoint has not exactly the weights of the model.
+        """
+        self.resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        if self.resumed_from is not None:
+            self.args.eval_on_start = False  # It is done already.
+        self._epoch_ended = False
+        self._last_step = (None, None)  # Norm of the gradient and learning rate, as the log has them.
+        hooks = _Hooks(self)
+        self.add_callback(hooks)
+        self._signals = StopSignals(speak=self.is_world_process_zero())
+        try:
+            with self._signals:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.remove_callback(hooks)
+
+    def evaluate(self, *args, **kwargs):
+        # Its data loader draws from PyTorch's generator: training must not depend on how often a run is evaluated.
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_runtime" in logs:  # The last log, of the whole run: so with the time before it was stopped.
+            logs["train_runtime"] = round(self._seconds(), 4)
+        super().log(logs, start_time)
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # Of accelerate's.
+        inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
+        return loader
+
+    # Going on
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        self._epoch_steps = num_update_steps_per_epoch
+        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        # Transformers would train one step more where `max_steps` ends within an epoch.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
+
+    def _catch_up(self) -> None:
+        """When training begins: go back to where the checkpoint was saved, and do what was due there."""
+        self._part_began, self._seconds_before = time.time(), 0.0
+        if self.resumed_from is None:
+            return
+        # The position was found by Transformers, whose counts for the last log would begin here.
+        self._initial_global_step = 0
+        path = self.resumed_from / PROGRESS
+        if not path.is_file():
+            return  # Of another Trainer: nothing is known to be due.
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        self._load_rng_state(str(self.resumed_from))
+        losses = progress["losses"]
+        same = len(losses) == self.args.world_size
+        self._tr_loss.fill_(losses[self.args.process_index] if same else sum(losses) / len(losses))
+        self._total_loss_scalar = progress["logged_loss"]
+        self._globalstep_last_logged = progress["last_logged_step"]
+        self._seconds_before = progress["seconds"]
+        self._last_step = (progress["grad_norm"], progress["learning_rate"])
+        self._epoch_ended = progress["epoch_ended"]
+        for action in progress["due"]:
+            setattr(self.control, f"should_{action}", True)
+        self._log_save_evaluate()
+        at_end = self.state.global_step % self._epoch_steps == 0 or self.state.global_step >= self.state.max_steps
+        if at_end and not self._epoch_ended:
+            self._epoch_ended = True
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._log_save_evaluate()
+
+    def _log_save_evaluate(self) -> None:
+        norm, rate = self._last_step
+        self._maybe_log_save_evaluate(
+            self._tr_loss, norm, self.model_wrapped, None, self.state.epoch, None, time.time(), learning_rate=rate
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        folder = Path(resume_from_checkpoint)
+        weights = checkpoints.read_weights(folder)
+        checkpoints.check_weights(set(map(_plain_name, model.state_dict())), set(weights), folder)
+        try:
+            if self.is_fsdp_enabled:
+                set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+            else:
+                model.load_state_dict(weights)
+        except RuntimeError as error:  # Another shape.
+            raise InputError(f"The weights of {folder} do not fit the model: {error}") from error
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint)
+        if not (folder / checkpoints.OPTIMIZER).is_file():
+            raise InputError(
+                f"{folder} has no {checkpoints.OPTIMIZER}: it was saved by DeepSpeed, or without the optimiser. Go on "
+                "with what saved it, or start anew from its weights with --finetune."
+            )
+        state = torch.load(folder / checkpoints.OPTIMIZER, map_location="cpu", weights_only=True)
+        if self.is_fsdp_enabled:
+            state["state"] = _sharded(state["state"], self.optimizer)
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+    # Stopping and saving
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+    ):
+        self._last_step = (grad_norm, learning_rate)
+        if number := self.largest(self._signals.received):
+            # At once: an evaluation can take longer than a scheduler waits. It is noted, and done when the run goes on.
+            due = [action for action in ACTIONS if getattr(self.control, f"should_{action}")]
+            self._save_checkpoint(model, trial, due)
+            folder = checkpoints.checkpoint_folder(self.args.output_dir, self.state.global_step)
+            raise Stopped(number, folder, self.state.global_step, self.state.epoch)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+        )
+
+    def _save_checkpoint(self, model, trial, due: list[str] = ()) -> None:
+        run, step = Path(self.args.output_dir), self.state.global_step
+        folder = checkpoints.checkpoint_folder(run, step)
+        self.store_flos()
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            best = checkpoints.checkpoint_folder(run, self.state.best_global_step)
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        # Whatever the processes have to say to each other comes before anything is written, so that none waits for one
+        # that has failed.
+        state = self._collect(list(due))
+        try:
+            self._in_all(folder, lambda: self.args.should_save and checkpoints.begin(folder))
+            self._in_all(folder, lambda: self._write(checkpoints.part_of(folder), *state))
+            self._in_all(folder, lambda: self.args.should_save and checkpoints.publish(folder))
+        except BaseException:
+            if self.args.should_save:
+                checkpoints.abandon(folder)
+            raise
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            best = None
+            if metric := self.args.metric_for_best_model:
+                metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+                best = checkpoints.best(run, self.state.log_history, metric, self.args.greater_is_better)
+            checkpoints.rotate(run, self.args.save_total_limit, folder, best)
+
+    def _collect(self, due: list[str]) -> tuple[dict | None, dict | None, dict, dict]:
+        """Weights (if sharded), the optimiser's state, further weights, the progress: all that needs all processes."""
+        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        optimizer = None
+        if not self.is_deepspeed_enabled and not self.args.save_only_model:
+            optimizer = self.optimizer.state_dict()
+            if self.is_fsdp_enabled:
+                optimizer["state"] = recursively_apply(_whole, optimizer["state"])
+        norm, rate = self._last_step
+        progress = {
+            "losses": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+            "logged_loss": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+            "grad_norm": None if norm is None else float(norm),
+            "learning_rate": rate,
+            "epoch_ended": self._epoch_ended,
+            "due": due,
+            "seconds": self._seconds(),
+        }
+        return weights, optimizer, self._more_weights(), progress
+
+    def _write(self, part: Path, weights: dict | None, optimizer: dict | None, more_weights: dict, progress: dict):
+        """Every file of a checkpoint; what there is one of for all processes, by the main process."""
+        if self.is_deepspeed_enabled:
+            self.save_model(str(part), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(part))
+        else:
+            self._save(str(part), state_dict=weights)
+            if optimizer is not None and self.args.should_save:
+                torch.save(optimizer, part / checkpoints.OPTIMIZER)
+                torch.save(self.lr_scheduler.state_dict(), part / "scheduler.pt")
+        if not self.args.save_only_model:
+            self._save_scaler(str(part))
+            self._save_rng_state(str(part))
+        if self.args.should_save:
+            for name, tensors in more_weights.items():
+                save_file(tensors, part / name, metadata={"format": "pt"})
+            (part / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(part / checkpoints.STATE))
+
+    def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Further safetensors files of a checkpoint, by name: a subclass's. All processes call it."""
+        return {}
+
+    def _in_all(self, folder: Path, action) -> None:
+        """Do something in all processes, and fail in all if it fails in one."""
+        failure = None
+        try:
+            with checkpoints.writing(f"{folder.name}", folder.parent, self._advice(folder)):
+                action()
+        except checkpoints.NotWritten as error:
+            failure = error
+        if self.largest(failure is not None):
+            raise failure or checkpoints.NotWritten(
+                f"Another process could not write {folder.name}; it says why. {self._advice(folder)}"
+            )
+
+    def _advice(self, folder: Path) -> str:
+        steps = [step for step in checkpoints.checkpoints(folder.parent) if step != self.state.global_step]
+        kept = f"goes on from checkpoint-{steps[-1]}, which is whole" if steps else "starts again: it is the first one"
+        return f"Make room, then give the same command again: the run {kept}."
+
+    def _seconds(self) -> float:
+        """How long the run has trained, with what was before it was stopped."""
+        return self._seconds_before + time.time() - self._part_began
+
+
+class _Hooks(TrainerCallback):
+    """What the Trainer has no method for. It is the last callback, so that the others are ready."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._catch_up()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer._epoch_ended = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer._epoch_ended = True
+
+
+def _start_worker(then, worker: int) -> None:
+    outlive_signals()
+    if then is not None:
+        then(worker)
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what compiling and activation checkpointing add."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def _sharded(state: dict[int, dict], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+    """A whole optimiser's state, cut as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def like(parameter, value):
+        if not isinstance(parameter, DTensor) or not torch.is_tensor(value) or value.shape != parameter.shape:
+            return value
+        # Every process has read the file, so there is nothing to send.
+        layout = (parameter.device_mesh, parameter.placements)
+        return distribute_tensor(value.to(parameter.device), *layout, src_data_rank=None)
+
+    return {
+        index: {key: like(parameters[index], value) for key, value in entries.items()}
+        for index, entries in state.items()
+    }
