@@ -150,8 +150,8 @@ class LinearEdgeFunctions(EdgeFunctions):
         """The same features by cheaper arithmetic."""
         return self.features(x)
 
-    def features_and_derivatives(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """F_k(x) and dF_k/dx."""
+    def features_and_derivatives(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+        """F_k(x), D_k and d_k, where dF_k/dx = d_k D_k: the D_k of a family may be other features of its own."""
         raise NotImplementedError
 
     def stack_coefficients(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -185,10 +185,10 @@ class _FeatureProduct(torch.autograd.Function):
     def forward(ctx, family, x, keep, coefficients):
         needs_x = ctx.needs_input_grad[1]
         if needs_x:
-            features, derivatives = family.features_and_derivatives(x)
+            features, derivatives, ctx.factors = family.features_and_derivatives(x)
         else:
             features, derivatives = family.lean_features(x), []
-        ctx.family, ctx.has_keep = family, keep is not None
+        ctx.has_keep = keep is not None
         ctx.feature_count = len(features)
         ctx.save_for_backward(*([keep] if keep is not None else []), coefficients, *features, *derivatives)
         return sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
@@ -200,7 +200,9 @@ class _FeatureProduct(torch.autograd.Function):
         features, derivatives = rest[: ctx.feature_count], rest[ctx.feature_count :]
         dx = d_coefficients = None
         if ctx.needs_input_grad[1]:
-            dx = sum(derivative * (dy @ coefficients[:, index]) for index, derivative in enumerate(derivatives))
+            for index, (derivative, factor) in enumerate(zip(derivatives, ctx.factors)):
+                product = dy @ (factor * coefficients[:, index])
+                dx = product.mul_(derivative) if dx is None else dx.addcmul_(product, derivative)
             dx = _masked(dx, keep)
         if ctx.needs_input_grad[3]:
             d_coefficients = torch.stack([_sum_to_heads(dy.mT @ _masked(feature, keep)) for feature in features], dim=1)
@@ -239,8 +241,8 @@ class FourierEdges(LinearEdgeFunctions):
     def features_and_derivatives(self, x):
         features = self.lean_features(x)
         cos, sin = features[: self.grid_size], features[self.grid_size :]
-        derivatives = [-m * s for m, s in enumerate(sin, 1)] + [m * c for m, c in enumerate(cos, 1)]
-        return features, derivatives
+        harmonics = [float(m) for m in range(1, self.grid_size + 1)]
+        return features, sin + cos, [-m for m in harmonics] + harmonics
 
     def stack_coefficients(self, tensors):
         return torch.cat([tensors["cos_coef"], tensors["sin_coef"]], dim=1)
@@ -286,14 +288,14 @@ class SplineEdges(LinearEdgeFunctions):
 
     def features_and_derivatives(self, x):
         if self.order == 0:
-            return self.features(x), [torch.zeros_like(x)] * self.grid_size
+            return self.features(x), [torch.zeros_like(x)] * self.grid_size, [0.0] * self.grid_size
         lower = self._cardinal(x, self.order - 1)
         u = (x - self.low) * (self.grid_size / (self.high - self.low)) + self.order
         features = [
             ((u - i) * lower[i] + (i + self.order + 1 - u) * lower[i + 1]) / self.order for i in range(len(lower) - 1)
         ]
         slope = self.grid_size / (self.high - self.low)
-        return features, [slope * (lower[i] - lower[i + 1]) for i in range(len(lower) - 1)]
+        return features, [lower[i] - lower[i + 1] for i in range(len(lower) - 1)], [slope] * len(features)
 
     def stack_coefficients(self, tensors):
         return tensors["spline_coef"]

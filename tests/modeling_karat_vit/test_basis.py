@@ -136,16 +136,16 @@ def test_splines_and_their_derivatives_are_those_of_scipy(order, grid, low, high
     )
     # Never on a knot, where splines of order 0 jump.
     x = np.linspace(low, high, 101)[1:-1] + 1e-5
-    features, derivatives = step.features_and_derivatives(torch.from_numpy(x))
-    assert len(features) == len(derivatives) == grid + order
+    features, derivatives, factors = step.features_and_derivatives(torch.from_numpy(x))
+    assert len(features) == len(derivatives) == len(factors) == grid + order
     for actual in (features, step.features(torch.from_numpy(x)), step.lean_features(torch.from_numpy(x))):
         for index, feature in enumerate(actual):
             spline = BSpline(oracle.knots(config), np.eye(grid + order)[index], order)
             np.testing.assert_allclose(feature, spline(x), atol=1e-12)
-    for index, derivative in enumerate(derivatives):
+    for index, (derivative, factor) in enumerate(zip(derivatives, factors)):
         spline = BSpline(oracle.knots(config), np.eye(grid + order)[index], order)
         expected = spline.derivative()(x) if order > 0 else np.zeros_like(x)
-        np.testing.assert_allclose(derivative, expected, atol=1e-10)
+        np.testing.assert_allclose(factor * derivative, expected, atol=1e-10)
     np.testing.assert_allclose(sum(features), 1.0, atol=1e-12)
 
 
@@ -154,7 +154,7 @@ def test_splines_fade_to_zero_beyond_their_range(order):
     config, step, _ = make_step({"basis_type": "spline", "spline_order": order, "grid_size": 4, "grid_range": (-1, 1)})
     first, last = oracle.knots(config)[[0, -1]]
     outside = torch.tensor([first - 100.0, first - 1e-6, last + 1e-6, last + 100.0], dtype=torch.float64)
-    features, derivatives = step.features_and_derivatives(outside)
+    features, derivatives, _ = step.features_and_derivatives(outside)
     assert all((x == 0).all() for x in (*features, *derivatives))
     if order > 0:
         just_beyond = torch.tensor([-1.01, 1.01], dtype=torch.float64)
@@ -236,11 +236,11 @@ def test_harmonics_by_recurrence_are_accurate(grid):
     lean = torch.stack(step.lean_features(x)).double()
     assert (lean - exact).norm() < 1e-5 * exact.norm()
     assert (lean - exact).abs().max() < 2e-7 * grid**2 + 1e-6
-    _, slopes = step.features_and_derivatives(x)
+    _, derivatives, factors = step.features_and_derivatives(x)
     leaf = x.double().requires_grad_()
-    for feature, slope in zip(step.features(leaf), slopes):
+    for feature, derivative, factor in zip(step.features(leaf), derivatives, factors):
         (expected,) = torch.autograd.grad(feature.sum(), leaf)
-        assert (slope.double() - expected).norm() < 1e-5 * grid * expected.norm()
+        assert (factor * derivative.double() - expected).norm() < 1e-5 * grid * expected.norm()
 
 
 @cases
