@@ -16,6 +16,7 @@ COMMANDS = {
     "weights": "distributions of the weights over the checkpoints of a run",
     "curves": "loss and accuracy of several runs together",
     "compare": "a table of models: parameters, FLOPs, memory, speed, accuracy",
+    "gallery": "all of them for a model trained on handwritten digits: the README's pictures",
 }
 
 _USAGE = """\
@@ -28,6 +29,7 @@ CSV or NPZ.
 
 `python -m analysis WHAT --help` lists the flags. For example:
   python -m analysis functions --model outputs/digits --before start
+  python -m analysis attention --model outputs/mine --compare outputs/softmax --images photo.jpg
 """
 
 

@@ -253,7 +253,7 @@ def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure
     shown = figure.add_subplot(grid[:2, 0])
     draw_picture(picture, maps[0].grid, maps[0].query, shown)
     query = "[CLS]" if maps[0].query == 0 else "framed patch"
-    shown.set_title(f"query: {query}")
+    shown.set_title(f"query:\n{query}")
     names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
     bars = {}
     for row, (each, stage, heads) in enumerate(lines):
@@ -263,7 +263,8 @@ def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure
             axes = figure.add_subplot(grid[row, column + 1])
             drawn = draw_signed(values[head], axes, norm)
             if stage == "before":
-                kind = " (softmax)" if len(set(each.head_kinds)) > 1 and each.head_kinds[head] == "softmax" else ""
+                # Said only where there are both.
+                kind = f"\n{style.KIND_NAMES[each.head_kinds[head]]}" if len(set(each.head_kinds)) > 1 else ""
                 axes.set_title(f"head {head}{kind}")
             if column == 0:
                 axes.set_ylabel(f"{names[maps.index(each)]}\n{stage}" if len(maps) > 1 else stage)
@@ -292,36 +293,53 @@ def draw_summary(
     """
     names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
     titles = ("dominant\nhead", f"{share:.0%}\nregion", "strongest\nhead", "\nrollout")
-    first, *parts = figure.subfigures(1, 1 + len(maps), width_ratios=[1.22, *[4] * len(maps)])
+    # A narrow empty column before each model.
+    ratios = [1.0, *[0.06, 1.0, 1.0, 1.0, 1.0] * len(maps)]
+    grid = figure.add_gridspec(len(labels), len(ratios), width_ratios=ratios)
     query = "[CLS]" if maps[0].query == 0 else "patch"
-    for row, axes in enumerate(first.subplots(len(labels), 1, squeeze=False)[:, 0]):
-        draw_picture(pictures[0][row], maps[0].grid, maps[0].query, axes)
-        axes.set_ylabel(labels[row])
+    for row, label in enumerate(labels):
+        axes = draw_picture(pictures[0][row], maps[0].grid, maps[0].query, figure.add_subplot(grid[row, 0]))
+        axes.set_ylabel(label)
         if row == 0:
             axes.set_title(f"query\n{query}")
-    if len(maps) > 1:
-        first.suptitle(" ")  # keeps its pictures level with the others
-    for each, name, shown, part in zip(maps, names, pictures, parts):
-        if len(maps) > 1:
-            part.suptitle(name, fontweight="bold")
-        grid = part.subplots(len(labels), 4, squeeze=False)
-        for row, panels in enumerate(grid):
+        for index, (each, shown) in enumerate(zip(maps, pictures)):
+            panels = [figure.add_subplot(grid[row, 2 + 5 * index + offset]) for offset in range(4)]
             values = getattr(each, stage)[row]
             head = int(dominant_head(values))
             draw_overlay(shown[row], on_grid(values[head], each.grid), panels[0])
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
             panels[0].text(0.04, 0.96, f"head {head}", transform=panels[0].transAxes, fontsize=6, va="top", bbox=box)
             draw_region(shown[row], on_grid(region(values[head], share), each.grid), panels[1])
-            strongest = on_grid(strongest_heads(values), each.grid)
-            draw_strongest(strongest, len(each.head_kinds), panels[2])
+            draw_strongest(on_grid(strongest_heads(values), each.grid), len(each.head_kinds), panels[2])
             draw_overlay(shown[row], on_grid(each.rollout[row], each.grid), panels[3], low=None)
-        for axes, title in zip(grid[0], titles):
-            axes.set_title(title)
+            if row == 0:
+                for panel, title in zip(panels, titles):
+                    panel.set_title(title)
+                if len(maps) > 1:
+                    # Over the middle of the four; the empty title of the figure keeps the room.
+                    name = panels[1].annotate(
+                        names[index],
+                        (1.06, 1),
+                        xycoords="axes fraction",
+                        xytext=(0, 27),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=9,
+                        fontweight="bold",
+                        annotation_clip=False,
+                    )
+                    name.set_in_layout(False)
+    if len(maps) > 1:
+        figure.suptitle(" ")
     heads = max(len(each.head_kinds) for each in maps)
     colours = style.categories(heads).colors
     handles = [Patch(color=colour, label=f"head {head}") for head, colour in enumerate(colours)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(heads, 6 if len(maps) == 1 else 12))
+    figure.legend(handles=handles, loc="outside lower center", ncols=_legend_columns(heads, len(maps)))
     return figure
+
+
+def _legend_columns(heads: int, models: int) -> int:
+    return min(heads, 8 if models > 1 else 4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -368,9 +386,11 @@ def run(args: argparse.Namespace) -> None:
             figure = style.figure(*_heads_size(maps))
             output.figure(stem, draw_heads(maps, pictures[0][index], index, figure))
         width = style.PAGE if len(maps) > 1 else 0.62 * style.PAGE
-        side = width / (1.22 + 4 * len(maps))
+        side = width / (1.2 + 4.1 * len(maps))
         titles = 0.65 if len(maps) > 1 else 0.5
-        figure = style.figure(width, titles + 0.2 + len(found) * side)
+        heads = max(len(each.head_kinds) for each in maps)
+        legend = 0.05 + 0.17 * -(-heads // _legend_columns(heads, len(maps)))
+        figure = style.figure(width, titles + legend + len(found) * side)
         draw_summary(maps, pictures, _row_labels(images[0]), figure, args.stage, args.share)
         output.figure("attention_summary", figure)
     output.arrays("attention.npz", **_arrays(maps, images, args.share, args.stage))

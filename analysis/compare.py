@@ -171,8 +171,13 @@ def real_count(checkpoint: Checkpoint) -> tuple[int, int]:
     return products.get_total_flops() // 2, others.count
 
 
-def training_memory(checkpoint: Checkpoint, batch_size: int) -> int:
-    """Peak bytes of a training step (forward, backward, AdamW), weights included."""
+def training_memory(checkpoint: Checkpoint, batch_size: int) -> int | None:
+    """
+    Peak bytes of a training step (forward, backward, AdamW), weights included: what CUDA's allocator says, or on the
+    CPU the tensors that live at once. `None` on other devices.
+    """
+    if checkpoint.model.device.type not in ("cpu", "cuda"):
+        return None
     model = _by_default(checkpoint).train()
     device = model.device
     step = _training_step(checkpoint, model, batch_size)
@@ -298,7 +303,8 @@ def compute(checkpoint: Checkpoint, name: str, batch_size: int | None = 32) -> d
         row["paper_activation"], row["paper_total"] = counted
     row["matrix_products"], row["elementwise"] = real_count(checkpoint)
     if batch_size is not None:
-        row["training_memory"] = training_memory(checkpoint, batch_size)
+        memory = training_memory(checkpoint, batch_size)
+        row |= {} if memory is None else {"training_memory": memory}
         row["training_speed"] = speed(checkpoint, batch_size, train=True)
         row["inference_speed"] = speed(checkpoint, batch_size, train=False)
         row["batch_size"] = batch_size

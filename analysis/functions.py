@@ -8,6 +8,7 @@ Writes functions_block<B>.png, .svg (the figure) and .csv (its curves and densit
 """
 
 import argparse
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,7 +155,8 @@ def compute(
     Raises:
         InputError: the block has no KArAt heads, a head is softmax, or there is no such step or edge.
     """
-    operator = checkpoint.operator(block)
+    # The curves are a matter of fp64, which not every device has.
+    operator = copy.deepcopy(checkpoint.operator(block)).cpu()
     kinds = checkpoint.head_kinds(block)
     softmax = [head for head in heads if kinds[head] == "softmax"]
     if softmax:
@@ -171,20 +173,18 @@ def compute(
         )
     karat = kinds.count("karat")
     scores = record(checkpoint, pixels, [block], batch_size)[block].scores[:, :karat]
-    operator_device = next(operator.parameters()).device
     result = []
     bar = tqdm(heads, desc=f"Functions of {checkpoint.name}", unit="head", leave=False, delay=1)
     for index, head in enumerate(bar):
-        values = inputs_of(operator, scores.to(operator_device), step)[:, head].flatten(0, 1)
+        values = inputs_of(operator, scores, step)[:, head].flatten(0, 1)
         if same_as is None:
-            flat = values.flatten()
             # Not `torch.quantile`, which takes 16 million values at most.
-            low, high = np.quantile(flat.cpu().numpy(), [OUTSIDE, 1 - OUTSIDE])
-            x = torch.linspace(low, high, POINTS, dtype=torch.float64, device=operator_device)
+            low, high = np.quantile(values.numpy(), [OUTSIDE, 1 - OUTSIDE])
+            x = torch.linspace(low, high, POINTS, dtype=torch.float64)
         else:
-            x = torch.as_tensor(same_as[index].x, device=operator_device)
+            x = torch.as_tensor(same_as[index].x)
         curves = evaluate(operator, head, x[:, None], step)
-        rows = values[torch.linspace(0, len(values) - 1, min(ROWS, len(values))).round().long().to(values.device)]
+        rows = values[torch.linspace(0, len(values) - 1, min(ROWS, len(values))).round().long()]
         strength = strength_of(operator, head, rows, step)
         if same_as is None:
             order = strength.flatten().argsort(descending=True)[:strongest].tolist()
@@ -192,16 +192,16 @@ def compute(
             chosen += [edge] if edge is not None else []
         else:
             chosen = same_as[index].edges
-        density, bins = np.histogram(values.cpu().numpy(), bins=BINS, range=(float(x[0]), float(x[-1])), density=True)
+        density, bins = np.histogram(values.numpy(), bins=BINS, range=(float(x[0]), float(x[-1])), density=True)
         result.append(
             Functions(
                 head,
-                x.cpu().numpy(),
-                curves.mean((1, 2)).cpu().numpy(),
-                curves.std((1, 2), correction=0).cpu().numpy(),
+                x.numpy(),
+                curves.mean((1, 2)).numpy(),
+                curves.std((1, 2), correction=0).numpy(),
                 chosen,
-                np.stack([curves[:, p, q].cpu().numpy() for p, q in chosen]) if chosen else np.empty((0, len(x))),
-                strength.cpu().numpy(),
+                np.stack([curves[:, p, q].numpy() for p, q in chosen]) if chosen else np.empty((0, len(x))),
+                strength.numpy(),
                 density,
                 bins,
             )
@@ -267,7 +267,7 @@ def draw_all(
     for column in range(columns):
         last = [axes for axes in grid[:, column] if axes.get_visible()][-1]
         last.set_xlabel(inputs)
-    figure.legend(handles=_legend(after[0], edge), loc="outside lower center", ncols=5)
+    figure.legend(handles=_legend(after[0], edge), loc="outside lower center", ncols=2 if columns < 3 else 5)
     return figure
 
 
@@ -335,7 +335,8 @@ def run(args: argparse.Namespace) -> None:
         panels = len(heads) * (1 if before is None else 2)
         columns = min(panels, 4)
         width = style.COLUMN if columns <= 2 else style.PAGE
-        figure = style.figure(width, 0.45 + 1.35 * -(-panels // columns))
+        legend = 0.6 if columns < 3 else 0.3
+        figure = style.figure(width, 0.15 + legend + 1.35 * -(-panels // columns))
         draw_all(after, figure, before, edge, "input $x$" if projected else "score $x$")
         output.figure(stem, figure)
     output.table(f"{stem}.csv", _rows(after, before, block))

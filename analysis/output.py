@@ -7,6 +7,7 @@ hour of work lost, because of a file that exists.
 import contextlib
 import csv
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,11 @@ class Output:
     def text(self, name: str, text: str) -> None:
         with self._whole(name) as path:
             path.write_text(text, encoding="utf-8")
+
+    def copy(self, source: Path, name: str) -> None:
+        """Save a file that was made elsewhere."""
+        with self._whole(name) as path:
+            shutil.copyfile(source, path)
 
     def report(self) -> None:
         """Say what was written, and that nothing of what was promised is missing."""

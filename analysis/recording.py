@@ -46,6 +46,7 @@ def record(
         The attention by block, in the model's dtype or `dtype`. Memory: B * heads * N^2 * 2 floats a block.
     """
     model = checkpoint.model
+    model.set_attn_implementation("eager")  # the one that has maps
     own = model.dtype
     kept: dict[int, list[Attention]] = {block: [] for block in blocks}
     starts = range(0, len(pixels), batch_size)

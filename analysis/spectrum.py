@@ -163,18 +163,31 @@ def draw(data: Spectrum, axes: Axes) -> Axes:
 
 
 def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None = None) -> Axes:
-    """The effective rank after the activation (solid) and before it (dashed) over the blocks, mean and range."""
+    """
+    The effective rank over the blocks: before the activation (dashed, mean) and after it (solid, mean and range over
+    heads and images).
+    """
     labels = labels or [data.name for data in spectra]
     colours = [style.KIND_COLOURS[data.kind] for data in spectra]
     if len(set(colours)) < len(colours):
         colours = style.PALETTE
     for data, colour, label in zip(spectra, colours, labels):
+        prefix = f"{label}, " if label else ""
         blocks = np.arange(len(data.head_kinds))
-        for stage, dashes in (("before", "--"), ("after", "-")):
-            values = getattr(data, f"effective_{stage}").reshape(len(blocks), -1)
-            if stage == "after":
-                axes.fill_between(blocks, values.min(1), values.max(1), color=colour, alpha=0.18, linewidth=0)
-            axes.plot(blocks, values.mean(1), dashes, color=colour, label=f"{label}, {stage}" if label else stage)
+        axes.plot(blocks, data.effective_before.mean((1, 2)), "--", color=colour, label=f"{prefix}before")
+        kinds = np.array(data.head_kinds)
+        # Softmax heads beside KArAt heads have a line of their own.
+        for kind, dashes in ((data.kind, "-"), ("softmax", "-.")):
+            here = kinds == kind
+            if not here.any() or (kind == "softmax" and dashes != "-" and data.kind == "softmax"):
+                continue
+            low, mean, high = (
+                np.array([summary(of[:, own]) if own.any() else np.nan for of, own in zip(data.effective_after, here)])
+                for summary in (np.min, np.mean, np.max)
+            )
+            axes.fill_between(blocks, low, high, color=colour, alpha=0.18, linewidth=0)
+            heads = "" if (kinds == data.kind).all() else f" ({style.KIND_NAMES[kind]} heads)"
+            axes.plot(blocks, mean, dashes, color=colour, label=f"{prefix}after{heads}")
         if data.rank is not None:
             axes.axhline(data.rank, color=colour, linewidth=0.8, linestyle=":")
             axes.annotate(
@@ -187,7 +200,9 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
                 color=colour,
                 fontsize=7,
             )
-    axes.set_ylim(bottom=0)
+    # Room for a legend above the lines.
+    lines = sum(not line.get_label().startswith("_") for line in axes.lines)
+    axes.set_ylim(0, axes.get_ylim()[1] * (1 + 0.11 * lines))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("effective rank")
@@ -207,7 +222,8 @@ def draw_all(spectra: list[Spectrum], figure: Figure) -> Figure:
         axes.set_ylim(min(low), max(high))
     draw_effective(spectra, panels[-1], names if len(spectra) > 1 else [""])
     panels[-1].set_title("all blocks")
-    panels[-1].legend(handlelength=2.2)
+    opaque = {"frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 1.0, "borderpad": 0.2}
+    panels[-1].legend(handlelength=2.2, loc="upper left", **opaque)
     return figure
 
 

@@ -27,7 +27,14 @@ from modeling_karat_vit import KArAtViTConfig
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-LINKED = ("configuration", "image_classification", "modeling_karat_vit", "predict.py", "run_image_classification.py")
+LINKED = (
+    "analysis",
+    "configuration",
+    "image_classification",
+    "modeling_karat_vit",
+    "predict.py",
+    "run_image_classification.py",
+)
 
 # What a reduced snippet has in place of the real thing.
 REPLACED = {

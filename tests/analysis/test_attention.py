@@ -122,7 +122,7 @@ def test_every_head_is_drawn_before_and_after(tmp_path, photos):
     assert len(panels) == 4
     for axes, row in zip(panels, expected):
         np.testing.assert_array_equal(axes.images[0].get_array(), row[1:].reshape(3, 3))
-    assert [axes.get_title() for axes in panels] == ["head 0", "head 1 (softmax)", "", ""]
+    assert [axes.get_title() for axes in panels] == ["head 0\nKArAt", "head 1\nsoftmax", "", ""]
     # One scale for each stage.
     assert panels[0].images[0].norm is panels[1].images[0].norm
     assert panels[2].images[0].norm.vmax == np.abs(data.after[1, :, 1:]).max()

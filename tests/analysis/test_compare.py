@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from analysis import compare, style
 from analysis.checkpoints import load_checkpoint
+from analysis.recording import record
 from modeling_karat_vit import KArAtViTConfig
 
 from .conftest import SIZES, karat_model, save
@@ -103,6 +104,8 @@ def test_a_row_of_the_table(karat, run_folder):
     assert row["batch_size"] == 4
     assert "accuracy" not in row
     assert all(torch.equal(tensor, before[name]) for name, tensor in checkpoint.model.state_dict().items())
+    # The maps can still be had.
+    assert record(checkpoint, torch.randn(1, 3, 12, 12), [0])[0].maps.shape == (1, 2, 10, 10)
     larger = compare.training_memory(checkpoint, 64)
     assert larger > row["training_memory"]
 

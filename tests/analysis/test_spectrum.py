@@ -47,7 +47,7 @@ def test_the_spectrum_of_known_matrices(karat, monkeypatch):
 
 
 def test_the_bounds_hold_for_a_model(tmp_path):
-    checkpoint = load_checkpoint(save(karat_model(num_karat_heads=1), tmp_path / "mixed"))
+    checkpoint = load_checkpoint(save(karat_model(num_karat_heads=1), tmp_path / "karat"))
     data = spectrum.compute(checkpoint, torch.randn(3, 3, 12, 12), 1)
     assert (data.rank, data.head_size, data.kind) == (4, 12, "karat")
     karat, softmax = data.after[:, 0], data.after[:, 1]
@@ -62,6 +62,11 @@ def test_the_bounds_hold_for_a_model(tmp_path):
     ]
     with style.context():
         axes = spectrum.draw(data, style.figure().subplots())
+        ranks = spectrum.draw_effective([data], style.figure().subplots())
+    drawn = {line.get_label(): line.get_ydata() for line in ranks.lines}
+    assert list(drawn)[:3] == ["karat, before", "karat, after (KArAt heads)", "karat, after (softmax heads)"]
+    np.testing.assert_allclose(drawn["karat, before"], data.effective_before.mean((1, 2)))
+    np.testing.assert_allclose(drawn["karat, after (softmax heads)"], data.effective_after[:, :, 1].mean(1))
     # d = 12 is beyond N = 10; r is marked.
     assert [text.get_text() for text in axes.texts] == ["$r=4$"]
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from pathlib import Path
+
+from analysis import gallery
+from image_classification.main import main as train
+
+
+SOFTMAX = (
+    "--model vit_tiny_patch16_224 --image_size 8 --patch_size 2 --hidden_size 16 --num_hidden_layers 2 "
+    "--num_attention_heads 2 --intermediate_size 16 --num_train_epochs 1 --max_train_samples 32 --max_eval_samples 32 "
+    "--use_cpu --disable_tqdm"
+).split()
+GALLERY = Path(__file__).parents[2] / "docs" / "gallery"
+
+
+def test_every_picture_of_runs(run_folder, tmp_path, analyse):
+    softmax = str(tmp_path / "softmax")
+    assert train(["configuration/digits.yaml", *SOFTMAX, "--output_dir", softmax]) == 0
+    out = analyse("gallery", "--model", run_folder, "--compare", softmax, "--work", tmp_path / "work")
+    names = {picture.name for picture in gallery.PICTURES}
+    assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in names} | {"README.md"}
+    figures = {path.name for path in (tmp_path / "work" / "figures").iterdir()}
+    assert {"spectrum_block1.npz", "weights.csv", "compare.svg", "attention_heads_3.png"} <= figures
+    assert (out / "spectrum.png").read_bytes() == (tmp_path / "work" / "figures" / "spectrum_block1.png").read_bytes()
+
+
+def test_checkpoints_of_no_run_leave_some_out(karat, softmax, photos, tmp_path, analyse, monkeypatch):
+    kept = [picture for picture in gallery.PICTURES if picture.name in ("spectrum", "weights")]
+    monkeypatch.setattr(gallery, "PICTURES", kept)
+    out = analyse("gallery", "--model", karat, "--compare", softmax, "--images", photos, "--work", tmp_path / "work")
+    assert {path.name for path in out.iterdir()} == {"spectrum.png", "README.md"}
+    assert "weights" not in (out / "README.md").read_text()
+
+
+def test_nothing_is_begun_where_files_would_be_lost(karat, softmax, tmp_path, refusal):
+    assert "go together" in refusal("gallery", "--model", karat)
+    (tmp_path / "work" / "figures").mkdir(parents=True)
+    assert "is there already" in refusal("gallery", "--model", karat, "--compare", softmax, "--work", tmp_path / "work")
+
+
+def test_the_models_of_the_gallery_differ_in_their_attention_alone(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(gallery, "train", lambda words: calls.append(words) or 0)
+    assert gallery.train_digits(tmp_path) == (str(tmp_path / "karat"), str(tmp_path / "softmax"))
+    ours, theirs = calls
+    assert [word for word in theirs if word not in gallery.SOFTMAX][:-1] == ours[:-1]
+    assert theirs[-1] == str(tmp_path / "softmax")
+
+
+def test_the_gallery_here_has_every_picture():
+    text = (GALLERY / "README.md").read_text(encoding="utf-8")
+    assert text == gallery.page(list(gallery.PICTURES))
+    for picture in re.findall(r"!\[\w+\]\((.*)\)", text):
+        assert (GALLERY / picture).read_bytes().startswith(b"\x89PNG")
