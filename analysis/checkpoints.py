@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
+from image_classification import checkpoints as saved
 from image_classification import models, runs
 from image_classification.arguments import ModelArguments
 from image_classification.errors import InputError, more
@@ -117,7 +118,7 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         # A run that was stopped has weights in its checkpoints only.
-        source = runs.last_checkpoint(folder) or source
+        source = str(saved.newest(folder)[0] or source)
     config = models.load_config(source, flag)
     if config.model_type not in ("karat_vit", "vit"):
         raise InputError(
@@ -159,6 +160,11 @@ def read_run(source: str | Path) -> dict[str, Any] | None:
     return None if folder is None else runs.read_record(folder)
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state in a checkpoint-* folder: `epoch`, `global_step`, `log_history`."""
+    return json.loads((checkpoint / saved.STATE).read_text(encoding="utf-8"))
+
+
 @dataclass
 class Moment:
     """
@@ -184,14 +190,10 @@ def moments(source: str) -> list[Moment]:
     folder = run_folder(source)
     if folder is None:
         raise InputError(f"{source} is no folder of a run of run_image_classification.py: it holds no {runs.RECORD}.")
-    found = []
-    for entry in folder.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", entry.name) and runs.is_complete(entry):
-            state = json.loads((entry / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append(Moment(entry, state["epoch"], state["global_step"]))
+    found = [Moment(entry, read_state(entry)["epoch"], step) for step, entry in saved.checkpoints(folder).items()]
     if not found:
         raise InputError(f"{folder} keeps no checkpoints. Train with --save_total_limit 0 to keep one of every epoch.")
-    return [Moment(None, 0.0, 0), *sorted(found, key=lambda moment: moment.step)]
+    return [Moment(None, 0.0, 0), *found]
 
 
 def load_moment(source: str, moment: Moment, device: torch.device | str = "cpu") -> Checkpoint:

@@ -31,11 +31,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from image_classification import reports, runs
+from image_classification import checkpoints as saved
+from image_classification import reports
 from image_classification.transforms import height_and_width
 
 from . import options, style
-from .checkpoints import Checkpoint, load_checkpoint, run_folder
+from .checkpoints import Checkpoint, load_checkpoint, read_state, run_folder
 from .output import Output, figure_names
 
 
@@ -264,11 +265,11 @@ def accuracy(source: str) -> dict[str, float]:
     folder = run_folder(source)
     if folder is None:
         return {}
+    row, results = {}, folder / reports.RESULTS
     if Path(source).resolve() == folder:
-        results = folder / reports.RESULTS
         row = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    elif runs.is_complete(Path(source)):
-        state = json.loads((Path(source) / "trainer_state.json").read_text(encoding="utf-8"))
+    elif saved.is_checkpoint(Path(source)):
+        state = read_state(Path(source))
         rows = [row for row in reports.history(state["log_history"]) if row["step"] == state["global_step"]]
         row = rows[-1] if rows else {}
     return {name: row[f"eval_{name}"] for name in ("accuracy", "top5_accuracy") if f"eval_{name}" in row}

@@ -8,18 +8,18 @@ Loss and accuracy of several runs together, over their epochs: training loss (da
 import argparse
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from image_classification import checkpoints as saved
 from image_classification import reports, runs
 from image_classification.errors import InputError
 
 from . import options, style
-from .checkpoints import run_folder
+from .checkpoints import read_state, run_folder
 from .output import Output, figure_names
 
 
@@ -64,9 +64,8 @@ def read(source: str, name: str | None = None) -> Curves:
     rows = []
     if (folder / reports.HISTORY).is_file():
         rows = json.loads((folder / reports.HISTORY).read_text(encoding="utf-8"))
-    elif (last := runs.last_checkpoint(folder)) is not None:
-        state = json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
-        rows = reports.history(state["log_history"])
+    elif (last := saved.newest(folder)[0]) is not None:
+        rows = reports.history(read_state(last)["log_history"])
     if not rows:
         raise InputError(f"{folder} holds no evaluation yet: expected {reports.HISTORY}, or a checkpoint with a log.")
     return Curves(
