@@ -3,8 +3,8 @@
 A table of models: parameters; multiply-adds of one image, as the paper counts them and as they are really done; memory
 and speed, measured here; accuracy, from their runs.
 
-  paper, activation   h L N^2 r (3G + 1) for the paper's operator with a Fourier basis, 3 h L N^2 for softmax
-  paper, total        that, all matrix products, and 4 for each element of a layer norm
+  paper: activation   h L N^2 r (3G + 1) for the paper's operator with a Fourier basis, 3 h L N^2 for softmax
+  paper: total        that, all matrix products, and 4 for each element of a layer norm
   matrix products     multiply-adds that PyTorch counts in a forward pass, by the implementation that runs by default
   elementwise         results of the other arithmetic in it (a sine, a product, an exponential, ... count 1 each)
   training memory     peak of a whole step (forward, backward, AdamW) on one batch, weights included

@@ -173,13 +173,16 @@ def compute(
         )
     karat = kinds.count("karat")
     scores = record(checkpoint, pixels, [block], batch_size)[block].scores[:, :karat]
+    entering = inputs_of(operator, scores, step)
     result = []
     bar = tqdm(heads, desc=f"Functions of {checkpoint.name}", unit="head", leave=False, delay=1)
     for index, head in enumerate(bar):
-        values = inputs_of(operator, scores, step)[:, head].flatten(0, 1)
+        values = entering[:, head].flatten(0, 1)
         if same_as is None:
             # Not `torch.quantile`, which takes 16 million values at most.
             low, high = np.quantile(values.numpy(), [OUTSIDE, 1 - OUTSIDE])
+            if low == high:  # an untrained model may score everything alike
+                low, high = low - 0.5, high + 0.5
             x = torch.linspace(low, high, POINTS, dtype=torch.float64)
         else:
             x = torch.as_tensor(same_as[index].x)
@@ -192,7 +195,9 @@ def compute(
             chosen += [edge] if edge is not None else []
         else:
             chosen = same_as[index].edges
-        density, bins = np.histogram(values.numpy(), bins=BINS, range=(float(x[0]), float(x[-1])), density=True)
+        # Not `density=True`, which divides by zero where all inputs lie outside, as before training they may.
+        counts, bins = np.histogram(values.numpy(), bins=BINS, range=(float(x[0]), float(x[-1])))
+        density = counts / max(1, counts.sum()) / np.diff(bins)
         result.append(
             Functions(
                 head,

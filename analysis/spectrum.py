@@ -177,9 +177,10 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
         axes.plot(blocks, data.effective_before.mean((1, 2)), "--", color=colour, label=f"{prefix}before")
         kinds = np.array(data.head_kinds)
         # Softmax heads beside KArAt heads have a line of their own.
-        for kind, dashes in ((data.kind, "-"), ("softmax", "-.")):
+        lines = {data.kind: "-"} if data.kind == "softmax" else {"karat": "-", "softmax": "-."}
+        for kind, dashes in lines.items():
             here = kinds == kind
-            if not here.any() or (kind == "softmax" and dashes != "-" and data.kind == "softmax"):
+            if not here.any():
                 continue
             low, mean, high = (
                 np.array([summary(of[:, own]) if own.any() else np.nan for of, own in zip(data.effective_after, here)])

@@ -103,6 +103,18 @@ def test_before_training_has_the_same_edges_and_points(karat, tmp_path, photos):
     for a, b in zip(now, then):
         assert a.edges == b.edges
         assert (a.x == b.x).all()
+    # Scores that all lie elsewhere, or are all the same, still make a picture.
+    with torch.no_grad():
+        for projection in ("q_proj", "k_proj"):
+            getattr(before.attention(1), projection).weight.zero_()
+            getattr(before.attention(1), projection).bias.fill_(9.0)
+    far = functions.compute(before, pixels, 1, [0, 1], same_as=now)
+    alike = functions.compute(before, pixels, 1, [0, 1])
+    assert far[0].density.sum() == 0
+    assert alike[0].x[-1] - alike[0].x[0] == 1
+    with style.context():
+        functions.draw_all(now, style.figure(), before=far).draw_without_rendering()
+        functions.draw_all(alike, style.figure()).draw_without_rendering()
     position = now[1].edges.index((2, 3))
     np.testing.assert_allclose(then[1].curves[position], 0.5 * now[1].x / (1 + np.exp(-now[1].x)), atol=1e-6)
 
