@@ -154,8 +154,44 @@ class DataArguments:
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
     color_jitter: float = field(
-        default=0.4, metadata={"help": "Strength of the random changes of brightness, contrast and saturation."}
+        default=0.4,
+        metadata={
+            "help": "Strength of the random changes of brightness, contrast and saturation; not beside auto_augment."
+        },
     )
+    auto_augment: str | None = _optional(
+        "RandAugment, AutoAugment or AugMix by timm's string, as rand-m15-n2-mstd1.0-inc1; none: none."
+    )
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a part of a training image."})
+    random_erasing_mode: str = field(
+        default="pixel",
+        metadata={
+            "help": "Erase with: const (the mean colour), rand (one random colour) or pixel (noise).",
+            "choices": ["const", "rand", "pixel"],
+        },
+    )
+    random_erasing_count: int = field(default=1, metadata={"help": "Erase up to this many parts."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none."})
+    cutmix_minmax: list[float] | None = _optional(
+        "Smallest and largest side of CutMix's part, as shares of the image; in place of its alpha."
+    )
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed at all."})
+    mixup_switch_prob: float = field(
+        default=0.5, metadata={"help": "Where mixup and CutMix are both on: probability that a mixed batch has CutMix."}
+    )
+    mixup_mode: str = field(
+        default="batch",
+        metadata={"help": "Mix alike in a whole batch, a pair or each image.", "choices": ["batch", "pair", "elem"]},
+    )
+    repeated_aug: bool = field(
+        default=False,
+        metadata={"help": "Three augmented copies of each image in a batch, from a third of the images per epoch."},
+    )
+
+    def __post_init__(self):
+        if self.auto_augment in ("none", "None", ""):
+            self.auto_augment = None
 
 
 @dataclass
@@ -544,6 +580,12 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
         (data, "eval_crop_ratio", 0.0, 1.0),
         (data, "horizontal_flip", 0.0, 1.0),
         (data, "color_jitter", 0.0, None),
+        (data, "random_erasing", 0.0, 1.0),
+        (data, "random_erasing_count", 1, None),
+        (data, "mixup", 0.0, None),
+        (data, "cutmix", 0.0, None),
+        (data, "mixup_prob", 0.0, 1.0),
+        (data, "mixup_switch_prob", 0.0, 1.0),
         (data, "max_train_samples", 1, None),
         (data, "max_eval_samples", 1, None),
         (training, "num_train_epochs", 0.0, None),
@@ -571,6 +613,9 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
         pair = getattr(data, name)
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
             raise InputError(f"`{name}` is {pair}, expected two numbers, the smaller first, both above 0.")
+    minmax = data.cutmix_minmax
+    if minmax is not None and (len(minmax) != 2 or not 0 <= minmax[0] <= minmax[1] <= 1):
+        raise InputError(f"`cutmix_minmax` is {minmax}, expected two numbers between 0 and 1, the smaller first.")
     for name in ("image_size", "patch_size"):
         sides = getattr(model, name)
         if sides is not None and (len(sides) > 2 or min(sides) < 1):

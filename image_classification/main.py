@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import checkpoints, models, reports, runs
 from .arguments import Settings, parse_settings
+from .augmentation import make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
 from .errors import InputError
@@ -26,7 +27,7 @@ from .metrics import ComputeMetrics, preprocess
 from .parallel import on_main_process
 from .stopping import Stopped, same_command
 from .trainer import ImageClassificationTrainer
-from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, collate
+from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
 
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,8 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
         processor = AutoImageProcessor.from_pretrained(folder)
     transform = TrainTransform(settings.data, model.config.image_size, processor)
-    trainer = _trainer(settings, model, data, processor, ImageDataset(data.train, transform, "training", args.seed))
+    dataset = ImageDataset(data.train, transform, "training", args.seed, settings.data.repeated_aug)
+    trainer = _trainer(settings, model, data, processor, dataset)
     _describe(settings, model, data, trainer)
     result = trainer.train(resume_from_checkpoint=plan.checkpoint)
     weights, metrics = trainer.keep_better_weights(trainer.evaluate())
@@ -227,7 +229,7 @@ def _trainer(
     trainer = ImageClassificationTrainer(
         model=model,
         args=settings.training,
-        data_collator=collate,
+        data_collator=make_collate(settings.data, len(data.labels)),
         train_dataset=train,
         eval_dataset=ImageDataset(data.validation, EvalTransform(processor), "validation"),
         processing_class=processor,

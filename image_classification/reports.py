@@ -39,6 +39,11 @@ _HYPERPARAMETERS = (
     "train_crop_scale",
     "horizontal_flip",
     "color_jitter",
+    "auto_augment",
+    "random_erasing",
+    "mixup",
+    "cutmix",
+    "repeated_aug",
 )
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from . import ema
 from .arguments import RunArguments
+from .augmentation import RepeatedAugmentation
 from .divergence import DivergenceGuard
 from .errors import InputError
 from .resumable import ResumableTrainer
@@ -93,6 +94,13 @@ class ImageClassificationTrainer(ResumableTrainer):
         """When the optimiser has stepped."""
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.update(self.bare_model)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if getattr(dataset, "repeated", False):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return RepeatedAugmentation(len(dataset), seed)
+        return super()._get_train_sampler(train_dataset)
 
     def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """

@@ -6,7 +6,6 @@ Evaluation goes through the image processor that is saved with the model, so a p
 the pixels that the evaluation saw.
 """
 
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers import ViTImageProcessor, ViTImageProcessorPil
@@ -14,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .arguments import DataArguments
+from .augmentation import REPEATS, auto_augment, random_erasing, random_numbers
 from .data import decode
 from .errors import InputError
 
@@ -85,7 +85,8 @@ def _crop_ratio_of(processor: BaseImageProcessor | None) -> float | None:
 
 class TrainTransform:
     """
-    PIL image -> normalised tensor (3, height, width): random resized crop, flip, colour jitter.
+    PIL image -> normalised tensor (3, height, width): random resized crop, flip, RandAugment or colour jitter (as in
+    timm, not both), random erasing.
 
     Args:
         args: the data arguments.
@@ -100,9 +101,10 @@ class TrainTransform:
             )
         from torchvision.transforms import v2
 
+        size = height_and_width(image_size)
         steps = [
             v2.RandomResizedCrop(
-                height_and_width(image_size),
+                size,
                 scale=tuple(args.train_crop_scale),
                 ratio=tuple(args.train_crop_ratio),
                 interpolation=v2.InterpolationMode(args.train_interpolation),
@@ -110,12 +112,14 @@ class TrainTransform:
         ]
         if args.horizontal_flip > 0:
             steps.append(v2.RandomHorizontalFlip(args.horizontal_flip))
-        if args.color_jitter > 0:
+        steps += auto_augment(args, size, processor.image_mean)
+        if args.color_jitter > 0 and args.auto_augment is None:
             steps.append(v2.ColorJitter(*[args.color_jitter] * 3))
         steps += [
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(processor.image_mean, processor.image_std),
+            *random_erasing(args),
         ]
         self.steps = v2.Compose(steps)
 
@@ -142,11 +146,13 @@ class ImageDataset(torch.utils.data.Dataset):
         transform: PIL image -> tensor.
         name: of the split, for errors.
         seed: of the random numbers of the transform. They depend on it, the epoch and the index, and on nothing else:
-            not on the number of workers or processes, nor on what was read before.
+            not on the number of workers or processes, nor on what was read before. `None` in evaluation, which has
+            none.
+        repeated: the images are sampled by `RepeatedAugmentation`.
     """
 
-    def __init__(self, split: Dataset, transform, name: str, seed: int = 0):
-        self.split, self.transform, self.name = split, transform, name
+    def __init__(self, split: Dataset, transform, name: str, seed: int | None = None, repeated: bool = False):
+        self.split, self.transform, self.name, self.repeated = split, transform, name, repeated
         self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
@@ -156,19 +162,16 @@ class ImageDataset(torch.utils.data.Dataset):
         """Called by the Trainer."""
         self.epoch = epoch
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        row = self.split[index]
-        image = decode(row["image"], f"{self.name} image {index}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)[0])
-            )
+    def __getitem__(self, index: int) -> dict:
+        """`pixel_values`, `labels`, and in training the `key` of the random numbers that were used."""
+        # Under repeated augmentation an index names the repetition, too.
+        position = index % len(self.split) if self.repeated else index
+        if not 0 <= index < len(self.split) * (REPEATS if self.repeated else 1):
+            raise IndexError(index)
+        row = self.split[position]
+        image = decode(row["image"], f"{self.name} image {position}")
+        if self.seed is None:
             return {"pixel_values": self.transform(image), "labels": row["label"]}
-
-
-def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows of `ImageDataset` -> `pixel_values` (B, 3, height, width) and `labels` (B,)."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.long),
-    }
+        key = (self.seed, self.epoch, index)
+        with random_numbers(*key):
+            return {"pixel_values": self.transform(image), "labels": row["label"], "key": key}
