@@ -228,9 +228,15 @@ def test_nothing_typed_is_evaluated(tmp_path):
     assert not marker.exists()
 
 
-def test_flags_without_effect_yet_warn_and_turned_off_do_not():
-    warnings = parse(*"--mixup 0.8 --cutmix 0 --aa none --reprob 0.25 --no-repeated-aug --lr 1e-3".split()).warnings
-    assert [warning.split(" is accepted")[0] for warning in warnings] == ["--mixup 0.8", "--reprob 0.25"]
+def test_the_augmentation_of_the_official_command_line():
+    words = "--mixup 0.8 --cutmix 1 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --repeated-aug --cutmix-minmax 0.2 0.8"
+    data = parse(*words.split()).data
+    assert (data.mixup, data.cutmix, data.auto_augment) == (0.8, 1.0, "rand-m9-mstd0.5-inc1")
+    assert (data.random_erasing, data.repeated_aug, data.cutmix_minmax) == (0.25, True, [0.2, 0.8])
+    data = parse("--aa", "none", "--no-repeated-aug").data
+    assert (data.auto_augment, data.repeated_aug) == (None, False)
+    with pytest.raises(InputError, match="cutmix_minmax"):
+        parse("--cutmix-minmax", "0.8", "0.2")
 
 
 def test_learning_rate_scales_with_the_batch_only_from_base_lr():
