@@ -243,8 +243,8 @@ def test_pushing_says_that_it_is_not_there_yet(tmp_path, capsys):
 def test_the_whole_augmentation_trains(image_folder, tmp_path, small, capsys):
     words = ["--model", "vit_tiny_patch16_224", *small, "--image_size", "16", "--data_path", str(image_folder)]
     words += ["--output_dir", str(tmp_path / "o"), "--epochs", "1", "--gradient_accumulation_steps", "2"]
-    words += "--max_train_samples 11 --mixup 0.8 --cutmix 1 --aa rand-m15-n2-mstd1.0-inc1 --reprob 0.25 --repeated-aug".split()
-    assert script.main([*words, "--smoothing", "0.1"]) == 0
+    words += "--max_train_samples 11 --mixup 0.8 --cutmix 1 --aa rand-m15-n2-mstd1.0-inc1 --reprob 0.25".split()
+    assert script.main([*words, "--repeated-aug", "--smoothing", "0.1"]) == 0
     assert "accepted, but has no effect" not in capsys.readouterr().out
     history = json.loads((tmp_path / "o" / "history.json").read_text())
     assert 0 < history[-1]["train_loss"] < 5
