@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import distributed
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from .errors import InputError
 
@@ -32,7 +32,7 @@ class ParallelTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
-            _check_fsdp(self.accelerator)
+            _set_up_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise InputError(
                 "FSDP needs several GPUs: accelerate does not shard a model on the CPU or on one device. Use "
@@ -92,14 +92,24 @@ def _without_repeated(batch: dict[str, torch.Tensor], rows: int) -> dict[str, to
     return {**batch, "labels": torch.full_like(batch["labels"].flatten()[:1], IGNORED, dtype=torch.long)}
 
 
-def _check_fsdp(accelerator) -> None:
-    plugin = accelerator.state.fsdp_plugin
+def _set_up_fsdp(plugin, model: PreTrainedModel) -> None:
     if plugin.fsdp_version != 2:
         raise InputError(
             "FSDP's first version is not supported: set `fsdp_version: 2`, as accelerate_configs/fsdp2.yaml."
         )
     # Checkpoints are of one layout, whatever saved them; the models are small enough to be gathered.
     plugin.set_state_dict_type("FULL_STATE_DICT")
+    if plugin.transformer_cls_names_to_wrap is None:
+        # Accelerate would take all of the model's `_no_split_modules`: also those that this model has not, and the
+        # embeddings around the patch embedding, which it makes a unit of its own.
+        embedding = model.get_input_embeddings()
+        plugin.transformer_cls_names_to_wrap = sorted(
+            {
+                type(module).__name__
+                for module in model.modules()
+                if type(module).__name__ in model._no_split_modules and embedding not in module.modules()
+            }
+        )
 
 
 def on_main_process(function: Callable[[], T]) -> T:

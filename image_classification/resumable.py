@@ -209,7 +209,7 @@ class ResumableTrainer(ParallelTrainer):
 
     def _collect(self, due: list[str]) -> tuple[dict | None, dict | None, dict, dict]:
         """Weights (if sharded), the optimiser's state, further weights, the progress: all that needs all processes."""
-        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        weights = self._whole_weights() if self.is_fsdp_enabled else None
         optimizer = None
         if not self.is_deepspeed_enabled and not self.args.save_only_model:
             optimizer = self.optimizer.state_dict()
@@ -227,6 +227,17 @@ class ResumableTrainer(ParallelTrainer):
             "seconds": self._seconds(),
         }
         return weights, optimizer, self._more_weights(), progress
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        # Accelerate's `get_state_dict` returns before gloo has gathered them.
+        return {_plain_name(name): _whole(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        self._save(output_dir, state_dict=self._whole_weights())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write(self, part: Path, weights: dict | None, optimizer: dict | None, more_weights: dict, progress: dict):
         """Every file of a checkpoint; what there is one of for all processes, by the main process."""

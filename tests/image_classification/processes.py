@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Small training runs for the tests of several processes: the same images and the same steps, whatever the layout.
+
+Run by a launcher, this file makes them in as many processes as that started: `processes.py OWN OTHERS [fsdp2]` writes
+into the folder OWN, and goes on from the checkpoints in OTHERS, which another layout wrote. Starting processes takes
+far longer than training, so that all runs share a start.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+
+from image_classification.arguments import RunArguments
+from image_classification.metrics import ComputeMetrics, preprocess
+from image_classification.trainer import ImageClassificationTrainer
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+
+
+SIZES = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 6,
+}
+BATCH = 4  # Images in a step (or in one of its accumulated parts), over all processes.
+RESUMED_AT = 5
+
+
+@dataclass
+class Run:
+    """
+    Args:
+        name: of its folder.
+        model: fields of a `KArAtViTConfig`, or `None` for softmax.
+        images: three steps an epoch; not a multiple of the batch, so that the last step has fewer.
+        settings: of the training.
+        soft: labels are probabilities.
+    """
+
+    name: str
+    model: dict | None
+    images: int
+    settings: dict
+    soft: bool = False
+
+
+RUNS = [
+    # The last step has two images: with two processes, the second has none of its own.
+    Run("blockwise", {"base_fn": "zero"}, 10, {"model_ema": True, "model_ema_decay": 0.9}),
+    Run("universal", {"sharing": "universal", "base_fn": "silu"}, 11, {"attn_lr": 0.05}),
+    Run("frozen", {"train_basis": False, "train_base": False, "num_karat_heads": 1, "karat_layers": [1]}, 9, {}, True),
+    Run("softmax", None, 11, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "label_smoothing_factor": 0.1}),
+]
+
+
+def make_model(run: Run):
+    torch.manual_seed(0)
+    if run.model is None:
+        return ViTForImageClassification(ViTConfig(**SIZES))
+    return KArAtViTForImageClassification(KArAtViTConfig(**SIZES, **run.model))
+
+
+def make_rows(count: int, soft: bool, seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, 8, 8, generator=generator)
+    labels = torch.randint(6, (count,), generator=generator)
+    if soft:
+        labels = torch.randn(count, 6, generator=generator).softmax(-1)
+    return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels)]
+
+
+class Record(TrainerCallback):
+    """The gradients and the learning rate of every step, and its loss."""
+
+    def __init__(self):
+        self.gradients, self.rates = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        found = {name: whole(parameter.grad) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.gradients.append(found)
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def make_trainer(run: Run, folder: Path, record: Record, processes: int) -> ImageClassificationTrainer:
+    settings = {"learning_rate": 0.1, "warmup_epochs": 0.5, "num_train_epochs": 2, "save_steps": 1, "logging_steps": 1}
+    args = RunArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=7,
+        eval_strategy="epoch",
+        save_strategy="steps",
+        logging_strategy="steps",
+        save_total_limit=0,
+        dataloader_num_workers=0,
+        per_device_train_batch_size=BATCH // processes,
+        per_device_eval_batch_size=BATCH // processes,
+        **{**settings, **run.settings},
+    )
+    return ImageClassificationTrainer(
+        model=make_model(run),
+        args=args,
+        train_dataset=make_rows(run.images, run.soft, seed=1),
+        eval_dataset=make_rows(11, False, seed=2),
+        compute_metrics=ComputeMetrics(6),
+        preprocess_logits_for_metrics=preprocess,
+        callbacks=[record],
+    )
+
+
+def train(run: Run, folder: Path, processes: int, checkpoint: Path | None = None) -> None:
+    """Train, and write what came out to `result.pt`."""
+    record = Record()
+    trainer = make_trainer(run, folder, record, processes)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    moments = trainer._collect([])[1]["state"]
+    result = {
+        "step": trainer.state.global_step,
+        "gradients": record.gradients,
+        "rates": record.rates,
+        "weights": weights,
+        "optimizer": moments,
+        "average": trainer.average.whole(trainer.bare_model) if trainer.average else {},
+        "log": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        torch.save(result, folder / "result.pt")
+
+
+def train_all(own: Path, others: Path | None, processes: int) -> None:
+    """Every run from the beginning, and from a checkpoint of another layout in the middle of the second epoch."""
+    for run in RUNS:
+        if others is None:
+            train(run, own / run.name, processes)
+        else:
+            middle = RESUMED_AT if run.settings.get("gradient_accumulation_steps") is None else 3
+            folder = others / run.name / f"checkpoint-{middle}"
+            train(run, own / f"{run.name}-resumed", processes, folder)
+
+
+def shard_on_the_cpu() -> None:
+    """Let accelerate use FSDP2 over gloo: it does so on accelerators only, PyTorch also on the CPU."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+if __name__ == "__main__":
+    if "fsdp2" in sys.argv:
+        shard_on_the_cpu()
+    torch.set_num_threads(1)
+    mine, theirs = Path(sys.argv[1]), Path(sys.argv[2])
+    train_all(mine, None, 2)
+    train_all(mine, theirs, 2)
+    torch.distributed.destroy_process_group()
