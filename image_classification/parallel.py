@@ -8,6 +8,7 @@ end of an epoch. Here repeated images have no weight: W processes of batch B/W t
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from itertools import islice
 from typing import TypeVar
@@ -99,6 +100,8 @@ def _set_up_fsdp(plugin, model: PreTrainedModel) -> None:
         )
     # Checkpoints are of one layout, whatever saved them; the models are small enough to be gathered.
     plugin.set_state_dict_type("FULL_STATE_DICT")
+    # PyTorch warns of what ViT does not do: add to the patch embeddings in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     if plugin.transformer_cls_names_to_wrap is None:
         # Accelerate would take all of the model's `_no_split_modules`: also those that this model has not, and the
         # embeddings around the patch embedding, which it makes a unit of its own.

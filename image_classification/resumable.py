@@ -59,6 +59,11 @@ class ResumableTrainer(ParallelTrainer):
         self.resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         if self.resumed_from is not None:
             self.args.eval_on_start = False  # It is done already.
+            if self.is_deepspeed_enabled and not list(self.resumed_from.glob("global_step*")):
+                raise InputError(
+                    f"{self.resumed_from} was not saved by DeepSpeed, which can only go on from its own files. Go on "
+                    "without DeepSpeed, or start anew from its weights with --finetune."
+                )
         self._epoch_ended = False
         self._last_step = (None, None)  # Norm of the gradient and learning rate, as the log has them.
         hooks = _Hooks(self)

@@ -6,16 +6,20 @@ Killed is meant: a fork of the test process sends itself SIGKILL, in the middle 
 """
 
 import errno
+import functools
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +28,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from image_classification import checkpoints, stopping
 from image_classification import main as script
 from image_classification.trainer import ImageClassificationTrainer
+from tests.image_classification.conftest import SMALL
 
 
 MODELS = {
@@ -39,16 +44,30 @@ LENGTH = (
 ).split()
 
 
+def words_of(folder, kind="blockwise", *more):
+    """The words of a small run."""
+    pairs = zip(LENGTH[::2], LENGTH[1::2], strict=True)
+    length = [word for flag, value in pairs if flag not in more for word in (flag, value)]
+    return [*SMALL, *MODELS[kind], *length, *more, "--output_dir", str(folder)]
+
+
 @pytest.fixture
-def command(small, tmp_path):
-    """The words of a small run: `command(name, kind, *more)`, whose output folder is `name`."""
+def command(tmp_path):
+    """`command(name, kind, *more)`: the words of a small run whose output folder is `name`."""
+    return lambda name, *more: words_of(tmp_path / name, *more)
 
-    def words(name, kind="blockwise", *more):
-        pairs = zip(LENGTH[::2], LENGTH[1::2], strict=True)
-        length = [word for flag, value in pairs if flag not in more for word in (flag, value)]
-        return [*small, *MODELS[kind], *length, *more, "--output_dir", str(tmp_path / name)]
 
-    return words
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """`whole(kind)`: the folder of a small run that was never stopped."""
+
+    @functools.cache
+    def folder(kind="blockwise"):
+        path = tmp_path_factory.mktemp(kind) / "run"
+        assert script.main(words_of(path, kind)) == 0
+        return path
+
+    return folder
 
 
 def content(path):
@@ -164,27 +183,61 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("kind", ["blockwise", "softmax"])
-def test_killed_run_ends_as_if_never_stopped(command, kind, tmp_path):
-    assert script.main(command("whole", kind)) == 0
+@pytest.mark.parametrize("kind, kills", [("blockwise", 7), ("softmax", 3)])
+def test_killed_run_ends_as_if_never_stopped(command, whole, kind, kills, tmp_path):
     chance = random.Random(kind)
-    moments = [chance.randint(1, 60) for _ in range(8)]
+    moments = [chance.randint(1, 60) for _ in range(kills)]
     for moment in moments:
-        status = in_fork(command("killed", kind), partial(act_at, moment, partial(send, signal.SIGKILL)))
+        status = in_fork(
+            command("killed", kind), functools.partial(act_at, moment, functools.partial(send, signal.SIGKILL))
+        )
         assert status in (-signal.SIGKILL, 0), f"{status} after {moments}"
     assert script.main(command("killed", kind)) == 0
-    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+    assert_same_runs(whole(kind), tmp_path / "killed")
+
+
+def test_killed_from_outside_with_data_workers(command, whole, tmp_path):
+    """A process of its own and its data worker, killed once it has a checkpoint; then it goes on without a worker."""
+    words, project = command("killed"), Path(__file__).parents[2]
+    words[words.index("--dataloader_num_workers") + 1] = "1"
+    process = subprocess.Popen([sys.executable, "run_image_classification.py", *words], cwd=project)
+    try:
+        while not list((tmp_path / "killed").glob("checkpoint-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert script.main(command("killed")) == 0
+    assert_same_runs(whole(), tmp_path / "killed")
+
+
+def test_data_workers_outlive_a_signal_to_all(command, tmp_path, capfd):
+    """Ctrl-C in a terminal, or a scheduler: the workers get the signal too, and the step is still done and saved."""
+
+    def to_all():
+        everyone = [*psutil.Process().children(), psutil.Process()]
+        assert len(everyone) > 1
+        # By another process: what ends the workers is a SIGTERM of the one that started them.
+        subprocess.run(["kill", "-TERM", *(str(process.pid) for process in everyone)], check=True)
+
+    words = command("stopped")
+    words[words.index("--dataloader_num_workers") + 1] = "1"
+    moments = [(ImageClassificationTrainer, "training_step")]
+    assert in_fork(words, functools.partial(act_at, 6, to_all, moments)) == 143, capfd.readouterr().err
+    assert script.main(command("stopped")) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_a_checkpoint_and_says_how_to_go_on(command, number, tmp_path, capfd):
+def test_signal_saves_a_checkpoint_and_says_how_to_go_on(command, whole, number, tmp_path, capfd):
     """In the middle of an epoch; as the evaluation at its end becomes due; and during that evaluation."""
-    assert script.main(command("whole")) == 0
     for moment, step in ((7, 4), (3, 6), (1, None)):
         where = "prediction_step" if step is None else "training_step"
         moments = [(ImageClassificationTrainer, where)]
         capfd.readouterr()
-        status = in_fork(command("stopped"), partial(act_at, moment, partial(send, number), moments))
+        status = in_fork(
+            command("stopped"), functools.partial(act_at, moment, functools.partial(send, number), moments)
+        )
         err = capfd.readouterr().err
         assert status == 128 + number
         folder = tmp_path / "stopped"
@@ -194,7 +247,7 @@ def test_signal_saves_a_checkpoint_and_says_how_to_go_on(command, number, tmp_pa
         assert f"goes on from {folder / f'checkpoint-{saved}'}" in err
     assert script.main(command("stopped")) == 0
     # What was saved on the way is in other checkpoints.
-    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_runs(whole(), tmp_path / "stopped")
 
 
 def test_second_signal_stops_at_once(command, tmp_path, monkeypatch):
@@ -205,7 +258,7 @@ def test_second_signal_stops_at_once(command, tmp_path, monkeypatch):
         send(signal.SIGTERM)
 
     moments = [(ImageClassificationTrainer, "training_step")]
-    assert in_fork(command("stopped"), partial(act_at, 5, twice, moments)) == -signal.SIGTERM
+    assert in_fork(command("stopped"), functools.partial(act_at, 5, twice, moments)) == -signal.SIGTERM
     assert script.main(command("stopped")) == 0
 
 
@@ -215,7 +268,7 @@ def test_same_signal_from_terminal_and_launcher_is_one(command, tmp_path):
         send(signal.SIGINT)
 
     moments = [(ImageClassificationTrainer, "training_step")]
-    assert in_fork(command("stopped"), partial(act_at, 5, twice, moments)) == 130
+    assert in_fork(command("stopped"), functools.partial(act_at, 5, twice, moments)) == 130
     assert checkpoints.checkpoints(tmp_path / "stopped")
 
 
@@ -234,9 +287,8 @@ def small_files(limit):
 
 
 @pytest.mark.parametrize("limit", [4_000, 40_000])
-def test_full_disk_leaves_the_last_checkpoint_and_says_so(command, limit, tmp_path, monkeypatch, capfd):
+def test_full_disk_leaves_the_last_checkpoint_and_says_so(command, whole, limit, tmp_path, monkeypatch, capfd):
     """While the weights are written (19 kB), or the optimiser's state, which is larger."""
-    assert script.main(command("whole")) == 0
     write = ImageClassificationTrainer._write
 
     def disk_is_full(self, *args):
@@ -254,7 +306,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_says_so(command, limit, tmp_pa
     assert "goes on from checkpoint-4, which is whole" in err and "Traceback" not in err
     assert not list(folder.glob(".checkpoint*")) and checkpoints.newest(folder) == (folder / "checkpoint-4", {})
     assert script.main(command("full")) == 0
-    assert_same_runs(tmp_path / "whole", folder)
+    assert_same_runs(whole(), folder)
 
 
 def test_disk_that_is_full_at_the_end(command, tmp_path, monkeypatch, capfd):
@@ -280,7 +332,10 @@ def stopped(command, tmp_path, capfd):
     """The folder of a run that was stopped in its last epoch, with two checkpoints."""
     words = command("stopped", "blockwise", "--save_total_limit", "0")
     moments = [(ImageClassificationTrainer, "training_step")]
-    assert in_fork(words, partial(act_at, 15, partial(send, signal.SIGKILL), moments)) == -signal.SIGKILL
+    assert (
+        in_fork(words, functools.partial(act_at, 15, functools.partial(send, signal.SIGKILL), moments))
+        == -signal.SIGKILL
+    )
     capfd.readouterr()
     return tmp_path / "stopped"
 

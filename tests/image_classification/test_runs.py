@@ -2,6 +2,8 @@
 """The output folder: nothing of anyone's is overwritten, and the same command goes on or says that it is done."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -50,6 +52,36 @@ def test_settings_that_only_change_the_speed_are_free(tmp_path):
     runs.write_record(settings(tmp_path))
     checkpoint(tmp_path, 1)
     assert runs.plan(settings(tmp_path, "--num_workers", "7", "--run_name", "again", "--disable_tqdm")).checkpoint
+
+
+def test_batch_is_what_all_devices_make_of_it(tmp_path):
+    """Half the images on each of two devices, or in twice as many parts, are the same run; half in all are not."""
+    runs.write_record(settings(tmp_path, "--batch-size", "32", "--gradient_accumulation_steps", "2"))
+    checkpoint(tmp_path, 1)
+    assert runs.plan(settings(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "4")).checkpoint
+    with pytest.raises(InputError, match=r"`global_batch_size` was 64 and is now 32.*--per_device_train_batch_size"):
+        runs.plan(settings(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "2"))
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path):
+    """As long as it lives, and no longer, however it ends."""
+    runs.write_record(settings(tmp_path))
+    ready, held = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with runs.FolderLock() as lock:
+            lock.take(str(tmp_path))
+            os.write(held, b"!")
+            signal.pause()
+    os.read(ready, 1)
+    with runs.FolderLock() as lock:
+        with pytest.raises(InputError, match="Another process is training"):
+            lock.take(str(tmp_path))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        lock.take(str(tmp_path))
+        assert (tmp_path / runs.LOCK).is_file()
+    assert not (tmp_path / runs.LOCK).exists()
 
 
 def test_another_run_names_what_differs(tmp_path):
