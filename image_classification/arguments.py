@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.training_args import OptimizerNames
 
 from . import official_flags
 from .errors import InputError, did_you_mean
@@ -28,6 +29,10 @@ CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
 DEFAULT_RECIPE = CONFIGURATION / "digits.yaml"
 # The official learning rate is given for this many images a step.
 REFERENCE_BATCH = 512
+
+# Schedules that fall to `min_lr`, and all.
+FALLING = ("cosine", "linear", "poly", "tanh")
+SCHEDULES = (*FALLING, "step", "multistep", "constant")
 
 # Settings of which a source may give only one; one given in a higher source replaces the other from a lower one.
 EXCLUSIVE = (
@@ -209,22 +214,55 @@ class RunArguments(TrainingArguments):
     attn_lr: float | None = _optional(
         "Learning rate of the KArAt parameters; scaled with the batch exactly when base_lr is. Unset: as all others."
     )
+    attn_weight_decay: float | None = _optional(
+        "Weight decay of the KArAt parameters, of every one. Unset: weight_decay, as in the official code, whose "
+        "optimiser decays all that is a matrix or more."
+    )
+    layer_decay: float | None = _optional(
+        "Each block learns at this times the rate of the block above it, the embeddings likewise below the first "
+        "block, the last block at this times the head's; an operator that all blocks share goes with the last."
+    )
     sched: str | None = field(
         default="cosine",
         metadata={
-            "help": "Learning rate over the run: cosine or linear (both down to min_lr), step (times decay_rate every "
-            "decay_epochs) or constant, after the warm-up. `--lr_scheduler_type` takes Transformers' own instead.",
-            "choices": ["cosine", "linear", "step", "constant"],
+            "help": "Learning rate over the run, after the warm-up: cosine, linear, poly (to the power decay_rate) or "
+            "tanh, down to min_lr; step (times decay_rate every decay_epochs) or multistep (at decay_milestones); or "
+            "constant. `--lr_scheduler_type` takes Transformers' own instead.",
         },
     )
     warmup_epochs: float | None = field(
         default=5.0, metadata={"help": "Epochs in which the rate rises linearly from warmup_lr."}
     )
     warmup_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the start of the warm-up."})
-    min_lr: float = field(default=1e-5, metadata={"help": "Lowest learning rate of cosine and linear."})
+    min_lr: float = field(
+        default=1e-5, metadata={"help": "Lowest learning rate of the schedules that fall to it: those above step."}
+    )
+    cooldown_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs at min_lr at the end; num_train_epochs counts them."}
+    )
     decay_epochs: float = field(default=30.0, metadata={"help": "Epochs between the drops of the step schedule."})
-    decay_rate: float = field(default=0.1, metadata={"help": "Factor of each drop of the step schedule."})
+    decay_milestones: list[float] = field(
+        default_factory=lambda: [30.0, 60.0], metadata={"help": "Epochs at which the multistep schedule drops."}
+    )
+    decay_rate: float = field(default=0.1, metadata={"help": "Factor of each drop; the power of poly."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD (Nesterov's) and RMSprop."})
+
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "help": "Optimiser: one of Transformers', or one of timm's as timm_NAME (timm_lamb, timm_lion, ...)."
+        },
+    )
+    timm_optimizer: str | None = field(default=None, init=False)
+    report_to: list[str] | None = _optional(
+        "Trackers: tensorboard, wandb, or another of Transformers'; none: none. They need a run_name. Unset: wandb if "
+        "there is a run_name, as in the official code."
+    )
+    run_name: str | None = _optional("Name of the run in the trackers; without it, nothing is reported.")
+    run_id: str | None = _optional(
+        "Goes on with the tracker's run of this id: of Weights & Biases, and the folder runs/ID of the output folder "
+        "for TensorBoard. Unset: a new one; the same command in the same output_dir goes on with it."
+    )
 
     model_ema: bool = field(
         default=False,
@@ -278,6 +316,10 @@ class RunArguments(TrainingArguments):
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.save_total_limit == 0:
             self.save_total_limit = None
+        if self.optim.startswith(official_flags.TIMM):
+            self.timm_optimizer = official_flags.check_timm_optimizer(self.optim)
+            self.optim = "adamw_torch"  # Transformers insists on a name of its own.
+        self._set_trackers()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # PyTorch warns at every epoch.
@@ -285,6 +327,27 @@ class RunArguments(TrainingArguments):
             factor = self.global_batch_size / REFERENCE_BATCH
             self.learning_rate = self.base_lr * factor
             self.attn_lr = None if self.attn_lr is None else self.attn_lr * factor
+
+    def _set_trackers(self) -> None:
+        from transformers.integrations import is_tensorboard_available, is_wandb_available
+
+        asked = [name for name in self.report_to or [] if name != "none"]
+        if self.report_to is None and self.run_name is not None:
+            asked = ["wandb"]
+        self.report_to = asked if asked and self.run_name is not None else ["none"]
+        available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+        for name in self.report_to:
+            if name in available and not available[name]():
+                raise InputError(
+                    f"`run_name` {self.run_name!r} is to be reported to {name}, which is not installed: pip install "
+                    f"{name}. Or name another tracker with `report_to` (tensorboard, wandb), or leave out `run_name`, "
+                    "without which nothing is reported."
+                )
+
+    @property
+    def optimizer_name(self) -> str:
+        """As `optim` names it."""
+        return f"{official_flags.TIMM}{self.timm_optimizer}" if self.timm_optimizer else self.optim.value
 
     @property
     def global_batch_size(self) -> int:
@@ -298,11 +361,15 @@ class RunArguments(TrainingArguments):
             line += f" (base_lr {self.base_lr:g} x batch {self.global_batch_size} / {REFERENCE_BATCH})"
         if self.attn_lr is not None:
             line += f", KArAt parameters {self.attn_lr:.4g}"
+        if self.layer_decay not in (None, 1.0):
+            line += f", times {self.layer_decay:g} for each block further down"
         if self.sched is None:
             return f"{line}, schedule {self.lr_scheduler_type.value}"
-        warmup = f", {self.warmup_epochs:g} warm-up epochs" if self.warmup_epochs else ""
-        floor = f" to {min(self.min_lr, self.learning_rate):.4g}" if self.sched in ("cosine", "linear") else ""
-        return f"{line}, {self.sched}{floor}{warmup}"
+        line += f", {self.sched}"
+        if self.sched in FALLING:
+            line += f" to {min(self.min_lr, self.learning_rate):.4g}"
+        line += f", {self.warmup_epochs:g} warm-up epochs" if self.warmup_epochs else ""
+        return line + (f", {self.cooldown_epochs:g} at the end" if self.cooldown_epochs else "")
 
 
 @dataclass
@@ -430,8 +497,10 @@ class Parser(HfArgumentParser):
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             kind = getattr(action.type, "__name__", str(action.type))
             raise InputError(f"{source}: `{name}` is {value!r}, expected {kind}.") from error
-        if action.choices is not None and read not in action.choices:
-            raise InputError(f"{source}: `{name}` is {value!r}, expected one of {', '.join(map(str, action.choices))}.")
+        choices = {"sched": SCHEDULES, "optim": [known.value for known in OptimizerNames]}.get(name, action.choices)
+        timm = name == "optim" and str(read).startswith(official_flags.TIMM)  # Checked where timm is asked.
+        if choices is not None and read not in choices and not timm:
+            raise InputError(f"{source}: `{name}` is {value!r}, expected one of {', '.join(map(str, choices))}.")
         return read
 
 
@@ -600,6 +669,10 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
         (training, "decay_epochs", 1e-9, None),
         (training, "label_smoothing_factor", 0.0, 1.0),
         (training, "weight_decay", 0.0, None),
+        (training, "attn_weight_decay", 0.0, None),
+        (training, "layer_decay", 0.0, 1.0),
+        (training, "cooldown_epochs", 0.0, None),
+        (training, "decay_rate", 0.0, None),
         (training, "model_ema_decay", 0.0, 1.0),
         (training, "cpu_threads", 1, None),
     ):
@@ -609,6 +682,15 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
             raise InputError(f"`{name}` is {value}, expected {expected}.")
     if data.eval_crop_ratio == 0:
         raise InputError("`eval_crop_ratio` is 0, expected more than 0 and at most 1.")
+    if training.sched not in (None, *SCHEDULES):
+        raise InputError(f"`sched` is {training.sched!r}, expected one of {', '.join(SCHEDULES)}.")
+    if training.cooldown_epochs and training.sched not in FALLING:
+        raise InputError(
+            f"`cooldown_epochs` stays at `min_lr`, to which {training.sched or training.lr_scheduler_type.value} does "
+            f"not fall. Leave it out, or choose a `sched` of {', '.join(FALLING)}."
+        )
+    if training.layer_decay == 0:
+        raise InputError("`layer_decay` is 0, expected more than 0 and at most 1.")
     for name in ("train_crop_scale", "train_crop_ratio"):
         pair = getattr(data, name)
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:

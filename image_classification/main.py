@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import checkpoints, models, reports, runs
+from . import checkpoints, models, reports, runs, trackers
 from .arguments import Settings, parse_settings
 from .augmentation import make_collate
 from .console import EpochLines, describe, set_up_logging
@@ -145,8 +145,13 @@ def _set_up(settings: Settings) -> None:
         )
         # PyTorch would say it at every epoch.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-    if args.run_name and not args.report_to:
-        logger.warning("`run_name` names the run in a tracker, and `report_to` names none: it has no effect.")
+    given = settings.record
+    if args.run_name is None:
+        for name in ("report_to", "run_id"):
+            if given[name] not in (None, ["none"]):
+                logger.warning(f"`{name}` has no effect: nothing is reported without a `run_name`.")
+    elif not args.report_to:
+        logger.warning("`run_name` has no effect: `report_to` is none.")
 
 
 def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[str, float]:
@@ -162,6 +167,7 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
         if args.should_save:
             runs.write_record(settings)
             lock.take(args.output_dir)
+            trackers.choose_run(args)
             checkpoint = models.load_image_processor(settings.model.finetune) if settings.model.finetune else None
             build_image_processor(settings.data, model.config.image_size, checkpoint).save_pretrained(folder)
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
@@ -238,6 +244,7 @@ def _trainer(
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
+    trackers.name_tensorboard_folder(trainer)
     trainer.add_callback(EpochLines())
     return trainer
 
@@ -262,7 +269,7 @@ def _describe(settings: Settings, model: PreTrainedModel, data: ImageData, train
     if data.train is None:
         return
     logger.info(
-        f"Rate    {args.describe_learning_rate()}; {args.optim.value}, batch {args.global_batch_size}, "
+        f"Rate    {args.describe_learning_rate()}; {args.optimizer_name}, batch {args.global_batch_size}, "
         f"{_epochs(args)}, weight decay {args.weight_decay:g}"
     )
     warmup = args.warmup_epochs or 0

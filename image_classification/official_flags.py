@@ -70,14 +70,46 @@ def base_fn(value: str) -> str:
     return value
 
 
+# What distinguishes timm's optimisers from Transformers' in `optim`.
+TIMM = "timm_"
+
+
 def optimizer(value: str) -> str:
-    """timm's name of an optimiser -> Transformers'."""
-    if value.lower() not in OPTIMIZERS:
+    """timm's name of an optimiser -> Transformers' where it has the same one, else `timm_NAME`."""
+    return OPTIMIZERS.get(value.lower()) or TIMM + check_timm_optimizer(value.lower())
+
+
+def check_timm_optimizer(value: str) -> str:
+    """The name without `timm_`, if timm has that optimiser and it can be used here."""
+    try:
+        from timm.optim import get_optimizer_info, list_optimizers
+    except ImportError as error:
         raise InputError(
-            f"--opt {value}: expected one of {', '.join(OPTIMIZERS)}. `--optim` takes every optimiser that "
-            "Transformers knows."
+            f"The optimiser {value} is none of {', '.join(OPTIMIZERS)}; timm's need timm, which is not installed: pip "
+            "install timm."
+        ) from error
+    name = value.removeprefix(TIMM)
+    # Second-order optimisers need a second backward pass.
+    known = [known for known in list_optimizers(exclude_filters=["bnb*"]) if not get_optimizer_info(known).second_order]
+    if name not in known:
+        raise InputError(
+            f"There is no optimiser {value}{did_you_mean(name, known)}. timm has {', '.join(known)}; `--optim` takes "
+            "those as timm_NAME, and every optimiser of Transformers."
         )
-    return OPTIMIZERS[value.lower()]
+    return name
+
+
+def scheduler(value: str) -> str:
+    """timm's name of a schedule, with a hint for those that are done in another way."""
+    instead = {
+        "plateau": "reduce_lr_on_plateau (with --metric_for_best_model loss)",
+        "wsd": "warmup_stable_decay",
+        "rsqrt": "inverse_sqrt",
+        "none": "constant",
+    }
+    if value in instead:
+        raise InputError(f"--sched {value}: use --lr_scheduler_type {instead[value]}, which is Transformers' own.")
+    return value
 
 
 def device(value: str) -> bool:
@@ -144,8 +176,6 @@ class OfficialFlag:
         return self.flag.lstrip("-").replace("-", "_")
 
 
-_NEXT = "accepted, not active yet (a warning says so)"
-
 OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     # Model
     OfficialFlag("--model", "model"),
@@ -194,7 +224,7 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     # Optimisation
     OfficialFlag("--batch-size", "per_device_train_batch_size", None, int),
     OfficialFlag("--epochs", "num_train_epochs", None, float),
-    OfficialFlag("--opt", "optim", optimizer),
+    OfficialFlag("--opt", "optim", optimizer, note="any of timm's"),
     OfficialFlag("--opt-eps", "adam_epsilon", None, float),
     OfficialFlag("--opt-betas", ("adam_beta1", "adam_beta2"), None, float, 2),
     OfficialFlag("--momentum", "momentum", None, float),
@@ -203,12 +233,13 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--lr", "base_lr", None, float, note="per 512 images of the global batch"),
     OfficialFlag("--unscale-lr", "scale_lr", _not, None, note="`--lr` as it is, whatever the batch"),
     OfficialFlag("--attn_lr", "attn_lr", None, float),
-    OfficialFlag("--sched", "sched"),
+    OfficialFlag("--sched", "sched", scheduler),
     OfficialFlag("--warmup-epochs", "warmup_epochs", None, float),
     OfficialFlag("--warmup-lr", "warmup_lr", None, float),
     OfficialFlag("--min-lr", "min_lr", None, float),
     OfficialFlag("--decay-epochs", "decay_epochs", None, float),
     OfficialFlag("--decay-rate", "decay_rate", None, float),
+    OfficialFlag("--cooldown-epochs", "cooldown_epochs", None, float),
     OfficialFlag("--smoothing", "label_smoothing_factor", None, float),
     OfficialFlag("--model-ema", "model_ema", None, None),
     OfficialFlag("--no-model-ema", "model_ema", _not, None),
@@ -221,11 +252,9 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--resume", "resume_from_checkpoint"),
     OfficialFlag("--finetune", "finetune"),
     OfficialFlag("--eval", "do_train", _constant(False), None, note="evaluate the checkpoint of `--resume`"),
-    OfficialFlag("--run_name", "run_name"),
-    # Of the full recipe, which is not there yet
-    OfficialFlag("--cooldown-epochs", kind=int, note=_NEXT, off=0),
+    OfficialFlag("--run_name", "run_name", note="reported to Weights & Biases unless `report_to` names others"),
+    OfficialFlag("--run_id", "run_id"),
     OfficialFlag("--dist-eval", kind=None, note="as it is: evaluation always uses all processes", off=True),
-    OfficialFlag("--run_id", note=_NEXT),
 )
 
 BY_NAME = {flag.name: flag for flag in OFFICIAL_FLAGS}

@@ -36,6 +36,7 @@ _FREE = (
     "project",
     "report_to",
     "resume_from_checkpoint",
+    "run_id",
     "run_name",
     "save_total_limit",
     "skip_memory_metrics",

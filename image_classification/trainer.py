@@ -4,6 +4,7 @@
 import contextlib
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -163,12 +164,16 @@ class ImageClassificationTrainer(ResumableTrainer):
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
+        if self.args.timm_optimizer is not None:
+            self.optimizer = self._timm_optimizer(parameter_groups(model, self.args))
+            return self.optimizer
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
-            if self.args.attn_lr is not None:
-                raise InputError(
-                    f"`attn_lr` does not work with `optim: {self.args.optim.value}`, which groups for itself."
-                )
+            for name in ("attn_lr", "attn_weight_decay", "layer_decay"):
+                if getattr(self.args, name) is not None:
+                    raise InputError(
+                        f"`{name}` does not work with `optim: {self.args.optim.value}`, which groups for itself."
+                    )
             return super().create_optimizer(model)
         if kind is torch.optim.SGD:
             options |= {"momentum": self.args.momentum, "nesterov": self.args.momentum > 0}
@@ -177,6 +182,22 @@ class ImageClassificationTrainer(ResumableTrainer):
         self.optimizer = kind(parameter_groups(model, self.args), **options)
         return self.optimizer
 
+    def _timm_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
+        from timm.optim import create_optimizer_v2
+
+        args, default = self.args, RunArguments.__dataclass_fields__
+        # What is left at AdamW's default is the optimiser's own.
+        options = {"eps": args.adam_epsilon} if args.adam_epsilon != default["adam_epsilon"].default else {}
+        betas = (args.adam_beta1, args.adam_beta2)
+        if betas != (default["adam_beta1"].default, default["adam_beta2"].default):
+            options["betas"] = betas
+        try:
+            return create_optimizer_v2(
+                groups, opt=args.timm_optimizer, lr=args.learning_rate, momentum=args.momentum, **options
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            raise InputError(f"The optimiser `{args.optimizer_name}` cannot be set up: {error}") from error
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.args.sched is None and self.args.warmup_epochs is not None:
             self.args.warmup_steps = self._warmup_steps(num_training_steps)
@@ -184,7 +205,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         warmup, per_epoch = self._warmup_steps(num_training_steps), self._steps_per_epoch()
-        rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        rates = [group.get("initial_lr", group["lr"]) / group.get("lr_scale", 1.0) for group in optimizer.param_groups]
         curves = [schedule(self.args, rate, warmup, num_training_steps, per_epoch) for rate in rates]
         self.lr_scheduler = LambdaLR(optimizer, curves)
         self._created_lr_scheduler = True
@@ -283,27 +304,42 @@ def peak_memory(device: torch.device) -> float:
 
 def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
     """
-    Groups for the optimiser: with and without weight decay, and KArAt parameters apart where `attn_lr` is given.
-    Decayed is what has two dimensions or more and is no bias, no [CLS] token and no position embedding.
+    Groups for the optimiser, by rate and weight decay.
+
+    * Decayed is what has two dimensions or more and is no bias, no [CLS] token and no position embedding; KArAt
+      parameters likewise, or all of them at `attn_weight_decay`.
+    * `attn_lr` is the rate of KArAt parameters.
+    * `layer_decay` multiplies either rate; the factor is the group's `lr_scale`.
     """
-    karat = (
-        model.karat_parameter_names() if args.attn_lr is not None and hasattr(model, "karat_parameter_names") else set()
-    )
-    if args.attn_lr is not None and not karat:
-        raise InputError("`attn_lr` is the learning rate of KArAt parameters, and this model has none.")
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    karat = model.karat_parameter_names() if hasattr(model, "karat_parameter_names") else set()
+    for name in ("attn_lr", "attn_weight_decay"):
+        if getattr(args, name) is not None and not karat:
+            raise InputError(f"`{name}` is of KArAt parameters, and this model has none.")
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = parameter.ndim > 1 and not name.endswith((".bias", *NO_DECAY))
-            groups.setdefault((name in karat, decay), []).append(parameter)
+            matrix = parameter.ndim > 1 and not name.endswith((".bias", *NO_DECAY))
+            decay, rate = args.weight_decay if matrix else 0.0, args.learning_rate
+            if name in karat:
+                rate = args.learning_rate if args.attn_lr is None else args.attn_lr
+                decay = decay if args.attn_weight_decay is None else args.attn_weight_decay
+            scale = layer_scale(name, model.config.num_hidden_layers, args.layer_decay or 1.0)
+            groups.setdefault((scale, rate, decay), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": args.attn_lr if of_karat else args.learning_rate,
-            "weight_decay": args.weight_decay if decay else 0.0,
-        }
-        for (of_karat, decay), parameters in sorted(groups.items())
+        {"params": parameters, "lr": rate * scale, "weight_decay": decay, "lr_scale": scale}
+        for (scale, rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def layer_scale(name: str, blocks: int, decay: float) -> float:
+    """The factor on a parameter's rate: `decay` to the power of its distance from the head (BEiT's counting)."""
+    block = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if block:
+        return decay ** (blocks - int(block[1]))
+    if "embeddings." in name:
+        return decay ** (blocks + 1)
+    # Final norm and head; and the universal operator, which works in the last block too.
+    return decay if "operator" in name else 1.0
 
 
 def schedule(args: RunArguments, rate: float, warmup: int, steps: int, per_epoch: int) -> Callable[[int], float]:
@@ -311,11 +347,13 @@ def schedule(args: RunArguments, rate: float, warmup: int, steps: int, per_epoch
     The factor on `rate` after each step: linear from `warmup_lr` for `warmup` steps, then `args.sched` until `steps`.
 
     Args:
-        args: `sched`, `warmup_lr`, `min_lr`, `decay_epochs`, `decay_rate`. The rate bounds `warmup_lr` and `min_lr`.
-        rate: the group's learning rate.
+        args: `sched`, `warmup_lr`, `min_lr`, `cooldown_epochs`, `decay_epochs`, `decay_milestones`, `decay_rate`; the
+            shapes are those of timm's schedulers with `warmup_prefix`. The rate bounds `warmup_lr` and `min_lr`.
+        rate: the group's learning rate, without its factor of `layer_decay`.
         warmup, steps, per_epoch: numbers of steps.
     """
     low, start = min(args.min_lr, rate), min(args.warmup_lr, rate)
+    end = steps - round(args.cooldown_epochs * per_epoch)
 
     def at(step: int) -> float:
         if step < warmup:
@@ -324,8 +362,17 @@ def schedule(args: RunArguments, rate: float, warmup: int, steps: int, per_epoch
             return rate
         if args.sched == "step":
             return rate * args.decay_rate ** math.floor(step / per_epoch / args.decay_epochs)
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        left = 0.5 * (1 + math.cos(math.pi * done)) if args.sched == "cosine" else 1 - done
+        if args.sched == "multistep":
+            return rate * args.decay_rate ** sum(step / per_epoch >= epoch for epoch in args.decay_milestones)
+        if step >= end:
+            return low
+        done = (step - warmup) / (end - warmup)
+        left = {
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            "poly": (1 - done) ** args.decay_rate,
+            "tanh": 0.5 * (1 - math.tanh(-7 * (1 - done) + 3 * done)),
+        }[args.sched]
         return low + (rate - low) * left
 
     return lambda step: at(step) / rate if rate > 0 else 1.0

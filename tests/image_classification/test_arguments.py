@@ -16,6 +16,13 @@ def parse(*words):
     return parse_settings([*MODEL, *words])
 
 
+def refused(*words):
+    """The message with which the words are refused."""
+    with pytest.raises((InputError, ValueError)) as error:
+        parse(*words)
+    return str(error.value)
+
+
 @pytest.fixture
 def recipe(tmp_path):
     def write(text):
@@ -187,7 +194,7 @@ def test_every_official_flag_sets_settings_that_exist():
         ("--lr 1e-3 --min-lr 0 --warmup-lr 0 --warmup-epochs 2", {"base_lr": 1e-3, "min_lr": 0, "warmup_epochs": 2}),
         ("--eval --resume x", {"do_train": False, "resume_from_checkpoint": "x"}),
         ("--finetune x", {"finetune": "x"}),
-        ("--device cpu --seed 3 --run_name a", {"use_cpu": True, "seed": 3, "run_name": "a"}),
+        ("--device cpu --seed 3 --report_to none --run_name a", {"use_cpu": True, "seed": 3, "run_name": "a"}),
         ("--num_workers 2 --no-pin-mem", {"dataloader_num_workers": 2, "dataloader_pin_memory": False}),
         ("--data-set CIFAR10 --data-path y", {"data_set": "CIFAR10", "data_path": "y"}),
         ("--smoothing 0.1 --clip-grad 2 --weight-decay 0.1", {"label_smoothing_factor": 0.1, "max_grad_norm": 2}),
@@ -206,7 +213,7 @@ def test_underscores_and_dashes_are_both_accepted():
     "words, message",
     [
         ("--base_fn nn.Foo", "nn.SiLU"),
-        ("--opt lamb", "adamw, sgd"),
+        ("--opt lambb", "did you mean `lamb"),
         ("--num_attention 2", "--mixed_head"),
         ("--mixed_head --num_attention 0", "--num_attention 0"),
         ("--device tpu", "cpu or cuda"),
@@ -255,3 +262,37 @@ def test_table_has_a_row_for_each_flag():
     rows = official_flags.markdown_table().splitlines()
     assert len(rows) == len(OFFICIAL_FLAGS) + 2
     assert "| `--hidden_dim` | `karat_rank` |  |" in rows
+
+
+# Optimisers, schedules, trackers
+
+
+def test_optimisers_of_timm_by_their_official_names():
+    assert parse("--opt", "AdamW").training.optimizer_name == "adamw_torch"
+    assert parse("--opt", "lion").training.optimizer_name == "timm_lion"
+    assert parse("--optim", "timm_lamb").training.timm_optimizer == "lamb"
+    assert refused("--opt", "lambb").startswith("There is no optimiser lambb (did you mean `lamb")
+    assert "There is no optimiser timm_adahessian" in refused("--optim", "timm_adahessian")
+    assert "not a valid OptimizerNames" in refused("--optim", "adamm")
+
+
+def test_schedules_that_do_not_exist():
+    assert "--lr_scheduler_type reduce_lr_on_plateau" in refused("--sched", "plateau")
+    assert "expected one of cosine, linear, poly, tanh, step, multistep, constant" in refused("--sched", "cosin")
+    assert "which step does not fall" in refused("--sched", "step", "--cooldown-epochs", "10")
+    assert "`layer_decay` is 1.5" in refused("--layer_decay", "1.5")
+
+
+def test_trackers(monkeypatch):
+    import transformers.integrations as integrations
+
+    monkeypatch.setattr(integrations, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(integrations, "is_tensorboard_available", lambda: True)
+    assert parse().training.report_to == []
+    assert parse("--report_to", "tensorboard").training.report_to == []
+    assert parse("--report_to", "none", "--run_name", "first").training.report_to == []
+    assert parse("--report_to", "tensorboard", "--run_name", "first").training.report_to == ["tensorboard"]
+    message = refused("--run_name", "first")
+    assert "to wandb, which is not installed: pip install wandb" in message
+    monkeypatch.setattr(integrations, "is_wandb_available", lambda: True)
+    assert parse("--run_name", "first").training.report_to == ["wandb"]

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Trainer: gradients under accumulation, parameter groups, schedules, and resuming that loses nothing."""
 
+import json
 import math
+import shutil
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from timm.scheduler import create_scheduler_v2
 from transformers import EvalPrediction, Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
+from image_classification import main as script
 from image_classification.arguments import RunArguments
 from image_classification.divergence import SKIPPED_STEPS, DivergenceGuard
 from image_classification.errors import InputError
@@ -103,19 +108,124 @@ def test_parameter_groups(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "optim, kind, momentum",
-    [("adamw_torch", torch.optim.AdamW, None), ("sgd", torch.optim.SGD, 0.8), ("rmsprop", torch.optim.RMSprop, 0.8)],
+    "settings, expected",
+    [({}, {0.05, 0.0}), ({"attn_weight_decay": 0.2}, {0.2}), ({"attn_weight_decay": 0.0}, {0.0})],
 )
-def test_optimisers(tmp_path, optim, kind, momentum):
+def test_karat_parameters_have_a_weight_decay_of_their_own(tmp_path, settings, expected):
+    model = make_model("karat")
+    groups = parameter_groups(model, run_arguments(tmp_path, **settings))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    karat = model.karat_parameter_names() & of.keys()
+    assert karat and {of[name] for name in karat} <= expected
+    assert of["classifier.weight"] == 0.05 and of["classifier.bias"] == 0.0
+    with pytest.raises(InputError, match="attn_weight_decay"):
+        parameter_groups(make_model("softmax"), run_arguments(tmp_path, attn_weight_decay=0.0))
+
+
+@pytest.mark.parametrize("sharing", ["blockwise", "universal"])
+def test_layer_decay(tmp_path, sharing):
+    model = KArAtViTForImageClassification(KArAtViTConfig(**SIZES | {"num_hidden_layers": 3}, sharing=sharing))
+    args = run_arguments(tmp_path, layer_decay=0.5, attn_lr=0.01, sched="cosine", min_lr=1e-3, num_train_epochs=1)
+    trainer = ImageClassificationTrainer(model=model, args=args, train_dataset=rows_of(640))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    of = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    assert of["classifier.weight"] == of["vit.layernorm.weight"] == 0.1
+    assert [of[f"vit.layers.{block}.mlp.fc1.weight"] for block in range(3)] == pytest.approx([0.0125, 0.025, 0.05])
+    assert of["vit.embeddings.cls_token"] == pytest.approx(0.00625)
+    rates = {0.005} if sharing == "universal" else {0.00125, 0.0025, 0.005}
+    found = {of[name] for name in model.karat_parameter_names() & of.keys()}
+    assert sorted(found) == pytest.approx(sorted(rates))
+    # The floor is scaled like the rate, as in timm.
+    scheduler = trainer.create_scheduler(10)
+    for _ in range(10):
+        trainer.optimizer.step()
+        scheduler.step()
+    assert {round(group["lr"] / group["lr_scale"], 9) for group in groups} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    "optim, kind, expected",
+    [
+        ("adamw_torch", "AdamW", {"eps": 1e-6}),
+        ("sgd", "SGD", {"momentum": 0.8, "nesterov": True}),
+        ("rmsprop", "RMSprop", {"momentum": 0.8}),
+        ("timm_lamb", "Lamb", {"eps": 1e-6, "betas": (0.9, 0.999)}),
+        ("timm_lion", "Lion", {"betas": (0.9, 0.99)}),
+        ("timm_momentum", "SGD", {"momentum": 0.8, "nesterov": False}),
+    ],
+)
+def test_optimisers(tmp_path, optim, kind, expected):
     args = run_arguments(tmp_path, optim=optim, momentum=0.8, attn_lr=0.01)
     optimizer = ImageClassificationTrainer(model=make_model("karat"), args=args).create_optimizer()
-    assert type(optimizer) is kind and optimizer.defaults.get("momentum") == momentum
-    assert {group["lr"] for group in optimizer.param_groups} == {0.1, 0.01}
+    assert type(optimizer).__name__ == kind and expected.items() <= optimizer.defaults.items()
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        (0.1, 0.05),
+        (0.1, 0.0),
+        (0.01, 0.05),
+    }
+
+
+def command(folder, *flags):
+    """A small run of three epochs of three steps."""
+    words = "--model karat_digits --data_set digits --max_train_samples 48 --max_eval_samples 20 --image_size 8".split()
+    words += ["--patch_size", "4", "--eval_crop_ratio", "1", "--num_train_epochs", "3", "--seed", "3", *flags]
+    return [*words, "--output_dir", str(folder)]
+
+
+def test_timm_optimiser_trains_and_resumes(tmp_path, small):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = [*small, "--opt", "lamb", "--layer_decay", "0.8", "--sched", "tanh", "--cooldown-epochs", "1"]
+    flags += ["--save_total_limit", "0"]
+    assert script.main(command(whole, *flags)) == 0
+    # As a run that was killed after its second epoch left it.
+    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("checkpoint-9", "model.safetensors"))
+    record = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps(record | {"finished": None}))
+    shutil.copy(whole / "checkpoint-6" / "model.safetensors", stopped / "checkpoint-6")
+    assert script.main(command(stopped, *flags)) == 0
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def rates(folder, steps, rate=0.1, per_epoch=10, warmup=0, **settings):
     curve = schedule(run_arguments(folder, **settings), rate, warmup, steps, per_epoch)
     return [rate * curve(step) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly", "step", "constant"])
+@pytest.mark.parametrize("cooldown", [0, 2])
+def test_schedules_are_timms(tmp_path, sched, cooldown):
+    """Timm counts the cosine-like schedules from the end of the warm-up with `warmup_prefix`, the steps without."""
+    if cooldown and sched in ("step", "constant"):
+        return
+    epochs, warmup, per_epoch = 10, 2, 10
+    settings = {"decay_rate": 0.5, "min_lr": 0.02, "warmup_lr": 0.01, "decay_epochs": 3}
+    falls = sched in ("cosine", "tanh", "poly")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    timm, _ = create_scheduler_v2(
+        optimizer,
+        sched,
+        num_epochs=epochs - cooldown - (warmup if falls else 0),
+        warmup_epochs=warmup,
+        warmup_prefix=falls,
+        step_on_epochs=False,
+        updates_per_epoch=per_epoch,
+        **settings,
+    )
+    expected = []
+    for step in range(epochs * per_epoch + 1):
+        timm.step_update(step)
+        expected.append(optimizer.param_groups[0]["lr"])
+    settings |= {"cooldown_epochs": cooldown, "sched": sched}
+    assert rates(tmp_path, epochs * per_epoch, warmup=warmup * per_epoch, **settings) == pytest.approx(expected)
+
+
+def test_multistep_drops_at_its_epochs(tmp_path):
+    """Where timm drops one update earlier."""
+    found = rates(tmp_path, 100, sched="multistep", decay_rate=0.5, decay_milestones=[4, 7])
+    assert found == pytest.approx([0.1] * 40 + [0.05] * 30 + [0.025] * 31)
 
 
 def test_schedules(tmp_path):
@@ -124,16 +234,15 @@ def test_schedules(tmp_path):
     assert cosine[60] == pytest.approx(0.06) and cosine[100] == pytest.approx(0.02)
     linear = rates(tmp_path, 100, sched="linear", min_lr=0.0)
     assert linear[50] == pytest.approx(0.05) and linear[100] == pytest.approx(0, abs=1e-12)
-    step = rates(tmp_path, 100, sched="step", decay_epochs=3, decay_rate=0.5)
-    assert [step[at] for at in (0, 29, 30, 60, 100)] == pytest.approx([0.1, 0.1, 0.05, 0.025, 0.0125])
-    assert set(rates(tmp_path, 10, sched="constant")) == {0.1}
+    cooled = rates(tmp_path, 100, sched="linear", min_lr=0.01, cooldown_epochs=3)
+    assert set(cooled[70:]) == {0.01} and cooled[69] > 0.01 and cooled[35] == pytest.approx(0.055)
     # A rate below the floor stays where it is.
     assert max(rates(tmp_path, 10, rate=1e-6, sched="cosine", min_lr=1e-5)) == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize(
     "settings, last",
-    [({"sched": "step", "decay_epochs": 1.0}, 0.01), ({"sched": None, "lr_scheduler_type": "linear"}, 0.0)],
+    [({"sched": "step", "decay_epochs": 1.0}, 0.001), ({"sched": None, "lr_scheduler_type": "linear"}, 0.0)],
 )
 def test_schedule_runs_in_training(tmp_path, settings, last):
     rows = [{"pixel_values": torch.zeros(3, 8, 8), "labels": torch.tensor(index % 3)} for index in range(8)]
@@ -141,7 +250,16 @@ def test_schedule_runs_in_training(tmp_path, settings, last):
     trainer = ImageClassificationTrainer(model=make_model("karat"), args=args, train_dataset=rows)
     trainer.train()
     # After two epochs of two steps the step schedule has dropped twice.
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(last * (0.1 if settings["sched"] else 1), abs=1e-9)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(last, abs=1e-9)
+
+
+def test_reduce_on_plateau(tmp_path, small):
+    """What `--sched plateau` points to: the rate falls where the held-out loss stays."""
+    flags = [*small, "--lr_scheduler_type", "reduce_lr_on_plateau", "--metric_for_best_model", "loss"]
+    flags += ["--lr_scheduler_kwargs", '{"patience": 0, "threshold": 1e9, "factor": 0.5}', "--learning_rate", "1e-2"]
+    assert script.main(command(tmp_path / "run", *flags)) == 0
+    rows = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.005, 0.0025])
 
 
 def rows_of(images, value=None):
