@@ -381,6 +381,7 @@ class Settings:
         model, data, training: the settings.
         record: all of them by name, as given, before anything is derived from them.
         recipe: the YAML file, if any.
+        reported: what the paper reports for this recipe, in percent: `top1`, `top5`.
         warnings: what was given and has no effect.
     """
 
@@ -389,6 +390,7 @@ class Settings:
     training: RunArguments
     record: dict[str, Any]
     recipe: Path | None = None
+    reported: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -524,12 +526,8 @@ def parse_settings(argv: list[str]) -> Settings:
     if recipe is None and not any(flags.get(name) for name in ("model", "finetune", *_DATA_SOURCES)):
         if flags.get("resume_from_checkpoint") is None or flags.get("do_train", True):
             recipe = str(DEFAULT_RECIPE)
-    from_recipe = _from_recipe(parser, Path(recipe)) if recipe else {}
-    for pair in EXCLUSIVE:
-        for name, other in (pair, pair[::-1]):
-            if name in flags and other not in flags:
-                from_recipe.pop(other, None)
-    given = from_recipe | flags
+    from_recipe, reported = _from_recipe(parser, Path(recipe)) if recipe else ({}, {})
+    given = _without_counterparts(from_recipe, flags) | flags
     # What is given excludes the default of its counterpart.
     if "lr_scheduler_type" in given:
         given["sched"] = None
@@ -546,9 +544,11 @@ def parse_settings(argv: list[str]) -> Settings:
     except ValueError as error:
         raise InputError(str(error)) from error
     _check_ranges(*parts, arguments)
-    return Settings(*parts, arguments, record, Path(recipe) if recipe else None, warnings)
+    return Settings(*parts, arguments, record, Path(recipe) if recipe else None, reported, warnings)
 
 
+# What a recipe may name of the paper's figures.
+REPORTED = {"top1", "top5"}
 _DATA_SOURCES = ("data_set", "data_path", "dataset_name")
 
 
@@ -581,18 +581,37 @@ def _from_flags(spelt: list[tuple[str, str, Any]]) -> tuple[dict[str, Any], list
     return {name: item.value for name, item in settings.items()}, warnings
 
 
-def _from_recipe(parser: Parser, path: Path) -> dict[str, Any]:
+def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, float]]:
+    """
+    The settings of a recipe, over those of the recipes that it `extends`; and the figures that the paper reports for
+    it, in percent.
+    """
+    if path.resolve() in above:
+        raise InputError(f"{path} extends itself, by way of {', '.join(str(other) for other in above)}.")
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"{path}: a recipe is a .yaml file. Flags begin with --.")
     if not path.is_file():
-        known = ", ".join(sorted(str(file.relative_to(CONFIGURATION.parent)) for file in CONFIGURATION.glob("*.yaml")))
-        raise InputError(f"There is no recipe {path}. Recipes here: {known}.")
+        if above:
+            raise InputError(f"{above[-1]} extends {path}, which does not exist. Paths are relative to the recipe.")
+        known = {file.parent if file.parent.name != "configuration" else file for file in CONFIGURATION.rglob("*.yaml")}
+        names = sorted(str(file.relative_to(CONFIGURATION.parent)) + "/" * file.is_dir() for file in known)
+        raise InputError(f"There is no recipe {path}. Recipes here: {', '.join(names)}.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected lines of `setting: value`, found a {type(content).__name__}.")
+    extended = content.pop("extends", None) or []
+    reported = content.pop("reported", None) or {}
+    numbers = isinstance(reported, dict) and all(isinstance(value, (int, float)) for value in reported.values())
+    if not numbers or not set(reported) <= REPORTED:
+        raise InputError(
+            f"{path}: `reported` is {reported!r}, expected numbers in percent, as top1: 76.69, top5: 98.57."
+        )
+    inherited: dict[str, Any] = {}
+    for other in [extended] if isinstance(extended, str) else extended:
+        inherited |= _from_recipe(parser, path.parent / str(other), (*above, path.resolve()))[0]
     settings = {}
     for key, value in content.items():
         if key not in parser.settings:
@@ -609,7 +628,13 @@ def _from_recipe(parser: Parser, path: Path) -> dict[str, Any]:
     for name, other in EXCLUSIVE:
         if name in settings and other in settings:
             raise InputError(f"{path}: `{name}` and `{other}` are two ways to set one thing. Give one of them.")
-    return settings
+    return _without_counterparts(inherited, settings) | settings, reported
+
+
+def _without_counterparts(lower: dict[str, Any], higher: dict[str, Any]) -> dict[str, Any]:
+    """What is left of the settings `lower` where `higher` sets the same things in another way."""
+    gone = {other for pair in EXCLUSIVE for name, other in (pair, pair[::-1]) if name in higher and other not in higher}
+    return {name: value for name, value in lower.items() if name not in gone}
 
 
 class _StrictLoader(yaml.SafeLoader):

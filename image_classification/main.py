@@ -116,7 +116,9 @@ def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
         )
         return plan.finished["metrics"]
     if settings.recipe:
-        logger.info(f"Recipe  {os.path.relpath(settings.recipe)}")
+        figures = ", ".join(f"{name.replace('top', 'top-')} {value:g} %" for name, value in settings.reported.items())
+        paper = f"; the paper reports {figures}" if figures else ""
+        logger.info(f"Recipe  {os.path.relpath(settings.recipe)}{paper}")
     if plan.message:
         logger.info(plan.message)
     return _train(settings, plan, lock)

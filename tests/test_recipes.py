@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes in `configuration/`: one for each figure of the paper, and how recipes extend each other."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from image_classification.arguments import parse_settings
+from image_classification.errors import InputError
+
+
+CONFIGURATION = Path(__file__).parents[1] / "configuration"
+# The paper's main table and its transfer table: top-1 on CIFAR-10, CIFAR-100, ImageNet-1K, SVHN, Flowers-102, STL-10.
+SETS = ("cifar10", "cifar100", "imagenet1k", "svhn", "flowers102", "stl10")
+PAPER = {
+    "base_patch16_224": (83.45, 58.07, 72.90, 97.74, 92.24, 97.26),
+    "base_patch16_224_karat": (81.81, 55.92, 68.03, 96.83, 89.66, 95.30),
+    "base_patch16_224_karat_universal": (80.75, 57.36, 68.83, 97.21, 89.43, 95.78),
+    "small_patch16_224": (81.08, 53.47, 70.50, 97.48, 91.46, 96.09),
+    "small_patch16_224_karat": (79.78, 54.11, 67.77, 97.04, 89.67, 95.26),
+    "small_patch16_224_karat_universal": (79.52, 53.86, 67.76, 97.11, 90.08, 95.45),
+    "tiny_patch16_224": (72.76, 43.53, 59.15, 96.69, 84.21, 93.20),
+    "tiny_patch16_224_karat": (76.69, 46.29, 59.11, 96.37, 83.67, 93.09),
+    "tiny_patch16_224_karat_universal": (75.56, 46.75, 57.97, 96.39, 83.70, 92.93),
+}
+NAMES = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "imagenet1k": "IMNET",
+    "svhn": "SVHN",
+    "flowers102": "Flowers102",
+    "stl10": "STL10",
+}
+
+
+def test_there_is_a_recipe_for_each_figure_and_no_other():
+    found = {path.relative_to(CONFIGURATION).as_posix() for path in CONFIGURATION.glob("*/*.yaml")}
+    expected = {f"{data}/vit_{model}.yaml" for data in SETS for model in PAPER}
+    assert {name for name in found if not name.startswith("base/")} == expected
+
+
+@pytest.mark.parametrize("model", PAPER)
+def test_recipes_are_the_papers(model):
+    """Table 5 of the paper: what every recipe trains with, and the figure that it names."""
+    for data, top1 in zip(SETS, PAPER[model], strict=True):
+        settings = parse_settings([str(CONFIGURATION / data / f"vit_{model}.yaml"), "--use_cpu"])
+        training = settings.training
+        assert settings.model.model == f"vit_{model}" and settings.data.data_set == NAMES[data]
+        assert settings.reported["top1"] == top1
+        assert training.output_dir == f"outputs/{data}/vit_{model}"
+        assert (training.adam_epsilon, training.weight_decay, training.max_grad_norm) == (1e-6, 0.05, 1.0)
+        assert (training.sched, training.warmup_epochs, training.warmup_lr) == ("cosine", 5, 1e-6)
+        assert (training.model_ema, training.model_ema_decay, training.label_smoothing_factor) == (True, 0.99992, 0.1)
+        images = settings.data
+        assert (images.eval_crop_ratio, images.train_crop_scale, images.color_jitter) == (0.9, [0.08, 1.0], 0.4)
+        assert images.auto_augment == "rand-m15-n2-mstd1.0-inc1"
+        assert (images.mixup, images.cutmix, images.mixup_switch_prob) == (0.8, 1.0, 0.5)
+        if data in ("cifar10", "cifar100", "imagenet1k"):
+            assert set(settings.reported) == {"top1", "top5"} and settings.model.finetune is None
+            assert training.num_train_epochs == 100 and training.min_lr == 1e-5
+            batch, rate = (128, 1.25e-4) if data == "imagenet1k" else (32, 3.125e-5)
+            assert training.global_batch_size == batch and training.learning_rate == pytest.approx(rate)
+        else:
+            assert settings.model.finetune == f"outputs/imagenet1k/vit_{model}"
+
+
+def write(folder, **recipes):
+    for name, content in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / f"{next(iter(recipes))}.yaml")
+
+
+def test_a_recipe_is_over_what_it_extends_and_under_the_flags(tmp_path):
+    first = write(
+        tmp_path,
+        first={"extends": ["second", "third.yaml"], "mixup": 0.3},
+        third={"mixup": 0.2, "cutmix": 0.2, "base_lr": 1e-3},
+    )
+    with pytest.raises(InputError, match=r"first\.yaml extends .*second, which|recipe is a \.yaml"):
+        parse_settings([first])
+    first = write(
+        tmp_path,
+        first={"extends": ["second.yaml", "third.yaml"], "mixup": 0.3, "learning_rate": 0.5},
+        second={"model": "karat_digits", "data_set": "digits", "cutmix": 0.1, "random_erasing": 0.4},
+    )
+    settings = parse_settings([first, "--reprob", "0.6"])
+    assert (settings.data.mixup, settings.data.cutmix, settings.data.random_erasing) == (0.3, 0.2, 0.6)
+    # The rate that is nearer stands for both of its spellings.
+    assert (settings.training.learning_rate, settings.training.base_lr) == (0.5, None)
+
+
+def test_recipes_that_extend_themselves_or_nothing(tmp_path):
+    first = write(tmp_path, first={"extends": "second.yaml"}, second={"extends": "first.yaml"})
+    with pytest.raises(InputError, match="extends itself"):
+        parse_settings([first])
+    with pytest.raises(InputError, match=r"extends .*third\.yaml, which does not exist"):
+        parse_settings([write(tmp_path, first={"extends": "third.yaml"})])
+    with pytest.raises(InputError, match=r"`reported` is .*percent"):
+        parse_settings([write(tmp_path, first={"reported": {"accuracy": 3}})])
