@@ -26,6 +26,8 @@ from .errors import InputError, more
 SUMS, STATE = "SHA256SUMS", "trainer_state.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER = "optimizer.pt"
+# What to do about a `NotWritten`.
+MEND = "Free some space (or mend the permissions), then give the same command again"
 
 
 class NotWritten(InputError):

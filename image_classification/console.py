@@ -38,6 +38,8 @@ class EpochLines(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.time()
+        # Of a run that goes on with the evaluation of what it had logged.
+        self.loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         if state.is_world_process_zero and not args.disable_tqdm:
             # In a log file every refresh is a line of its own.
             every = 0.5 if sys.stderr.isatty() else 15

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A setting, file or folder that cannot be used. The message names it, what was expected and what to do."""
+    """
+    A setting, file or folder that cannot be used. The message names it, what was expected and what to do.
+
+    `said` is set where another process says the same.
+    """
+
+    said = False
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

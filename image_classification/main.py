@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         # A data worker's error comes with the worker's traceback before it.
         message = str(error).rpartition(f"{InputError.__name__}: ")[2].strip()
-        print(f"run_image_classification.py: error: {message}", file=sys.stderr)
+        if not error.said:
+            print(f"run_image_classification.py: error: {message}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if settings.training.process_index == 0:
@@ -180,12 +181,12 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
     _describe(settings, model, data, trainer)
     result = trainer.train(resume_from_checkpoint=plan.checkpoint)
     weights, metrics = trainer.keep_better_weights(trainer.evaluate())
-    with checkpoints.writing("The trained model", folder, "Make room, then give the same command again: it writes it."):
+    with checkpoints.writing("The trained model", folder, f"{checkpoints.MEND}: it writes it."):
         trainer.save_model()
     if weights is not None:
         logger.info(reports.describe_choice(weights, metrics))
     if args.should_save:
-        with checkpoints.writing("The reports", folder, "Make room, then give the same command again: it writes them."):
+        with checkpoints.writing("The reports", folder, f"{checkpoints.MEND}: it writes them."):
             finished = _write_reports(settings, trainer, data, result.metrics, metrics, weights)
             runs.write_record(settings, finished)
         logger.info(f"\nTrained in {_duration(result.metrics['train_runtime'])}.\n{reports.summary(folder, finished)}")

@@ -133,5 +133,6 @@ def on_main_process(function: Callable[[], T]) -> T:
             result = [error]
     broadcast_object_list(result)
     if isinstance(result[0], InputError):
+        result[0].said = not state.is_main_process
         raise result[0]
     return result[0]

@@ -46,6 +46,7 @@ class ResumableTrainer(ParallelTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.resumed_from: Path | None = None
+        self._may_stop = False  # Where `_Asked` is caught.
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """
@@ -104,11 +105,10 @@ class ResumableTrainer(ParallelTrainer):
         self._part_began, self._seconds_before = time.time(), 0.0
         if self.resumed_from is None:
             return
-        # The position was found by Transformers, whose counts for the last log would begin here.
-        self._initial_global_step = 0
         path = self.resumed_from / PROGRESS
         if not path.is_file():
             return  # Of another Trainer: nothing is known to be due.
+        self._initial_global_step = 0  # The mean loss at the end is the whole run's.
         progress = json.loads(path.read_text(encoding="utf-8"))
         self._load_rng_state(str(self.resumed_from))
         losses = progress["losses"]
@@ -174,15 +174,29 @@ class ResumableTrainer(ParallelTrainer):
         self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
     ):
         self._last_step = (grad_norm, learning_rate)
-        if number := self.largest(self._signals.received):
+        self._may_stop = True
+        try:
+            self._stop_if_asked()
+            super()._maybe_log_save_evaluate(
+                tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+            )
+        except _Asked as asked:
             # At once: an evaluation can take longer than a scheduler waits. It is noted, and done when the run goes on.
             due = [action for action in ACTIONS if getattr(self.control, f"should_{action}")]
             self._save_checkpoint(model, trial, due)
             folder = checkpoints.checkpoint_folder(self.args.output_dir, self.state.global_step)
-            raise Stopped(number, folder, self.state.global_step, self.state.epoch)
-        super()._maybe_log_save_evaluate(
-            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
-        )
+            raise Stopped(asked.number, folder, self.state.global_step, self.state.epoch) from None
+        finally:
+            self._may_stop = False
+
+    def prediction_step(self, *args, **kwargs):
+        if self._may_stop:
+            self._stop_if_asked()
+        return super().prediction_step(*args, **kwargs)
+
+    def _stop_if_asked(self) -> None:
+        if number := self.largest(self._signals.received):
+            raise _Asked(number)
 
     def _save_checkpoint(self, model, trial, due: list[str] = ()) -> None:
         run, step = Path(self.args.output_dir), self.state.global_step
@@ -280,14 +294,15 @@ class ResumableTrainer(ParallelTrainer):
         except checkpoints.NotWritten as error:
             failure = error
         if self.largest(failure is not None):
-            raise failure or checkpoints.NotWritten(
-                f"Another process could not write {folder.name}; it says why. {self._advice(folder)}"
-            )
+            if failure is None:
+                failure = checkpoints.NotWritten(f"Another process could not write {folder.name}; it says why.")
+                failure.said = True
+            raise failure
 
     def _advice(self, folder: Path) -> str:
         steps = [step for step in checkpoints.checkpoints(folder.parent) if step != self.state.global_step]
         kept = f"goes on from checkpoint-{steps[-1]}, which is whole" if steps else "starts again: it is the first one"
-        return f"Make room, then give the same command again: the run {kept}."
+        return f"{checkpoints.MEND}: the run {kept}."
 
     def _seconds(self) -> float:
         """How long the run has trained, with what was before it was stopped."""
@@ -308,6 +323,13 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer._epoch_ended = True
+
+
+class _Asked(Exception):
+    """A signal has asked to stop."""
+
+    def __init__(self, number: int):
+        self.number = number
 
 
 def _start_worker(then, worker: int) -> None:

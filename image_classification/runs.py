@@ -185,7 +185,8 @@ class FolderLock:
         """
         if self.file is not None or fcntl is None or not (Path(folder) / RECORD).is_file():
             return
-        file = (Path(folder) / LOCK).open("w")
+        with checkpoints.writing("The lock file", Path(folder), _ELSEWHERE):
+            file = (Path(folder) / LOCK).open("w")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -218,13 +219,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def write_record(settings: Settings, finished: dict[str, Any] | None = None) -> None:
     """Write the record, in one step, so that a run killed meanwhile keeps the old one."""
     folder = Path(settings.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{RECORD}.part"
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"settings": _settings(settings), "finished": finished}, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / RECORD)
+    with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"settings": _settings(settings), "finished": finished}, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, folder / RECORD)
 
 
 def _settings(settings: Settings) -> dict[str, Any]:

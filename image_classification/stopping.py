@@ -68,7 +68,9 @@ class StopSignals:
             return  # A forked data worker: it ends when the run does.
         if not self.received:
             self.received, self.at = number, time.monotonic()
-            self._say(f"\n{NAMES[number]}: a checkpoint is saved when this step is done. Once more stops at once.\n")
+            self._say(
+                f"\n{NAMES[number]}: a checkpoint is saved when this step is done. A second time stops at once.\n"
+            )
         elif time.monotonic() - self.at > _SAME:
             self._say("\nStopped at once. The same command goes on from the last checkpoint.\n")
             signal.signal(number, signal.SIG_DFL)
@@ -85,6 +87,8 @@ def outlive_signals() -> None:
     the process that started them ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # Only Linux tells who sent a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     starter = multiprocessing.parent_process().pid
 

@@ -27,6 +27,7 @@ from transformers import AutoModelForImageClassification
 from image_classification import checkpoints
 from image_classification import main as script
 from image_classification.arguments import Parser
+from image_classification.errors import InputError
 from tests.image_classification import processes
 from tests.image_classification.processes import RUNS
 
@@ -171,6 +172,13 @@ def test_signal_to_the_launcher_stops_all_processes_at_one_step(tmp_path, small)
     assert script.main(words("alone", 16)) == 0
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "alone"))
     assert_close(first, second)
+
+
+def test_fsdp_is_not_left_out_silently_where_there_is_one_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(InputError, match="FSDP needs several GPUs"):
+        processes.make_trainer(RUNS[0], tmp_path, processes.Record(), 1)
 
 
 # The configurations
