@@ -15,6 +15,7 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 # A launcher hands on the signal that the terminal sends to all processes anyway: that is no second one.
 _SAME = 1.0
 
@@ -101,7 +102,8 @@ def outlive_signals() -> None:
 
 
 def same_command() -> str:
-    """How this process was started, as it can be typed again: with its launcher (accelerate, torchrun), if any."""
+    """How this process was started, as it can be typed again: with its launcher, if it has one."""
     parent = psutil.Process().parent()
     above = parent.cmdline() if parent is not None else []
-    return shlex.join(above if sys.argv[0] in above else sys.orig_argv)
+    launched = sys.argv[0] in above and _LAUNCHERS & {Path(word).name for word in above[:3]}
+    return shlex.join(above if launched else sys.orig_argv)
