@@ -32,6 +32,11 @@ class ParallelTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.dataloader_persistent_workers and hasattr(self.train_dataset, "set_epoch"):
+            raise InputError(
+                "`dataloader_persistent_workers` keeps data workers that never learn that an epoch is over: every one "
+                "would have the augmentation of the first. Leave it out."
+            )
         if self.is_fsdp_enabled:
             _set_up_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

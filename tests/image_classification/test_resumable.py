@@ -33,7 +33,11 @@ from tests.image_classification.conftest import SMALL
 
 MODELS = {
     "softmax": ["--model", "vit_tiny_patch16_224"],
-    "blockwise": ["--model", "karat_digits", "--drop_path_rate", "0.2", "--model_ema", "--model_ema_decay", "0.9"],
+    # With everything of the recipe that draws random numbers or has a state.
+    "blockwise": (
+        "--model karat_digits --drop_path_rate 0.2 --model_ema --model_ema_decay 0.9 --mixup 0.8 --cutmix 1.0 "
+        "--repeated_aug --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --smoothing 0.1"
+    ).split(),
     "universal": ["--model", "karat_digits", "--sharing", "universal"],
 }
 # Three steps an epoch, nine in all, of two batches each but for the last of an epoch; checkpoints at 2, 4, 6, 8 and 9.
