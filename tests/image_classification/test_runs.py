@@ -51,7 +51,7 @@ def test_the_same_command_goes_on_from_the_last_complete_checkpoint(tmp_path):
 def test_settings_that_only_change_the_speed_are_free(tmp_path):
     runs.write_record(settings(tmp_path))
     checkpoint(tmp_path, 1)
-    assert runs.plan(settings(tmp_path, "--num_workers", "7", "--run_name", "again", "--disable_tqdm")).checkpoint
+    assert runs.plan(settings(tmp_path, "--num_workers", "7", "--save_total_limit", "0", "--disable_tqdm")).checkpoint
 
 
 def test_batch_is_what_all_devices_make_of_it(tmp_path):
