@@ -138,6 +138,13 @@ class DataArguments:
             "choices": ["auto", "all", "none"],
         },
     )
+    skip_bad_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out images that cannot be read, name and count them; every image is decoded once before "
+            "training starts."
+        },
+    )
     image_mean: list[float] | None = _optional(
         "Mean of each channel, pixels from 0 to 1; unset: of the --finetune checkpoint, else ImageNet's."
     )

@@ -144,7 +144,14 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
             order = np.random.default_rng(seed).permutation(len(chosen[role]))[:limit]
             chosen[role] = chosen[role].select(np.sort(order))
     if known != "digits":
-        _check_images(chosen, args.check_images, notes)
+        mode = "all" if args.skip_bad_images else args.check_images
+        bad = _check_images(chosen, mode, notes, skip=args.skip_bad_images)
+        for role, indices in bad.items():
+            notes.append(f"{len(indices):,} of {len(chosen[role]):,} {role} images cannot be read and are left out")
+            if len(indices) == len(chosen[role]):
+                raise InputError(f"None of the {len(indices):,} {role} images of {name} can be read.")
+            chosen[role] = chosen[role].select([i for i in range(len(chosen[role])) if i not in indices])
+            _check_labels(chosen[role], labels, f"{name}, {role} split", role == "train")
     hub_name = name if args.data_path is None and known != "digits" else None
     return ImageData(name, chosen.get("train"), chosen["validation"], labels, hub_name, notes)
 
@@ -430,26 +437,40 @@ def _hold_out(train: Dataset, fraction: float, seed: int, name: str) -> tuple[di
     return {"train": split["train"], "validation": split["test"]}, note
 
 
-def _check_images(splits: dict[str, Dataset], mode: str, notes: list[str]) -> None:
-    """Decode every image once, so that a broken one is found before the training and not hours into it."""
+def _check_images(splits: dict[str, Dataset], mode: str, notes: list[str], skip: bool) -> dict[str, set[int]]:
+    """
+    Decode every image once, so that a broken one is found before the training and not hours into it.
+
+    Returns:
+        With `skip`, the broken images of the splits that have any, by index; each is named in the log.
+    """
     total = sum(len(split) for split in splits.values())
     if mode == "none" or (mode == "auto" and total > CHECK_UP_TO):
         if mode == "auto":
             notes.append(f"{total:,} images are checked as they are read; --check_images all decodes them all first")
-        return
+        return {}
+    bad: dict[str, set[int]] = {}
     with (
         tqdm(total=total, desc="Checking images", unit="image", leave=False, delay=2) as bar,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
         for role, split in splits.items():
             check = functools.partial(_check_one, split, role)
-            try:
-                for _ in pool.map(check, range(len(split))):
-                    bar.update()
-            except InputError:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for index, error in enumerate(pool.map(check, range(len(split)))):
+                bar.update()
+                if error is None:
+                    continue
+                if not skip:
+                    pool.shutdown(cancel_futures=True)
+                    raise InputError(f"{error} Or give --skip_bad_images, which goes on without such images.")
+                logger.warning(f"Left out: {error}")
+                bad.setdefault(role, set()).add(index)
+    return bad
 
 
-def _check_one(split: Dataset, role: str, index: int) -> None:
-    decode(split[index]["image"], f"{role} image {index}")
+def _check_one(split: Dataset, role: str, index: int) -> InputError | None:
+    try:
+        decode(split[index]["image"], f"{role} image {index}")
+    except InputError as error:
+        return error
+    return None

@@ -2,6 +2,7 @@
 """Data sets: the embedded digits, folders, parquet files, the Hub's schemas, and everything that can be wrong."""
 
 import io
+import logging
 import shutil
 
 import datasets
@@ -218,6 +219,30 @@ def test_truncated_image_is_found_before_training(image_folder, split):
     truncate(broken)
     with pytest.raises(InputError, match=f"{broken}.*truncated"):
         load(data_path=str(image_folder))
+
+
+def test_bad_images_are_left_out_named_and_counted(image_folder, caplog, monkeypatch):
+    paths = sorted((image_folder / "train").rglob("*.jpg"))
+    paths[1].write_bytes(paths[1].read_bytes()[:200])
+    paths[5].write_text("no image")
+    monkeypatch.setattr(logging.getLogger("image_classification"), "propagate", True)
+    data = load(data_path=str(image_folder), skip_bad_images=True, check_images="none")
+    assert len(data.train) == len(paths) - 2
+    assert not {str(paths[1]), str(paths[5])} & {row["image"]["path"] for row in data.train}
+    assert f"2 of {len(paths)} train images cannot be read and are left out" in data.notes
+    assert str(paths[1]) in caplog.text and str(paths[5]) in caplog.text
+
+
+def test_too_few_images_that_can_be_read(image_folder):
+    for path in (image_folder / "train").rglob("*.jpg"):
+        if path.parent.name != "red":
+            path.write_text("no image")
+    with pytest.raises(InputError, match="every image is of the class 'red'"):
+        load(data_path=str(image_folder), skip_bad_images=True)
+    for path in (image_folder / "train").rglob("*.jpg"):
+        path.write_text("no image")
+    with pytest.raises(InputError, match=r"None of the \d+ train images .* can be read"):
+        load(data_path=str(image_folder), skip_bad_images=True)
 
 
 def test_large_sets_are_checked_as_they_are_read(image_folder, monkeypatch):
