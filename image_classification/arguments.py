@@ -534,6 +534,9 @@ def parse_settings(argv: list[str]) -> Settings:
         if flags.get("resume_from_checkpoint") is None or flags.get("do_train", True):
             recipe = str(DEFAULT_RECIPE)
     from_recipe, reported = _from_recipe(parser, Path(recipe)) if recipe else ({}, {})
+    if flags.get("do_train") is False:
+        # The folder of the training run: an evaluation writes only where the command says.
+        from_recipe.pop("output_dir", None)
     given = _without_counterparts(from_recipe, flags) | flags
     # What is given excludes the default of its counterpart.
     if "lr_scheduler_type" in given:

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import checkpoints, models, reports, runs, trackers
+from . import checkpoints, ema, models, reports, runs, trackers
 from .arguments import Settings, parse_settings
 from .augmentation import make_collate
 from .console import EpochLines, describe, set_up_logging
@@ -117,9 +117,8 @@ def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
         )
         return plan.finished["metrics"]
     if settings.recipe:
-        figures = ", ".join(f"{name.replace('top', 'top-')} {value:g} %" for name, value in settings.reported.items())
-        paper = f"; the paper reports {figures}" if figures else ""
-        logger.info(f"Recipe  {os.path.relpath(settings.recipe)}{paper}")
+        paper = reports.describe_reported(settings.reported)
+        logger.info(f"Recipe  {os.path.relpath(settings.recipe)}{f'; {paper}' if paper else ''}")
     if plan.message:
         logger.info(plan.message)
     return _train(settings, plan, lock)
@@ -222,7 +221,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
             args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = _trainer(settings, model, data, processor, None)
         _describe(settings, model, data, trainer)
-        if args.model_ema:
+        if (Path(checkpoint) / ema.FILE).is_file():
             trainer.make_average(checkpoint)
         metrics = trainer.evaluate()
         if target is not None and args.should_save:

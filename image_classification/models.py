@@ -62,6 +62,14 @@ def build_config(args: ModelArguments, labels: list[str] | None = None) -> PreTr
         )
     overrides = _overrides(args, source)
     if source.model_type == "vit":
+        if overrides.get("drop_path_rate") == 0:
+            del overrides["drop_path_rate"]
+        if "drop_path_rate" in overrides:
+            raise InputError(
+                f"`drop_path_rate` is {overrides['drop_path_rate']:g}, and {args.model or args.finetune}, the softmax "
+                "baseline, is Transformers' ViT, which has no stochastic depth. Leave it out, as the paper's recipe "
+                "does, or name a KArAt --model."
+            )
         foreign = sorted(set(overrides) - set(ViTConfig().to_dict()))
         if foreign:
             raise InputError(

@@ -167,6 +167,8 @@ def write_card(
     labels = ", ".join(data.labels[:20]) + (f", ... ({len(data.labels)} in all)" if len(data.labels) > 20 else "")
     start = f"Started from the weights of `{Path(settings.model.finetune).name}`." if settings.model.finetune else ""
     choice = f"\n{describe_choice(weights, metrics)}\n" if weights is not None else ""
+    paper = describe_reported(settings.reported)
+    choice += f"\nFor this recipe, {paper}.\n" if paper else ""
     speed = [
         f"| {label} | {metrics[key]:{form}} |"
         for key, label, form in (
@@ -236,6 +238,12 @@ evaluation did.
 """
     )
     ModelCard(text).save(folder / CARD)
+
+
+def describe_reported(reported: dict[str, float]) -> str:
+    """`the paper reports top-1 76.69 %, top-5 98.57 %`, or nothing where a recipe names no figures."""
+    figures = ", ".join(f"{name.replace('top', 'top-')} {value:.2f} %" for name, value in reported.items())
+    return f"the paper reports {figures}" if figures else ""
 
 
 def describe_choice(weights: str, metrics: dict[str, float]) -> str:

@@ -102,12 +102,13 @@ def test_finetuning_at_another_size_on_other_classes(trained, tmp_path, capsys):
     data = make_image_folder(tmp_path / "data", classes=("left", "right"))
     words = f"--finetune {trained[0]} --data-path {data} --output_dir {tmp_path / 'out'} --input-size 48 --epochs 1 "
     words += (
-        "--lr 1e-3 --opt sgd --sched constant --drop 0.1 --attn_lr 1e-4 --num_workers 0 --device cpu --run_name first"
+        "--lr 1e-3 --opt sgd --sched constant --drop 0.1 --attn_lr 1e-4 --num_workers 0 --device cpu --run_name first "
+        "--report_to none"
     )
     assert script.main(words.split()) == 0
     out = capsys.readouterr().out
     assert "new: the classifier" in out and "Resampled from 32x32 to 48x48" in out and "KArAt parameters" in out
-    assert "`run_name` names the run in a tracker" in out
+    assert "`run_name` has no effect: `report_to` is none" in out
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
     assert (config.image_size, config.num_labels, config.hidden_dropout_prob) == (48, 2, 0.1)
 

@@ -264,6 +264,13 @@ def test_table_has_a_row_for_each_flag():
     assert "| `--hidden_dim` | `karat_rank` |  |" in rows
 
 
+def test_an_evaluation_writes_only_where_the_command_says(recipe):
+    path = recipe("output_dir: outputs/run\n")
+    assert parse_settings([path, *MODEL]).record["output_dir"] == "outputs/run"
+    assert parse_settings([path, *MODEL, "--eval"]).record["output_dir"] is None
+    assert parse_settings([path, *MODEL, "--eval", "--output_dir", "here"]).record["output_dir"] == "here"
+
+
 # Optimisers, schedules, trackers
 
 

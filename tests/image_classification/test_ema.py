@@ -153,10 +153,13 @@ def test_run_ends_with_the_better_weights(tmp_path, small, capsys):
         said = "Written are the " + {"ema": "averaged", "model": "plain"}[weights]
         assert said in out and said in (folder / "README.md").read_text()
         kept.add(weights)
-
-        # The average of a checkpoint can be evaluated alone.
-        words = ["--do_train", "false", "--resume_from_checkpoint", str(last), "--data_set", "digits", "--use_cpu"]
-        words += ["--max_eval_samples", "40", "--seed", "3", "--disable_tqdm", "--dataloader_num_workers", "0"]
-        assert script.main([*words, "--model_ema"]) == 0
-        assert f"averaged weights' accuracy {100 * results['eval_ema_accuracy']:.2f} %" in capsys.readouterr().out
     assert kept == {"ema", "model"}
+
+    # A checkpoint is evaluated with its average beside it; the run's folder has only the weights that were written.
+    words = ["--do_train", "false", "--data_set", "digits", "--use_cpu", "--max_eval_samples", "40", "--seed", "3"]
+    words += ["--disable_tqdm", "--dataloader_num_workers", "0", "--model_ema", "--resume_from_checkpoint"]
+    assert script.main([*words, str(last)]) == 0
+    assert f"averaged weights' accuracy {100 * results['eval_ema_accuracy']:.2f} %" in capsys.readouterr().out
+    assert script.main([*words, str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"accuracy {100 * results['eval_accuracy']:.2f} %" in out and "averaged" not in out

@@ -45,6 +45,9 @@ def test_softmax_baseline():
     assert type(model) is ViTForImageClassification and model.config.hidden_dropout_prob == 0.1
     with pytest.raises(InputError, match="`grid_size` is a setting of KArAt"):
         build_model(small("vit_tiny_patch16_224", grid_size=3), LABELS)
+    with pytest.raises(InputError, match="has no stochastic depth"):
+        build_model(small("vit_tiny_patch16_224", drop_path_rate=0.1), LABELS)
+    build_model(small("vit_tiny_patch16_224", drop_path_rate=0.0), LABELS)
 
 
 @pytest.mark.parametrize("heads, karat", [(3, 1), (6, 3), (12, 6)])
@@ -124,9 +127,10 @@ def test_finetune_the_same_model(karat_checkpoint):
 
 def test_finetune_at_another_size_resamples(karat_checkpoint, softmax_checkpoint):
     for folder in (karat_checkpoint, softmax_checkpoint):
-        model = build_model(ModelArguments(finetune=folder, image_size=[48]), LABELS)
-        assert model.config.image_size == 48
-        assert model(torch.zeros(1, 3, 48, 48)).logits.shape == (1, 3)
+        # Two classes where the checkpoints have three and five.
+        model = build_model(ModelArguments(finetune=folder, image_size=[48]), ["left", "right"])
+        assert model.config.image_size == 48 and model.config.id2label == {0: "left", 1: "right"}
+        assert model(torch.zeros(1, 3, 48, 48)).logits.shape == (1, 2)
         assert model.vit.embeddings.position_embeddings.shape[1] == 10
 
 

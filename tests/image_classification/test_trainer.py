@@ -268,6 +268,33 @@ def rows_of(images, value=None):
     return [{"pixel_values": p, "labels": torch.tensor(index % 3)} for index, p in enumerate(pixels)]
 
 
+@pytest.mark.parametrize("kind", ["karat", "softmax"])
+@pytest.mark.parametrize(
+    "settings, tolerance",
+    [
+        ({"gradient_checkpointing": True}, 1e-6),
+        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-5),
+        ({"bf16": True}, 0.03),
+    ],
+    ids=["checkpointing", "compile", "bf16"],
+)
+def test_ways_to_train_agree(tmp_path, kind, settings, tolerance):
+    def train(**settings):
+        args = run_arguments(tmp_path, num_train_epochs=2, save_strategy="no", optim="sgd", model_ema=True, **settings)
+        trainer = ImageClassificationTrainer(
+            model=make_model(kind), args=args, train_dataset=rows_of(10), eval_dataset=rows_of(3)
+        )
+        return trainer.train().training_loss, trainer.evaluate()["eval_ema_loss"], trainer.model.state_dict()
+
+    *expected, weights = train()
+    *losses, found = train(**settings)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    assert found.keys() == weights.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, weights[name], rtol=tolerance, atol=tolerance)
+
+
 def test_diverged_loss_stops_the_run(tmp_path):
     args = run_arguments(tmp_path, num_train_epochs=1)
     model = make_model("softmax")  # KArAt's refuses such pixels by itself.
