@@ -263,7 +263,7 @@ class RunArguments(TrainingArguments):
     timm_optimizer: str | None = field(default=None, init=False)
     report_to: list[str] | None = _optional(
         "Trackers: tensorboard, wandb, or another of Transformers'; none: none. They need a run_name. Unset: wandb if "
-        "there is a run_name, as in the official code."
+        "it is installed, as in the official code, else tensorboard if that is."
     )
     run_name: str | None = _optional("Name of the run in the trackers; without it, nothing is reported.")
     run_id: str | None = _optional(
@@ -338,11 +338,12 @@ class RunArguments(TrainingArguments):
     def _set_trackers(self) -> None:
         from transformers.integrations import is_tensorboard_available, is_wandb_available
 
-        asked = [name for name in self.report_to or [] if name != "none"]
-        if self.report_to is None and self.run_name is not None:
-            asked = ["wandb"]
+        available = {"wandb": is_wandb_available, "tensorboard": is_tensorboard_available}
+        if self.report_to is None:
+            # As in the official code Weights & Biases; its commands name a run and must run without it, too.
+            self.report_to = [name for name, is_available in available.items() if is_available()][:1]
+        asked = [name for name in self.report_to if name != "none"]
         self.report_to = asked if asked and self.run_name is not None else ["none"]
-        available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
         for name in self.report_to:
             if name in available and not available[name]():
                 raise InputError(

@@ -153,7 +153,9 @@ def _set_up(settings: Settings) -> None:
             if given[name] not in (None, ["none"]):
                 logger.warning(f"`{name}` has no effect: nothing is reported without a `run_name`.")
     elif not args.report_to:
-        logger.warning("`run_name` has no effect: `report_to` is none.")
+        logger.warning(
+            "`run_name` has no effect: `report_to` is none, or no tracker (wandb, tensorboard) is installed."
+        )
 
 
 def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[str, float]:

@@ -252,7 +252,7 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--resume", "resume_from_checkpoint"),
     OfficialFlag("--finetune", "finetune"),
     OfficialFlag("--eval", "do_train", _constant(False), None, note="evaluate the checkpoint of `--resume`"),
-    OfficialFlag("--run_name", "run_name", note="reported to Weights & Biases unless `report_to` names others"),
+    OfficialFlag("--run_name", "run_name", note="reported to Weights & Biases or TensorBoard, if installed"),
     OfficialFlag("--run_id", "run_id"),
     OfficialFlag("--dist-eval", kind=None, note="as it is: evaluation always uses all processes", off=True),
 )

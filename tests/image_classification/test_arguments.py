@@ -299,7 +299,8 @@ def test_trackers(monkeypatch):
     assert parse("--report_to", "tensorboard").training.report_to == []
     assert parse("--report_to", "none", "--run_name", "first").training.report_to == []
     assert parse("--report_to", "tensorboard", "--run_name", "first").training.report_to == ["tensorboard"]
-    message = refused("--run_name", "first")
+    message = refused("--run_name", "first", "--report_to", "wandb")
     assert "to wandb, which is not installed: pip install wandb" in message
+    assert parse("--run_name", "first").training.report_to == ["tensorboard"]
     monkeypatch.setattr(integrations, "is_wandb_available", lambda: True)
     assert parse("--run_name", "first").training.report_to == ["wandb"]
