@@ -222,8 +222,8 @@ class RunArguments(TrainingArguments):
         "Learning rate of the KArAt parameters; scaled with the batch exactly when base_lr is. Unset: as all others."
     )
     attn_weight_decay: float | None = _optional(
-        "Weight decay of the KArAt parameters, of every one. Unset: weight_decay, as in the official code, whose "
-        "optimiser decays all that is a matrix or more."
+        "Weight decay of the KArAt parameters, of every one. Unset: weight_decay, as DeiT's code decays whatever is a "
+        "matrix or more."
     )
     layer_decay: float | None = _optional(
         "Each block learns at this times the rate of the block above it, the embeddings likewise below the first "
@@ -241,9 +241,7 @@ class RunArguments(TrainingArguments):
         default=5.0, metadata={"help": "Epochs in which the rate rises linearly from warmup_lr."}
     )
     warmup_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the start of the warm-up."})
-    min_lr: float = field(
-        default=1e-5, metadata={"help": "Lowest learning rate of the schedules that fall to it: those above step."}
-    )
+    min_lr: float = field(default=1e-5, metadata={"help": "Lowest learning rate of cosine, linear, poly and tanh."})
     cooldown_epochs: float = field(
         default=0.0, metadata={"help": "Epochs at min_lr at the end; num_train_epochs counts them."}
     )

@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from image_classification import main as script
 from image_classification.arguments import parse_settings
 from image_classification.errors import InputError
 from image_classification.models import build_config
+from tests.images import own_library_settings  # noqa: F401
 from tests.test_presets import PARAMETERS, count_parameters
 
+
+pytestmark = pytest.mark.usefixtures("own_library_settings")
 
 CONFIGURATION = Path(__file__).parents[1] / "configuration"
 # The paper's main table (top-1 and top-5) and its transfer table (top-1).
@@ -104,6 +108,14 @@ def test_ablations_differ_in_one_thing(name):
     # 12 blocks of 3 heads; on top of the function's own, two scales an edge, and the projector.
     expected = softmax + 12 * 3 * 197 * rank * (per_edge + 3)
     assert count_parameters(build_config(settings.model, [str(label) for label in range(10)])) == expected
+
+
+def test_log_and_card_set_the_papers_figure_beside_the_runs(tmp_path, capsys):
+    recipe = {"extends": str(CONFIGURATION / "digits.yaml"), "reported": {"top1": 50, "top5": 99.5}}
+    recipe |= {"num_train_epochs": 1, "warmup_epochs": 0, "max_train_samples": 64, "output_dir": str(tmp_path / "run")}
+    assert script.main([write(tmp_path, recipe=recipe), "--use_cpu", "--disable_tqdm"]) == 0
+    said = "the paper reports top-1 50.00 %, top-5 99.50 %"
+    assert said in capsys.readouterr().out and said in (tmp_path / "run" / "README.md").read_text()
 
 
 def write(folder, **recipes):
