@@ -201,6 +201,15 @@ class DataArguments:
         metadata={"help": "Three augmented copies of each image in a batch, from a third of the images per epoch."},
     )
 
+    augment_on: str = field(
+        default="workers",
+        metadata={
+            "help": "Where training images are augmented: workers (processes on the CPU) or device (the workers only "
+            "read, crop and resize; the device that trains does the rest, a batch at a time).",
+            "choices": ["workers", "device"],
+        },
+    )
+
     def __post_init__(self):
         if self.auto_augment in ("none", "None", ""):
             self.auto_augment = None

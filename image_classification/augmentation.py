@@ -125,18 +125,26 @@ class Mix:
         batch = collate(rows)
         if "key" not in rows[0]:
             return batch
-        images, labels = batch["pixel_values"], batch["labels"]
+        return self.mix(batch["pixel_values"], batch["labels"], rows[0]["key"])
+
+    def mix(self, images: torch.Tensor, labels: torch.Tensor, key: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """Images (B, 3, height, width), which are changed, and labels (B,), with the random numbers of `key`."""
         even = len(labels) - len(labels) % 2
         targets = torch.nn.functional.one_hot(labels, self.classes).to(images.dtype)
         if even:
-            with random_numbers(*rows[0]["key"]):
+            with random_numbers(*key):
                 images[:even], targets[:even] = self.mixup(images[:even], labels[:even])
         return {"pixel_values": images, "labels": targets}
 
 
+def mixes(args: DataArguments) -> bool:
+    """Whether batches have mixup or CutMix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
 def make_collate(args: DataArguments, classes: int):
     """What makes a training batch of rows of `ImageDataset`."""
-    return Mix(args, classes) if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax else collate
+    return Mix(args, classes) if mixes(args) else collate
 
 
 class RepeatedAugmentation(torch.utils.data.Sampler):

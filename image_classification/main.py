@@ -19,15 +19,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import checkpoints, ema, models, reports, runs, trackers
 from .arguments import Settings, parse_settings
-from .augmentation import make_collate
+from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
+from .device_augmentation import CollateDrawn, DrawTransform
 from .errors import InputError
 from .metrics import ComputeMetrics, preprocess
 from .parallel import on_main_process
 from .stopping import Stopped, same_command
 from .trainer import ImageClassificationTrainer
-from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
+from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, height_and_width
 
 
 logger = logging.getLogger(__name__)
@@ -176,9 +177,7 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
             build_image_processor(settings.data, model.config.image_size, checkpoint).save_pretrained(folder)
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
         processor = AutoImageProcessor.from_pretrained(folder)
-    transform = TrainTransform(settings.data, model.config.image_size, processor)
-    dataset = ImageDataset(data.train, transform, "training", args.seed, settings.data.repeated_aug)
-    trainer = _trainer(settings, model, data, processor, dataset)
+    trainer = build_trainer(settings, model, data, processor)
     _describe(settings, model, data, trainer)
     result = trainer.train(resume_from_checkpoint=plan.checkpoint)
     weights, metrics = trainer.keep_better_weights(trainer.evaluate())
@@ -221,7 +220,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
         if target is None:
             # The Trainer insists on a folder; nothing is to be kept.
             args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
-        trainer = _trainer(settings, model, data, processor, None)
+        trainer = build_trainer(settings, model, data, processor)
         _describe(settings, model, data, trainer)
         if (Path(checkpoint) / ema.FILE).is_file():
             trainer.make_average(checkpoint)
@@ -233,13 +232,24 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     return metrics
 
 
-def _trainer(
-    settings: Settings, model: PreTrainedModel, data: ImageData, processor, train: ImageDataset | None
+def build_trainer(
+    settings: Settings, model: PreTrainedModel, data: ImageData, processor, kind=ImageClassificationTrainer
 ) -> ImageClassificationTrainer:
-    trainer = ImageClassificationTrainer(
+    """The Trainer of a run, of the class `kind`; one that only evaluates where there are no training images."""
+    args, classes = settings.data, len(data.labels)
+    train, make_batch = None, collate
+    if data.train is not None:
+        if args.augment_on == "device":
+            transform = DrawTransform(args, height_and_width(model.config.image_size), processor)
+            make_batch = CollateDrawn(args, classes, processor)
+        else:
+            transform = TrainTransform(args, model.config.image_size, processor)
+            make_batch = make_collate(args, classes)
+        train = ImageDataset(data.train, transform, "training", settings.training.seed, args.repeated_aug)
+    trainer = kind(
         model=model,
         args=settings.training,
-        data_collator=make_collate(settings.data, len(data.labels)),
+        data_collator=make_batch,
         train_dataset=train,
         eval_dataset=ImageDataset(data.validation, EvalTransform(processor), "validation"),
         processing_class=processor,

@@ -143,7 +143,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     Args:
         split: columns `image` (undecoded) and `label`.
-        transform: PIL image -> tensor.
+        transform: of an image as `transform.read` decodes it, else a PIL image.
         name: of the split, for errors.
         seed: of the random numbers of the transform. They depend on it, the epoch and the index, and on nothing else:
             not on the number of workers or processes, nor on what was read before. `None` in evaluation, which has
@@ -169,7 +169,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if not 0 <= index < len(self.split) * (REPEATS if self.repeated else 1):
             raise IndexError(index)
         row = self.split[position]
-        image = decode(row["image"], f"{self.name} image {position}")
+        image = getattr(self.transform, "read", decode)(row["image"], f"{self.name} image {position}")
         if self.seed is None:
             return {"pixel_values": self.transform(image), "labels": row["label"]}
         key = (self.seed, self.epoch, index)

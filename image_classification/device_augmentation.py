@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Training augmentation on the device that trains, a batch at a time, where CPU workers are too slow for it.
+
+A worker reads an image, crops and resizes it, and draws the random numbers of everything else, with the very objects
+and generators of `TrainTransform`: for the same key both ways crop, flip, change and erase alike. The drawn operations
+travel with the batch (`DrawnBatch`), whose `to`, which accelerate calls, carries them out: every operation once, on all
+images that drew it. The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic
+(a = -0.75; Pillow: -1), and the noise of random erasing comes from the device's generator.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import is_torchvision_available
+
+from .arguments import DataArguments
+from .augmentation import Mix, auto_augment, collate, mixes, random_erasing, random_numbers
+from .data import decode
+from .errors import InputError
+
+
+@dataclass
+class Drawn:
+    """
+    One image on its way to the device.
+
+    Args:
+        pixels: uint8 (3, height, width), cropped and resized.
+        flip: whether to flip it horizontally.
+        operations: name in `OPERATIONS` and numbers, in the order in which they are applied.
+        boxes: top, bottom, left, right of each erased part, and its colour (3,), normalised.
+    """
+
+    pixels: torch.Tensor
+    flip: bool
+    operations: list[tuple[str, tuple[float, ...]]]
+    boxes: list[tuple[int, int, int, int, list[float]]]
+
+
+class DrawTransform:
+    """
+    uint8 image (3, height, width) -> `Drawn`: the worker's part of `TrainTransform`.
+
+    Args:
+        args: the data arguments.
+        size: height and width of the model's images.
+        processor: whose mean and standard deviation normalise.
+
+    Raises:
+        InputError: torchvision or timm is missing, or `args.auto_augment` has operations that exist on the CPU only.
+    """
+
+    def __init__(self, args: DataArguments, size: tuple[int, int], processor: BaseImageProcessor):
+        if not is_torchvision_available():
+            raise InputError(
+                "Training augments images with torchvision, which is not installed: pip install torchvision."
+            )
+        from torchvision.transforms import v2
+
+        self.size = size
+        # Pillow's nearest neighbour is torch's exact one.
+        name = "nearest-exact" if args.train_interpolation == "nearest" else args.train_interpolation
+        self.interpolation = v2.InterpolationMode(name)
+        self.crop = v2.RandomResizedCrop(size, tuple(args.train_crop_scale), tuple(args.train_crop_ratio))
+        self.flip = args.horizontal_flip
+        self.policy = [
+            _recorded(policy, args.auto_augment) for policy in auto_augment(args, size, processor.image_mean)
+        ]
+        self.jitter = None
+        if args.color_jitter > 0 and args.auto_augment is None:
+            self.jitter = v2.ColorJitter(*[args.color_jitter] * 3)
+        self.erasing = random_erasing(args)
+        for erasing in self.erasing:
+            # The noise of single pixels is the device's to draw.
+            erasing.per_pixel = False
+
+    def read(self, item: dict[str, Any], where: str) -> torch.Tensor:
+        """As `data.decode`, into uint8 (3, height, width)."""
+        return read(item, where)
+
+    def __call__(self, image: torch.Tensor) -> Drawn:
+        from torchvision.transforms.v2 import functional
+
+        # In the order, and by the calls, of `TrainTransform`.
+        box = self.crop.make_params([image])
+        pixels = functional.resized_crop(
+            image, **box, size=list(self.size), interpolation=self.interpolation, antialias=True
+        )
+        flip = self.flip > 0 and not bool(torch.rand(1) >= self.flip)
+        operations: list[tuple[str, tuple[float, ...]]] = []
+        for policy in self.policy:
+            operations = policy(operations)
+        if self.jitter is not None:
+            operations = self._jitter()
+        boxes = _Boxes(self.size)
+        for erasing in self.erasing:
+            erasing(boxes)
+        return Drawn(pixels, flip, [_lowered(name, *numbers, self.size) for name, numbers in operations], boxes.drawn)
+
+    def _jitter(self) -> list[tuple[str, tuple[float, ...]]]:
+        drawn = self.jitter.make_params([])
+        named = [
+            ("Brightness", drawn["brightness_factor"]),
+            ("Contrast", drawn["contrast_factor"]),
+            ("Color", drawn["saturation_factor"]),
+        ]
+        # The fourth is the hue, which is never changed.
+        return [(named[i][0], (named[i][1],)) for i in drawn["fn_idx"].tolist() if i < 3 and named[i][1] is not None]
+
+
+class _Boxes:
+    """In place of an image for timm's random erasing: keeps what would be erased."""
+
+    dtype = torch.float32
+
+    def __init__(self, size: tuple[int, int]):
+        self._size, self.drawn = (3, *size), []
+
+    def size(self) -> tuple[int, int, int]:
+        return self._size
+
+    def __setitem__(self, part: tuple[slice, slice, slice], color: torch.Tensor) -> None:
+        _, rows, columns = part
+        self.drawn.append((rows.start, rows.stop, columns.start, columns.stop, color.flatten().tolist()))
+
+
+def _recorded(policy, name: str):
+    """timm's policy, applied to a list of operations: it appends those that it would apply to an image."""
+    operations = getattr(policy, "ops", None) or [op for ops in getattr(policy, "policy", ()) for op in ops]
+    missing = sorted({op.name for op in operations if op.name not in TIMM_OPERATIONS})
+    if missing or not operations or type(policy).__name__ == "AugMixAugment":
+        which = f"uses {', '.join(missing)}" if missing else "mixes chains of operations"
+        raise InputError(
+            f"`auto_augment` {name!r} {which}, which only CPU workers do. Give --augment_on workers, or a policy such as "
+            "'rand-m15-n2-mstd1.0-inc1'."
+        )
+    for op in operations:
+        op.aug_fn = functools.partial(_record, TIMM_OPERATIONS[op.name])
+    return policy
+
+
+def _record(name: str, before: list, *numbers: float, **_) -> list:
+    return [*before, (name, numbers)]
+
+
+def _lowered(name: str, *rest) -> tuple[str, tuple[float, ...]]:
+    """An operation as timm names it -> one of `OPERATIONS`: the affine ones become one, with their matrix."""
+    *numbers, size = rest
+    if name in MATRICES:
+        return "Affine", MATRICES[name](*numbers, *size)
+    return name, tuple(float(number) for number in numbers)
+
+
+def read(item: dict[str, Any], where: str) -> torch.Tensor:
+    """
+    As `data.decode`, into uint8 (3, height, width): JPEGs by torchvision, which is quicker than Pillow, and whatever it
+    cannot read by Pillow, which has the say on what is a broken image.
+    """
+    from torchvision.io import decode_jpeg
+
+    content = item.get("bytes")
+    try:
+        if content is None:
+            with open(item["path"], "rb") as file:
+                content = file.read()
+        if content[:3] == b"\xff\xd8\xff":
+            image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), apply_exif_orientation=True)
+            if image.shape[0] in (1, 3):  # Not CMYK.
+                return image.expand(3, -1, -1)
+    except (OSError, RuntimeError):
+        pass
+    return torch.from_numpy(np.array(decode(item, where))).permute(2, 0, 1)
+
+
+@dataclass
+class DrawnBatch:
+    """
+    Images of `DrawTransform`, which become a training batch where they are moved to.
+
+    Args:
+        pixels: uint8 (B, 3, height, width).
+        labels: class indices (B,).
+        flips: (B,).
+        order: image indices (layers, B); `runs` says which of them are for which operation.
+        numbers: of the operations, in the same order (layers, B, 6).
+        boxes: (parts, B, 7): top, bottom, left, right and colour of erased parts; bottom and right are 0 for none.
+        runs: for each layer the operations as (name, begin, end) in `order`.
+        key: of the random numbers of the batch.
+        finish: what happens on the device.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    flips: torch.Tensor
+    order: torch.Tensor
+    numbers: torch.Tensor
+    boxes: torch.Tensor
+    runs: list[list[tuple[str, int, int]]]
+    key: tuple[int, ...]
+    finish: "DeviceAugmentation"
+
+    def pin_memory(self) -> "DrawnBatch":
+        """Called by PyTorch's data loader."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> dict[str, torch.Tensor]:
+        """Called by accelerate. -> `pixel_values` (B, 3, height, width) and `labels`, augmented on `device`."""
+        return self.finish(self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned())))
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "DrawnBatch":
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: function(value) for name, value in values.items() if torch.is_tensor(value)}
+        return dataclasses.replace(self, **moved)
+
+
+class CollateDrawn:
+    """Rows of `ImageDataset` -> `DrawnBatch` in training; in evaluation `collate`."""
+
+    def __init__(self, args: DataArguments, classes: int, processor: BaseImageProcessor):
+        self.finish = DeviceAugmentation(args, classes, processor)
+
+    def __call__(self, rows: list[dict]):
+        if "key" not in rows[0]:
+            return collate(rows)
+        drawn: list[Drawn] = [row["pixel_values"] for row in rows]
+        layers = max(len(one.operations) for one in drawn)
+        order = torch.zeros(layers, len(rows), dtype=torch.long)
+        numbers = torch.zeros(layers, len(rows), 6)
+        runs: list[list[tuple[str, int, int]]] = [[] for _ in range(layers)]
+        for layer in range(layers):
+            by_name: dict[str, list[int]] = {}
+            for index, one in enumerate(drawn):
+                if layer < len(one.operations):
+                    by_name.setdefault(one.operations[layer][0], []).append(index)
+            end = 0
+            for name, indices in sorted(by_name.items()):
+                begin, end = end, end + len(indices)
+                runs[layer].append((name, begin, end))
+                order[layer, begin:end] = torch.tensor(indices)
+                given = torch.tensor([drawn[index].operations[layer][1] for index in indices])
+                numbers[layer, begin:end, : given.shape[1]] = given
+        boxes = torch.zeros(max(len(one.boxes) for one in drawn), len(rows), 7)
+        for index, one in enumerate(drawn):
+            for part, (*box, color) in enumerate(one.boxes):
+                boxes[part, index] = torch.tensor([*box, *(color * 3)[:3]])
+        return DrawnBatch(
+            pixels=torch.stack([one.pixels for one in drawn]),
+            labels=torch.tensor([row["labels"] for row in rows], dtype=torch.long),
+            flips=torch.tensor([one.flip for one in drawn]),
+            order=order,
+            numbers=numbers,
+            boxes=boxes,
+            runs=runs,
+            key=rows[0]["key"],
+            finish=self.finish,
+        )
+
+
+class DeviceAugmentation:
+    """
+    `DrawnBatch` on a device -> a training batch: flip, RandAugment or colour jitter, normalisation, random erasing,
+    mixup and CutMix. Nothing of it waits for the device.
+    """
+
+    def __init__(self, args: DataArguments, classes: int, processor: BaseImageProcessor):
+        self.mean, self.std = list(processor.image_mean), list(processor.image_std)
+        self.fill = [min(255, round(255 * x)) for x in self.mean]
+        self.interpolation = args.train_interpolation
+        self.noise = args.random_erasing_mode == "pixel"
+        self.mix = Mix(args, classes) if mixes(args) else None
+
+    @torch.no_grad()
+    def __call__(self, batch: DrawnBatch) -> dict[str, torch.Tensor]:
+        from torchvision.transforms.v2 import functional
+
+        images = torch.where(batch.flips[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
+        for runs, order, numbers in zip(batch.runs, batch.order, batch.numbers, strict=True):
+            for name, begin, end in runs:
+                which = order[begin:end]
+                images[which] = self.apply(name, images[which], numbers[begin:end])
+        images = functional.normalize(functional.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+        images = self._erase(images, batch.boxes, batch.key)
+        if self.mix is None:
+            return {"pixel_values": images, "labels": batch.labels}
+        return self.mix.mix(images, batch.labels, batch.key)
+
+    def apply(self, name: str, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """One operation on uint8 images (n, 3, height, width) with its numbers (n, 6)."""
+        if name == "Affine":
+            return affine(images, numbers, self.fill, self.interpolation)
+        return OPERATIONS[name](images, numbers[:, 0, None, None, None])
+
+    def _erase(self, images: torch.Tensor, boxes: torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
+        if len(boxes) == 0:
+            return images
+        rows = torch.arange(images.shape[2], device=images.device)[:, None]
+        columns = torch.arange(images.shape[3], device=images.device)
+        colors = None
+        if self.noise:
+            generator = torch.Generator(images.device)
+            generator.manual_seed(int(np.random.SeedSequence(key).generate_state(4, np.uint32)[3]))
+            colors = torch.randn(images.shape, generator=generator, device=images.device)
+        for part in boxes:
+            top, bottom, left, right = part[:, :4, None, None].unbind(1)
+            inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+            new = part[:, 4:, None, None] if colors is None else colors
+            images = torch.where(inside[:, None], new, images)
+        return images
+
+
+# Operations on uint8 images (n, 3, height, width), as Pillow does them; `number` is (n, 1, 1, 1).
+
+
+def auto_contrast(images: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    low = images.amin((2, 3), keepdim=True).double()
+    high = images.amax((2, 3), keepdim=True).double()
+    scale = 255 / (high - low)
+    stretched = (images * scale - low * scale).clamp(0, 255).floor()
+    return torch.where(high > low, stretched, images).to(torch.uint8)
+
+
+def equalize(images: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    values = images.flatten(2).long()
+    counts = torch.zeros(*images.shape[:2], 256, dtype=torch.long, device=images.device)
+    counts.scatter_add_(2, values, torch.ones_like(values))
+    below = counts.cumsum(2) - counts
+    # All but the pixels of the largest value that occurs.
+    step = below.gather(2, values.amax(2, keepdim=True)) // 255
+    table = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
+    equalized = table.gather(2, values)
+    return torch.where(step > 0, equalized, values).to(torch.uint8).view_as(images)
+
+
+def invert(images: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    return 255 - images
+
+
+def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    return images & (0xFF00 >> bits.clamp(0, 8).int()).to(torch.uint8)
+
+
+def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return torch.where(images < threshold, images, 255 - images)
+
+
+def solarize_add(images: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    return torch.where(images < 128, (images + number).clamp(max=255), images).to(torch.uint8)
+
+
+def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _blend(gray(images), images, factor)
+
+
+def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    mean = (gray(images).double().mean((1, 2, 3), keepdim=True) + 0.5).floor()
+    return _blend(mean.float(), images, factor)
+
+
+def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _blend(torch.zeros_like(factor), images, factor)
+
+
+def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    kernel = torch.ones(3, 1, 3, 3, device=images.device)
+    kernel[:, :, 1, 1] = 5
+    smooth = images.float()
+    # In whole numbers, so that the sums are exact; the border stays.
+    smooth[:, :, 1:-1, 1:-1] = (F.conv2d(smooth, kernel, groups=3) / 13 + 0.5).floor()
+    return _blend(smooth, images, factor)
+
+
+def gray(images: torch.Tensor) -> torch.Tensor:
+    """Pillow's mode L: (n, 1, height, width), whole numbers in fp32."""
+    red, green, blue = images.int().split(1, 1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).float()
+
+
+def _blend(other: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """From `other` (at factor 0) to the image (at 1) and beyond."""
+    return (other + factor * (images - other)).clamp(0, 255).floor().to(torch.uint8)
+
+
+def affine(images: torch.Tensor, matrices: torch.Tensor, fill: list[int], interpolation: str) -> torch.Tensor:
+    """
+    Args:
+        images: uint8 (n, 3, height, width).
+        matrices: (n, 6): a, b, c, d, e, f; an output pixel with its centre at (x, y) is taken from
+            (a x + b y + c, d x + e y + f) of the image.
+        fill: colour of what comes from outside of the image.
+        interpolation: bicubic, bilinear or nearest.
+    """
+    height, width = images.shape[2:]
+    x = torch.arange(width, device=images.device) + 0.5
+    y = (torch.arange(height, device=images.device) + 0.5)[:, None]
+    a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
+    from_x, from_y = a * x + b * y + c, d * x + e * y + f
+    grid = torch.stack([2 * from_x / width - 1, 2 * from_y / height - 1], dim=-1)
+    moved = F.grid_sample(images.float(), grid, interpolation, "border", align_corners=False)
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    # Not one tensor of the three numbers: making it would wait for the device.
+    outside = torch.stack([torch.full_like(moved[0, 0], value) for value in fill])
+    return torch.where(inside[:, None], moved.clamp(0, 255), outside).to(torch.uint8)
+
+
+def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # About the centre; Pillow turns counter-clockwise.
+    x, y = width / 2, height / 2
+    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
+
+
+MATRICES: dict[str, Callable[..., tuple[float, ...]]] = {
+    "ShearX": lambda factor, height, width: (1, factor, 0, 0, 1, 0),
+    "ShearY": lambda factor, height, width: (1, 0, 0, factor, 1, 0),
+    "TranslateX": lambda pixels, height, width: (1, 0, pixels, 0, 1, 0),
+    "TranslateY": lambda pixels, height, width: (1, 0, 0, 0, 1, pixels),
+    "TranslateXRel": lambda share, height, width: (1, 0, share * width, 0, 1, 0),
+    "TranslateYRel": lambda share, height, width: (1, 0, 0, 0, 1, share * height),
+    "Rotate": _rotation,
+}
+OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "AutoContrast": auto_contrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "SolarizeAdd": solarize_add,
+    "Color": color,
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+}
+# timm's names; `Increasing` and the like only say how a magnitude becomes the operation's number.
+TIMM_OPERATIONS = {name: name for name in (*OPERATIONS, *MATRICES)} | {
+    f"{name}{suffix}": name
+    for name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+    for suffix in ("Increasing", "Original")
+}
