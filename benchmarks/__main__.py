@@ -2,21 +2,25 @@
 """
 Time and memory of KArAt beside softmax:
 
-    python -m benchmarks --device cuda                      # everything; about six minutes
-    python -m benchmarks --device cuda --only models        # or a part: attention, models, compiled, many-tokens
+    python -m benchmarks --device cuda                      # everything; about ten minutes
+    python -m benchmarks --device cuda --only models        # or a part: attention, models, compiled, many-tokens, ...
     python -m benchmarks --device cpu                       # ViT-Tiny, batch 8
 
 Every row is a ratio to a softmax baseline of the same process, and is timed only if its output and gradients agree with
 the reference. The rows go to benchmarks/results/DEVICE.csv, behind those that are there.
+
+The part input-pipeline trains on JPEG files, and compares with training on tensors that are on the device already; its
+rows go to benchmarks/results/DEVICE_input_pipeline.csv.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
 
-from . import attention, training_step
-from .common import Table
+from . import attention, input_pipeline, training_step
+from .common import Rates, Table
 
 
 G3, G1 = {"grid_size": 3}, {"grid_size": 1}
@@ -52,6 +56,15 @@ def many_tokens_on_cuda(table: Table) -> None:
         training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 3, ["naive"], image_size=image_size)
 
 
+def input_pipeline_on_cuda(table: Table) -> None:
+    cores = os.cpu_count()
+    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [cores, max(1, cores - 2)])
+
+
+def input_pipeline_on_cpu(table: Table) -> None:
+    input_pipeline.run("cpu", table, 8, 64, 2, 6, [1])
+
+
 def attention_on_cpu(table: Table) -> None:
     attention.run("cpu", table, 8, 14, 5, ["karat_portable", "eager"])
 
@@ -67,15 +80,18 @@ PARTS = {
         "models": models_on_cuda,
         "compiled": compiled_on_cuda,
         "many-tokens": many_tokens_on_cuda,
+        "input-pipeline": input_pipeline_on_cuda,
     },
-    "cpu": {"attention": attention_on_cpu, "models": models_on_cpu},
+    "cpu": {"attention": attention_on_cpu, "models": models_on_cpu, "input-pipeline": input_pipeline_on_cpu},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", help="some parts: attention, models, and on cuda compiled, many-tokens")
+    parser.add_argument(
+        "--only", nargs="+", help="some parts: attention, models, input-pipeline, and on cuda compiled, many-tokens"
+    )
     parser.add_argument("--output", type=Path, help="CSV to append to (default: benchmarks/results/DEVICE.csv)")
     arguments = parser.parse_args()
     device = arguments.device
@@ -85,14 +101,14 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: use --device cpu")
     output = arguments.output or Path(__file__).parent / "results" / f"{device}.csv"
-    table = Table(device)
+    table, rates = Table(device), Rates(device)
     try:
         for name, part in PARTS[device].items():
             if arguments.only is None or name in arguments.only:
-                part(table)
+                part(rates if name == "input-pipeline" else table)
     finally:
         table.write(output)
-        print(f"Written to {output}")
+        rates.write(output.with_name(f"{output.stem}_input_pipeline.csv"))
 
 
 if __name__ == "__main__":

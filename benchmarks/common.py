@@ -3,6 +3,7 @@
 
 import csv
 import itertools
+import os
 import platform
 import resource
 import threading
@@ -137,6 +138,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 class Table:
     """Rows as they are measured: printed, and kept for the CSV, each with its ratio to the softmax baseline."""
 
+    fields = FIELDS
+
     def __init__(self, device: str):
         self.rows: list[dict] = []
         self.constant = {"hardware": hardware(device), **versions()}
@@ -168,11 +171,29 @@ class Table:
 
     def write(self, path: Path) -> None:
         """Append to the CSV at `path`."""
+        if not self.rows:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS)
+            writer = csv.DictWriter(file, self.fields)
             if new:
                 writer.writeheader()
             for row in self.rows:
                 writer.writerow({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()})
+        print(f"Written to {path}", flush=True)
+
+
+class Rates(Table):
+    """Rows of images per second, with their ratio to the synthetic images' where there is one."""
+
+    fields = (
+        *("benchmark", "model", "provider", "mode", "basis", "batch", "dtype", "what", "images_per_second", "ratio"),
+        *("error", "hardware", "cores", "torch", "transformers", "triton", "date"),
+    )
+
+    def add(self, **row) -> None:
+        self.rows.append({**row, **self.constant, "cores": os.cpu_count()})
+        number = f"{row['images_per_second']:9.0f} images/s" if "images_per_second" in row else row["error"]
+        ratio = f"  x{row['ratio']:.3f}" if "ratio" in row else ""
+        print(f"{row['what']:34s} {row.get('provider', ''):26s} {number}{ratio}", flush=True)

@@ -23,7 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .arguments import DataArguments
-from .augmentation import Mix, auto_augment, collate, mixes, random_erasing, random_numbers
+from .augmentation import Mix, auto_augment, collate, mixes, random_erasing
 from .data import decode
 from .errors import InputError
 
@@ -140,8 +140,8 @@ def _recorded(policy, name: str):
     if missing or not operations or type(policy).__name__ == "AugMixAugment":
         which = f"uses {', '.join(missing)}" if missing else "mixes chains of operations"
         raise InputError(
-            f"`auto_augment` {name!r} {which}, which only CPU workers do. Give --augment_on workers, or a policy such as "
-            "'rand-m15-n2-mstd1.0-inc1'."
+            f"`auto_augment` {name!r} {which}, which only CPU workers do. Give --augment_on workers, or a policy such "
+            "as 'rand-m15-n2-mstd1.0-inc1'."
         )
     for op in operations:
         op.aug_fn = functools.partial(_record, TIMM_OPERATIONS[op.name])

@@ -183,7 +183,7 @@ def test_broken_images_are_named(tmp_path):
         with pytest.raises(InputError, match=f"training image 0 {message}"):
             dataset(True, [content])[0][0]
     path = tmp_path / "gone.jpg"
-    with pytest.raises(InputError, match="gone.jpg does not exist"):
+    with pytest.raises(InputError, match=r"gone\.jpg does not exist"):
         device_augmentation.read({"path": str(path), "bytes": None}, "image")
     path.write_bytes(whole)
     assert torch.equal(
