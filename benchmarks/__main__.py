@@ -58,11 +58,11 @@ def many_tokens_on_cuda(table: Table) -> None:
 
 def input_pipeline_on_cuda(table: Table) -> None:
     cores = os.cpu_count()
-    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [cores, max(1, cores - 2)])
+    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [(cores, share) for share in (0.0, 0.25, 0.5, 1.0)])
 
 
 def input_pipeline_on_cpu(table: Table) -> None:
-    input_pipeline.run("cpu", table, 8, 64, 2, 6, [1])
+    input_pipeline.run("cpu", table, 8, 64, 2, 6, [(1, 0.0), (1, 0.5)])
 
 
 def attention_on_cpu(table: Table) -> None:

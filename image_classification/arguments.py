@@ -209,6 +209,13 @@ class DataArguments:
             "choices": ["workers", "device"],
         },
     )
+    device_decode: float = field(
+        default=0.0,
+        metadata={
+            "help": "With augment_on device: the share of the JPEGs, from 0 to 1, that the GPU decodes (nvJPEG) in "
+            "place of the workers."
+        },
+    )
 
     def __post_init__(self):
         if self.auto_augment in ("none", "None", ""):
@@ -694,6 +701,7 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
         (data, "color_jitter", 0.0, None),
         (data, "random_erasing", 0.0, 1.0),
         (data, "random_erasing_count", 1, None),
+        (data, "device_decode", 0.0, 1.0),
         (data, "mixup", 0.0, None),
         (data, "cutmix", 0.0, None),
         (data, "mixup_prob", 0.0, 1.0),
@@ -723,6 +731,8 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
         if value is not None and (value < low or (high is not None and value > high) or value != value):
             expected = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
             raise InputError(f"`{name}` is {value}, expected {expected}.")
+    if data.device_decode and data.augment_on != "device":
+        raise InputError("`device_decode` is of the pipeline of `augment_on: device`. Give both, or neither.")
     if data.eval_crop_ratio == 0:
         raise InputError("`eval_crop_ratio` is 0, expected more than 0 and at most 1.")
     if training.sched not in (None, *SCHEDULES):

@@ -5,19 +5,23 @@ Training augmentation on the device that trains, a batch at a time, where CPU wo
 A worker reads an image, crops and resizes it, and draws the random numbers of everything else, with the very objects
 and generators of `TrainTransform`: for the same key both ways crop, flip, change and erase alike. The drawn operations
 travel with the batch (`DrawnBatch`), whose `to`, which accelerate calls, carries them out: every operation once, on all
-images that drew it. The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic
+images that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG), which works while the step
+before trains. The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic
 (a = -0.75; Pillow: -1), and the noise of random erasing comes from the device's generator.
 """
 
 import dataclasses
 import functools
+import io
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
@@ -28,19 +32,41 @@ from .data import decode
 from .errors import InputError
 
 
+AT_ONCE = 64  # Images that are decoded and resized together: their canvases lie in memory side by side.
+
+
+@dataclass
+class Encoded:
+    """
+    A JPEG that the device decodes.
+
+    Args:
+        content: the file, uint8 (bytes,).
+        height, width: of the image.
+        where: what an error calls it.
+        box: top, left, height and width of the crop, once it is drawn.
+    """
+
+    content: torch.Tensor
+    height: int
+    width: int
+    where: str
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
 @dataclass
 class Drawn:
     """
     One image on its way to the device.
 
     Args:
-        pixels: uint8 (3, height, width), cropped and resized.
+        pixels: uint8 (3, height, width), cropped and resized; or an `Encoded`, which is not yet.
         flip: whether to flip it horizontally.
         operations: name in `OPERATIONS` and numbers, in the order in which they are applied.
         boxes: top, bottom, left, right of each erased part, and its colour (3,), normalised.
     """
 
-    pixels: torch.Tensor
+    pixels: torch.Tensor | Encoded
     flip: bool
     operations: list[tuple[str, tuple[float, ...]]]
     boxes: list[tuple[int, int, int, int, list[float]]]
@@ -71,6 +97,7 @@ class DrawTransform:
         name = "nearest-exact" if args.train_interpolation == "nearest" else args.train_interpolation
         self.interpolation = v2.InterpolationMode(name)
         self.crop = v2.RandomResizedCrop(size, tuple(args.train_crop_scale), tuple(args.train_crop_ratio))
+        self.device_decode = args.device_decode
         self.flip = args.horizontal_flip
         self.policy = [
             _recorded(policy, args.auto_augment) for policy in auto_augment(args, size, processor.image_mean)
@@ -83,18 +110,22 @@ class DrawTransform:
             # The noise of single pixels is the device's to draw.
             erasing.per_pixel = False
 
-    def read(self, item: dict[str, Any], where: str) -> torch.Tensor:
-        """As `data.decode`, into uint8 (3, height, width)."""
-        return read(item, where)
+    def read(self, item: dict[str, Any], where: str) -> "torch.Tensor | Encoded":
+        """As `data.decode`, into uint8 (3, height, width), or left to the device."""
+        return read(item, where, self.device_decode)
 
-    def __call__(self, image: torch.Tensor) -> Drawn:
+    def __call__(self, image: "torch.Tensor | Encoded") -> Drawn:
         from torchvision.transforms.v2 import functional
 
         # In the order, and by the calls, of `TrainTransform`.
-        box = self.crop.make_params([image])
-        pixels = functional.resized_crop(
-            image, **box, size=list(self.size), interpolation=self.interpolation, antialias=True
-        )
+        if isinstance(image, Encoded):
+            box = self.crop.make_params([torch.empty(3, image.height, image.width, device="meta")])
+            pixels = dataclasses.replace(image, box=(box["top"], box["left"], box["height"], box["width"]))
+        else:
+            box = self.crop.make_params([image])
+            pixels = functional.resized_crop(
+                image, **box, size=list(self.size), interpolation=self.interpolation, antialias=True
+            )
         flip = self.flip > 0 and not bool(torch.rand(1) >= self.flip)
         operations: list[tuple[str, tuple[float, ...]]] = []
         for policy in self.policy:
@@ -160,10 +191,15 @@ def _lowered(name: str, *rest) -> tuple[str, tuple[float, ...]]:
     return name, tuple(float(number) for number in numbers)
 
 
-def read(item: dict[str, Any], where: str) -> torch.Tensor:
+def read(item: dict[str, Any], where: str, device_decode: float = 0.0) -> "torch.Tensor | Encoded":
     """
     As `data.decode`, into uint8 (3, height, width): JPEGs by torchvision, which is quicker than Pillow, and whatever it
     cannot read by Pillow, which has the say on what is a broken image.
+
+    Args:
+        item, where: as `data.decode` has them.
+        device_decode: the share of the JPEGs that is left to the device. Their checksum decides which, so that it is
+            the same ones in every epoch and run.
     """
     from torchvision.io import decode_jpeg
 
@@ -173,12 +209,74 @@ def read(item: dict[str, Any], where: str) -> torch.Tensor:
             with open(item["path"], "rb") as file:
                 content = file.read()
         if content[:3] == b"\xff\xd8\xff":
-            image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), apply_exif_orientation=True)
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            if zlib.crc32(content[-1024:]) < device_decode * 2**32 and _is_plain(content):
+                with Image.open(io.BytesIO(content)) as header:
+                    width, height = header.size
+                return Encoded(encoded, height, width, where)
+            image = decode_jpeg(encoded, apply_exif_orientation=True)
             if image.shape[0] in (1, 3):  # Not CMYK.
                 return image.expand(3, -1, -1)
     except (OSError, RuntimeError):
         pass
     return torch.from_numpy(np.array(decode(item, where))).permute(2, 0, 1)
+
+
+def _is_plain(content: bytes) -> bool:
+    """Whether a JPEG is whole, grey or coloured by the usual three, and upright: what nvJPEG reads as Pillow does."""
+    if content[-2:] != b"\xff\xd9":
+        return False
+    with Image.open(io.BytesIO(content)) as header:
+        upright = header.getexif().get(ExifTags.Base.Orientation) in (None, 1)
+        return header.mode in ("RGB", "L") and upright
+
+
+def crop_and_resize(
+    images: list[torch.Tensor], boxes: list[tuple[int, int, int, int]], size: tuple[int, int], interpolation: str
+) -> torch.Tensor:
+    """
+    As torchvision's `resized_crop` with antialiasing, of images of different sizes at once.
+
+    Both steps of a resize are matrices, so a batch takes two products, whatever the sizes.
+
+    Args:
+        images: uint8 (3, height, width) each.
+        boxes: top, left, height, width of each crop.
+        size: of the results.
+        interpolation: bicubic, bilinear or nearest.
+
+    Returns:
+        uint8 (n, 3, *size).
+    """
+    device = images[0].device
+    high, wide = max(box[2] for box in boxes), max(box[3] for box in boxes)
+    canvas = torch.zeros(len(images), 3, high, wide, device=device)
+    for place, image, (top, left, height, width) in zip(canvas, images, boxes, strict=True):
+        place[:, :height, :width] = image[:, top : top + height, left : left + width]
+    sides = torch.tensor([box[2:] for box in boxes], device=device)
+    rows = resize_matrices(sides[:, 0], size[0], high, interpolation)
+    columns = resize_matrices(sides[:, 1], size[1], wide, interpolation)
+    resized = rows[:, None] @ (canvas @ columns.mT[:, None])
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def resize_matrices(sides: torch.Tensor, size: int, longest: int, interpolation: str) -> torch.Tensor:
+    """Matrices (n, size, longest) that resize the first `sides` (n,) of `longest` numbers to `size`, as Pillow does."""
+    scale = (sides.double() / size)[:, None, None]
+    center = (torch.arange(size, device=sides.device) + 0.5)[:, None] * scale
+    place = torch.arange(longest, device=sides.device)
+    if interpolation == "nearest":
+        return (place == center.floor()).float()
+    reach = scale.clamp(min=1)
+    x = ((place + 0.5 - center) / reach).abs()
+    if interpolation == "bicubic":
+        near = (1.5 * x - 2.5) * x * x + 1
+        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    else:
+        weights = (1 - x).clamp(min=0)
+    weights = torch.where(place < sides[:, None, None], weights, 0.0)
+    return (weights / weights.sum(-1, keepdim=True)).float()
 
 
 @dataclass
@@ -193,7 +291,9 @@ class DrawnBatch:
         order: image indices (layers, B); `runs` says which of them are for which operation.
         numbers: of the operations, in the same order (layers, B, 6).
         boxes: (parts, B, 7): top, bottom, left, right and colour of erased parts; bottom and right are 0 for none.
+        encoded: the files of JPEGs that are still to be decoded, one behind the other; `pixels` has no content there.
         runs: for each layer the operations as (name, begin, end) in `order`.
+        pieces: of `encoded`: which image, its first byte and the one behind its last, its crop, its name for errors.
         key: of the random numbers of the batch.
         finish: what happens on the device.
     """
@@ -204,17 +304,37 @@ class DrawnBatch:
     order: torch.Tensor
     numbers: torch.Tensor
     boxes: torch.Tensor
+    encoded: torch.Tensor
     runs: list[list[tuple[str, int, int]]]
+    pieces: list[tuple[int, int, int, tuple[int, int, int, int], str]]
     key: tuple[int, ...]
     finish: "DeviceAugmentation"
 
     def pin_memory(self) -> "DrawnBatch":
-        """Called by PyTorch's data loader."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        """Called by PyTorch's data loader, in a thread of its own: JPEGs are decoded while the step before trains."""
+        encoded = self.encoded
+        batch = dataclasses.replace(self, encoded=encoded[:0])._each(lambda tensor: tensor.pin_memory())
+        batch = dataclasses.replace(batch, encoded=encoded)
+        return batch._decoded(torch.device("cuda", torch.cuda.current_device())) if self.pieces else batch
 
     def to(self, device: torch.device, non_blocking: bool = True) -> dict[str, torch.Tensor]:
         """Called by accelerate. -> `pixel_values` (B, 3, height, width) and `labels`, augmented on `device`."""
-        return self.finish(self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned())))
+        batch = self._decoded(torch.device(device))
+        return self.finish(batch._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned())))
+
+    def _decoded(self, device: torch.device) -> "DrawnBatch":
+        """With no image still to be decoded, and the pixels on `device`."""
+        if not self.pieces:
+            return self
+        pixels = self.pixels.to(device, non_blocking=self.pixels.is_pinned())
+        files = [self.encoded[begin:end] for _, begin, end, _, _ in self.pieces]
+        for begin in range(0, len(files), AT_ONCE):
+            part = slice(begin, begin + AT_ONCE)
+            images = decode_files(files[part], [piece[4] for piece in self.pieces[part]], device)
+            boxes = [piece[3] for piece in self.pieces[part]]
+            which = torch.tensor([piece[0] for piece in self.pieces[part]], device=device)
+            pixels[which] = crop_and_resize(images, boxes, pixels.shape[2:], self.finish.interpolation)
+        return dataclasses.replace(self, pixels=pixels, encoded=self.encoded[:0], pieces=[])
 
     def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "DrawnBatch":
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -222,11 +342,45 @@ class DrawnBatch:
         return dataclasses.replace(self, **moved)
 
 
+def check_device_decode(device: torch.device) -> None:
+    """
+    Raises:
+        InputError: there is no JPEG decoder on `device`.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, format="JPEG")
+    try:
+        decode_jpeg([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, device)
+    except RuntimeError as error:
+        raise InputError(
+            f"`device_decode`: torchvision cannot decode JPEGs on {device} ({str(error).splitlines()[0]}). Leave it "
+            "out: the workers decode."
+        ) from error
+
+
+def decode_files(files: list[torch.Tensor], names: list[str], device: torch.device) -> list[torch.Tensor]:
+    """
+    JPEGs, uint8 (bytes,) each, to uint8 images (3, height, width) on `device`.
+
+    Raises:
+        InputError: one of them is broken, by its name.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        return decode_jpeg(files, ImageReadMode.RGB, device)
+    except RuntimeError:  # All or none: which one it is, and whether it is broken, is Pillow's to say.
+        items = [{"bytes": file.numpy().tobytes(), "path": None} for file in files]
+        return [read(item, name).to(device) for item, name in zip(items, names, strict=True)]
+
+
 class CollateDrawn:
     """Rows of `ImageDataset` -> `DrawnBatch` in training; in evaluation `collate`."""
 
-    def __init__(self, args: DataArguments, classes: int, processor: BaseImageProcessor):
-        self.finish = DeviceAugmentation(args, classes, processor)
+    def __init__(self, args: DataArguments, size: tuple[int, int], classes: int, processor: BaseImageProcessor):
+        self.size, self.finish = size, DeviceAugmentation(args, classes, processor)
 
     def __call__(self, rows: list[dict]):
         if "key" not in rows[0]:
@@ -252,14 +406,25 @@ class CollateDrawn:
         for index, one in enumerate(drawn):
             for part, (*box, color) in enumerate(one.boxes):
                 boxes[part, index] = torch.tensor([*box, *(color * 3)[:3]])
+        pixels = torch.empty(len(rows), 3, *self.size, dtype=torch.uint8)
+        files, pieces, end = [], [], 0
+        for index, one in enumerate(drawn):
+            if isinstance(one.pixels, Encoded):
+                begin, end = end, end + len(one.pixels.content)
+                files.append(one.pixels.content)
+                pieces.append((index, begin, end, one.pixels.box, one.pixels.where))
+            else:
+                pixels[index] = one.pixels
         return DrawnBatch(
-            pixels=torch.stack([one.pixels for one in drawn]),
+            pixels=pixels,
             labels=torch.tensor([row["labels"] for row in rows], dtype=torch.long),
             flips=torch.tensor([one.flip for one in drawn]),
             order=order,
             numbers=numbers,
             boxes=boxes,
+            encoded=torch.cat(files) if files else torch.empty(0, dtype=torch.uint8),
             runs=runs,
+            pieces=pieces,
             key=rows[0]["key"],
             finish=self.finish,
         )
@@ -280,14 +445,15 @@ class DeviceAugmentation:
 
     @torch.no_grad()
     def __call__(self, batch: DrawnBatch) -> dict[str, torch.Tensor]:
-        from torchvision.transforms.v2 import functional
-
         images = torch.where(batch.flips[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
         for runs, order, numbers in zip(batch.runs, batch.order, batch.numbers, strict=True):
             for name, begin, end in runs:
                 which = order[begin:end]
                 images[which] = self.apply(name, images[which], numbers[begin:end])
-        images = functional.normalize(functional.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+        images = images.float()
+        # By numbers: a tensor of them would have to be sent, and torchvision's `normalize` waits for the device.
+        for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
+            channel.sub_(255 * mean).div_(255 * std)
         images = self._erase(images, batch.boxes, batch.key)
         if self.mix is None:
             return {"pixel_values": images, "labels": batch.labels}

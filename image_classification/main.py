@@ -22,7 +22,7 @@ from .arguments import Settings, parse_settings
 from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
-from .device_augmentation import CollateDrawn, DrawTransform
+from .device_augmentation import CollateDrawn, DrawTransform, check_device_decode
 from .errors import InputError
 from .metrics import ComputeMetrics, preprocess
 from .parallel import on_main_process
@@ -240,8 +240,11 @@ def build_trainer(
     train, make_batch = None, collate
     if data.train is not None:
         if args.augment_on == "device":
-            transform = DrawTransform(args, height_and_width(model.config.image_size), processor)
-            make_batch = CollateDrawn(args, classes, processor)
+            if args.device_decode:
+                check_device_decode(settings.training.device)
+            size = height_and_width(model.config.image_size)
+            transform = DrawTransform(args, size, processor)
+            make_batch = CollateDrawn(args, size, classes, processor)
         else:
             transform = TrainTransform(args, model.config.image_size, processor)
             make_batch = make_collate(args, classes)

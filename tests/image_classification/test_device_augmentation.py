@@ -56,7 +56,7 @@ def dataset(device: bool, images: list[bytes], size=SIZE, **options) -> tuple[Im
     rows = [{"bytes": content, "path": None} for content in images]
     split = Dataset.from_dict({"image": rows, "label": [i % 3 for i in range(len(rows))]}, features=features)
     transform = DrawTransform(args, size, processor) if device else TrainTransform(args, size, processor)
-    collate = CollateDrawn(args, 3, processor) if device else make_collate(args, 3)
+    collate = CollateDrawn(args, size, 3, processor) if device else make_collate(args, 3)
     return ImageDataset(split, transform, "training", seed=3), collate
 
 
@@ -133,6 +133,41 @@ def test_same_draws_as_in_the_workers(options):
     assert actual["pixel_values"].dtype == torch.float32
     assert (difference > 8).float().mean() < 0.01
     assert difference.mean() < 0.6
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+def test_jpegs_may_be_left_to_the_device(interpolation):
+    """The CPU is a device, too: the same files, crops and resizes, by matrices in place of torchvision's."""
+    images = [encode(photo(seed, *((30, 44) if seed % 2 else (180, 130))), subsampling=2) for seed in range(12)]
+    images[3] = encode(photo(3), "PNG")
+    options = {"auto_augment": None, "color_jitter": 0.0, "train_interpolation": interpolation}
+    data, collate = dataset(True, images, device_decode=1.0, **options)
+    drawn = collate([data[index] for index in range(len(data))])
+    assert [piece[0] for piece in drawn.pieces] == [index for index in range(12) if index != 3]
+    expected, actual = batch(True, images, **options), drawn.to(torch.device("cpu"))
+    difference = (actual["pixel_values"] - expected["pixel_values"]).abs() * 255 * 0.22
+    assert difference.max() < 1.5
+    assert torch.equal(actual["labels"], expected["labels"])
+    data, collate = dataset(True, images, device_decode=0.5, **options)
+    chosen = [piece[0] for piece in collate([data[index] for index in range(len(data))]).pieces]
+    data.set_epoch(4)
+    assert 0 < len(chosen) < 11
+    assert chosen == [piece[0] for piece in collate([data[index] for index in range(len(data))]).pieces]
+
+
+def test_what_the_device_cannot_decode():
+    """Turned, of four colours or cut off: the workers' decoder; damaged inside: named, or read as Pillow reads it."""
+    image = photo(1)
+    turned = image.getexif()
+    turned[0x0112] = 3
+    for content in (encode(image, exif=turned), encode(image.convert("CMYK")), encode(image, "PNG")):
+        assert torch.is_tensor(device_augmentation.read({"bytes": content, "path": None}, "image", 1.0))
+    whole = encode(image)
+    with pytest.raises(InputError, match="training image 1 cannot be read"):
+        dataset(True, [whole, whole[:-100]], device_decode=1.0)[0][1]
+    broken = whole[:200] + b"\xff\xd9"
+    with pytest.raises(InputError, match="training image 1"):
+        batch(True, [whole, broken, whole], device_decode=1.0)
 
 
 def test_noise_of_erasing():
