@@ -37,8 +37,8 @@ CLASSES = 8
 RECIPE = CONFIGURATION / "imagenet1k" / "vit_tiny_patch16_224_karat.yaml"
 # DeiT's erasing, which the paper's recipe leaves open, so that every step of the pipeline runs.
 FULL = ["--random_erasing", "0.25"]
-# Mean difference of a batch by the two ways to augment, in pixel values, above which a way is not timed. nvJPEG's colours
-# are not libjpeg's to the last bit.
+# Mean difference of a batch by the two ways to augment, in pixel values, above which a way is not timed. The colours of
+# nvJPEG are not libjpeg's to the last bit.
 LIMIT = 2.0
 
 

@@ -10,12 +10,13 @@ before trains. The formulas are Pillow's, in whole numbers; affine operations in
 (a = -0.75; Pillow: -1), and the noise of random erasing comes from the device's generator.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -320,12 +321,19 @@ class DrawnBatch:
     def to(self, device: torch.device, non_blocking: bool = True) -> dict[str, torch.Tensor]:
         """Called by accelerate. -> `pixel_values` (B, 3, height, width) and `labels`, augmented on `device`."""
         batch = self._decoded(torch.device(device))
+        if batch.pixels.is_cuda:
+            # Made on another stream, which must not have the memory back before this one is through with it.
+            batch.pixels.record_stream(torch.cuda.current_stream(batch.pixels.device))
         return self.finish(batch._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned())))
 
     def _decoded(self, device: torch.device) -> "DrawnBatch":
         """With no image still to be decoded, and the pixels on `device`."""
         if not self.pieces:
             return self
+        with _own_stream(device) as finished:
+            return self._decoded_here(device, finished)
+
+    def _decoded_here(self, device: torch.device, finished: Callable[[], None]) -> "DrawnBatch":
         pixels = self.pixels.to(device, non_blocking=self.pixels.is_pinned())
         files = [self.encoded[begin:end] for _, begin, end, _, _ in self.pieces]
         for begin in range(0, len(files), AT_ONCE):
@@ -334,12 +342,34 @@ class DrawnBatch:
             boxes = [piece[3] for piece in self.pieces[part]]
             which = torch.tensor([piece[0] for piece in self.pieces[part]], device=device)
             pixels[which] = crop_and_resize(images, boxes, pixels.shape[2:], self.finish.interpolation)
+            finished()
         return dataclasses.replace(self, pixels=pixels, encoded=self.encoded[:0], pieces=[])
 
     def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "DrawnBatch":
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         moved = {name: function(value) for name, value in values.items() if torch.is_tensor(value)}
         return dataclasses.replace(self, **moved)
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[Callable[[], None]]:
+    """
+    Work beside the training, with what waits until it is done.
+
+    nvJPEG writes from a stream of its own into memory that it does not wait for: so that memory is none that training
+    has just given back, and what was decoded before is no longer needed.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    stream = _stream(device)
+    with torch.cuda.stream(stream):
+        yield stream.synchronize
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def check_device_decode(device: torch.device) -> None:
