@@ -202,10 +202,10 @@ def read(item: dict[str, Any], where: str, device_decode: float = 0.0) -> "torch
         device_decode: the share of the JPEGs that is left to the device. Their checksum decides which, so that it is
             the same ones in every epoch and run.
     """
-    from torchvision.io import decode_jpeg
-
     content = item.get("bytes")
     try:
+        from torchvision.io import decode_jpeg
+
         if content is None:
             with open(item["path"], "rb") as file:
                 content = file.read()
@@ -218,7 +218,7 @@ def read(item: dict[str, Any], where: str, device_decode: float = 0.0) -> "torch
             image = decode_jpeg(encoded, apply_exif_orientation=True)
             if image.shape[0] in (1, 3):  # Not CMYK.
                 return image.expand(3, -1, -1)
-    except (OSError, RuntimeError):
+    except (ImportError, OSError, RuntimeError):  # ImportError: later versions will have no decoder.
         pass
     return torch.from_numpy(np.array(decode(item, where))).permute(2, 0, 1)
 
@@ -377,13 +377,17 @@ def check_device_decode(device: torch.device) -> None:
     Raises:
         InputError: there is no JPEG decoder on `device`.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, format="JPEG")
+    encoded = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
     try:
-        decode_jpeg([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, device)
-    except RuntimeError as error:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        # On other devices than these two, torchvision would take the CPU.
+        if device.type not in ("cuda", "cpu"):
+            raise RuntimeError("only CUDA's nvJPEG")
+        decode_jpeg([encoded], ImageReadMode.RGB, device)
+    except (ImportError, RuntimeError) as error:
         raise InputError(
             f"`device_decode`: torchvision cannot decode JPEGs on {device} ({str(error).splitlines()[0]}). Leave it "
             "out: the workers decode."

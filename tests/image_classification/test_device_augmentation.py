@@ -9,15 +9,18 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import auto_augment as timm_operations
 
 from image_classification import device_augmentation
+from image_classification import main as script
 from image_classification.arguments import DataArguments
 from image_classification.augmentation import make_collate
 from image_classification.data import decode
 from image_classification.device_augmentation import CollateDrawn, DrawTransform
 from image_classification.errors import InputError
 from image_classification.transforms import ImageDataset, TrainTransform, build_image_processor
+from tests.images import make_image_folder
 
 
 SIZE = (40, 48)
@@ -231,3 +234,33 @@ def test_broken_images_are_named(tmp_path):
 def test_what_only_workers_do_is_refused(policy, named):
     with pytest.raises(InputError, match=f"{named}.*--augment_on workers"):
         dataset(True, [], auto_augment=policy)
+
+
+def test_run_through_the_script_goes_on_exactly(tmp_path, small):
+    """Also where the batches come from another process, and where training goes on within an epoch."""
+    images = make_image_folder(tmp_path / "images", (("train", 14), ("validation", 1)))
+    words = [*small, "--data_path", str(images), "--augment_on", "device", "--device_decode", "0.5"]
+    words += ["--model", "karat_digits", "--image_size", "16", "--patch_size", "8", "--num_train_epochs", "2"]
+    words += ["--save_strategy", "steps", "--save_steps", "1"]  # Three steps an epoch.
+    words += ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--mixup", "0.8", "--save_total_limit", "0"]
+    words = [*words, "--eval_strategy", "no", "--learning_rate", "1e-2"]
+    whole, part, by_worker = (tmp_path / name for name in ("whole", "part", "by_worker"))
+    assert script.main([*words, "--output_dir", str(whole)]) == 0
+    checkpoint = ["--resume_from_checkpoint", str(whole / "checkpoint-2")]
+    assert script.main([*words, *checkpoint, "--output_dir", str(part)]) == 0
+    again = [word if word != "0" or words[i - 1] != "--dataloader_num_workers" else "1" for i, word in enumerate(words)]
+    assert again != words
+    assert script.main([*again, "--output_dir", str(by_worker)]) == 0
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, part, by_worker)]
+    before = load_file(whole / "checkpoint-2" / "model.safetensors")
+    for name, tensor in weights[0].items():
+        assert torch.equal(weights[1][name], tensor) and torch.equal(weights[2][name], tensor), name
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights[0].items())
+
+
+def test_decoder_of_the_device_is_for_its_pipeline(image_folder, tmp_path, small, capsys):
+    words = [*small, "--data_path", str(image_folder), "--output_dir", str(tmp_path / "run")]
+    assert script.main([*words, "--device_decode", "1"]) == 2
+    assert "augment_on" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"device_decode.*xpu"):
+        device_augmentation.check_device_decode(torch.device("xpu"))
