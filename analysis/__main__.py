@@ -16,6 +16,7 @@ COMMANDS = {
     "weights": "distributions of the weights over the checkpoints of a run",
     "curves": "loss and accuracy of several runs together",
     "compare": "a table of models: parameters, FLOPs, memory, speed, accuracy",
+    "faithfulness": "what the maps are worth: deletion, insertion, pointing game and IoU, beside random maps",
     "gallery": "all of them for a model trained on handwritten digits: the README's pictures",
 }
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+        lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
         print(_USAGE.format(commands="\n".join(lines)), end="")
         return 0
     what, *flags = argv

@@ -145,6 +145,15 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
     )
 
 
+def by_default(checkpoint: Checkpoint, karat: str | None = None):
+    """The model with attention as it runs by default, or KArAt heads by the implementation named."""
+    model = checkpoint.model
+    model.set_attn_implementation(
+        (karat or model.get_correct_attn_implementation(None)) if checkpoint.is_karat else "sdpa"
+    )
+    return model
+
+
 def run_folder(source: str | Path) -> Path | None:
     """The folder of the run that a checkpoint belongs to: itself, or for checkpoint-* the one above."""
     folder = Path(source).resolve()

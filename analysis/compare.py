@@ -36,7 +36,7 @@ from image_classification import reports
 from image_classification.transforms import height_and_width
 
 from . import options, style
-from .checkpoints import Checkpoint, load_checkpoint, read_state, run_folder
+from .checkpoints import Checkpoint, by_default, load_checkpoint, read_state, run_folder
 from .output import Output, figure_names
 
 
@@ -161,7 +161,7 @@ def real_count(checkpoint: Checkpoint) -> tuple[int, int]:
     Of a forward pass of one image, by the implementation that runs by default (without fused kernels, which PyTorch
     cannot see into): multiply-adds of matrix products, and elementwise operations.
     """
-    model = _by_default(checkpoint, "karat_portable")
+    model = by_default(checkpoint, "karat_portable")
     pixels = _pixels(checkpoint, 1)
     with torch.no_grad():
         model(pixels)  # what is done only once is not counted
@@ -179,7 +179,7 @@ def training_memory(checkpoint: Checkpoint, batch_size: int) -> int | None:
     """
     if checkpoint.model.device.type not in ("cpu", "cuda"):
         return None
-    model = _by_default(checkpoint).train()
+    model = by_default(checkpoint).train()
     device = model.device
     step = _training_step(checkpoint, model, batch_size)
     if device.type == "cuda":
@@ -201,7 +201,7 @@ def training_memory(checkpoint: Checkpoint, batch_size: int) -> int | None:
 
 def speed(checkpoint: Checkpoint, batch_size: int, train: bool, repeats: int = 5) -> float:
     """Images per second: median of `repeats` passes after one to warm up."""
-    model = _by_default(checkpoint)
+    model = by_default(checkpoint)
     if train:
         step = _training_step(checkpoint, model.train(), batch_size)
     else:
@@ -249,15 +249,6 @@ def _pixels(checkpoint: Checkpoint, batch_size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
     return torch.randn(shape, generator=generator).to(checkpoint.model.device)
-
-
-def _by_default(checkpoint: Checkpoint, karat: str | None = None):
-    """The model with attention as it runs by default, or KArAt heads by the implementation named."""
-    model = checkpoint.model
-    model.set_attn_implementation(
-        (karat or model.get_correct_attn_implementation(None)) if checkpoint.is_karat else "sdpa"
-    )
-    return model
 
 
 def accuracy(source: str) -> dict[str, float]:

@@ -59,13 +59,13 @@ def find_images(checkpoints: list[Checkpoint], paths: list[str] | None, count: i
             or no images are named and no checkpoint is of a run.
     """
     for checkpoint in checkpoints:
-        _processor(checkpoint)
+        processor_of(checkpoint)
     return _of_run(checkpoints, count, seed) if paths is None else _of_paths(paths, count, seed)
 
 
 def prepare(checkpoint: Checkpoint, found: list[Found]) -> Images:
     """Images as a model takes them, by its image processor."""
-    processor = _processor(checkpoint)
+    processor = processor_of(checkpoint)
     pictures, names, labels = zip(*found, strict=True)
     pixels = torch.cat([processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures])
     mean, std = (torch.tensor(getattr(processor, key)).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
@@ -73,7 +73,8 @@ def prepare(checkpoint: Checkpoint, found: list[Found]) -> Images:
     return Images(pixels, shown.clamp(0, 1).permute(0, 2, 3, 1).numpy(), list(names), list(labels))
 
 
-def _processor(checkpoint: Checkpoint):
+def processor_of(checkpoint: Checkpoint):
+    """The image processor beside a model. Raises `InputError` where there is none."""
     if checkpoint.processor is None:
         raise InputError(
             f"{checkpoint.source} has no image processor (preprocessor_config.json), so how its images were prepared "
@@ -95,7 +96,7 @@ def _of_paths(paths: list[str], count: int, seed: int) -> list[Found]:
             files.append(path)
         else:
             raise InputError(f"`--images` {path} does not exist.")
-    files += [in_folders[index] for index in _draw(len(in_folders), count, seed)]
+    files += [in_folders[index] for index in draw_numbers(len(in_folders), count, seed)]
     return [(decode({"path": str(file), "bytes": None}, str(file)), file.name, None) for file in files]
 
 
@@ -118,11 +119,12 @@ def _of_run(checkpoints: list[Checkpoint], count: int, seed: int) -> list[Found]
     split = data.validation
     return [
         (decode(row["image"], f"validation image {index}"), f"{index}", data.labels[row["label"]])
-        for index in _draw(len(split), count, seed)
+        for index in draw_numbers(len(split), count, seed)
         for row in [split[index]]
     ]
 
 
-def _draw(size: int, count: int, seed: int) -> list[int]:
+def draw_numbers(size: int, count: int, seed: int) -> list[int]:
+    """`count` of the numbers below `size`, or all if there are fewer; in order."""
     order = np.random.default_rng(seed).permutation(size)[:count]
     return sorted(order.tolist())
