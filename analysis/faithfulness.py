@@ -395,7 +395,7 @@ def draw_measure(data: list[Faithfulness], rows: list[dict], measure: str, axes:
         axes.errorbar(places, mean, [mean - low, high - mean], fmt="o", color=colour, label=name, elinewidth=1)
     axes.set_xlim(-0.5, len(SOURCES) - 0.5)
     axes.set_ylim(bottom=0)
-    axes.set_xticks(range(len(SOURCES)), SOURCES)
+    axes.set_xticks(range(len(SOURCES)), SOURCES, fontsize=6)
     return axes
 
 
@@ -418,7 +418,10 @@ def draw_all(data: list[Faithfulness], rows: list[dict], figure: Figure) -> Figu
             panels[name].set_title(MEASURES[name][0])
     panels["insertion"].set_ylabel("")
     handles, labels = panels["deletion"].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    # Legends fill columns: a row for each model.
+    rowwise = [index + len(SOURCES) * model for index in range(len(SOURCES)) for model in range(len(data))]
+    handles, labels = ([each[index] for index in rowwise] for each in (handles, labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(SOURCES))
     return figure
 
 
