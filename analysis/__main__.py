@@ -13,6 +13,7 @@ COMMANDS = {
     "functions": "the learned functions phi_pq, over the scores that really occur",
     "attention": "attention maps, signed, of any block, head and query; regions, dominant head, rollout",
     "spectrum": "singular values of the attention matrices before and after the activation; effective rank",
+    "landscape": "the loss surface around the trained weights, with the path of training; sharpness",
     "weights": "distributions of the weights over the checkpoints of a run",
     "curves": "loss and accuracy of several runs together",
     "compare": "a table of models: parameters, FLOPs, memory, speed, accuracy",

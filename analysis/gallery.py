@@ -80,6 +80,21 @@ PICTURES = (
         "images: KArAt's rank ends at r. Right: the effective rank of every block.",
     ),
     Picture(
+        "landscape",
+        "landscape --model MODEL --compare COMPARE --grid 31 --num-images 128 --log",
+        "landscape",
+        "The held-out loss over the two principal directions of each run, with its path from the start to the trained "
+        "weights (star). The epsilon-sharpness is the highest rise within the dashed square.",
+        runs=True,
+    ),
+    Picture(
+        "landscape_3d",
+        "landscape --model MODEL --compare COMPARE --grid 31 --num-images 128 --log",
+        "landscape_3d",
+        "The same surfaces in three dimensions.",
+        runs=True,
+    ),
+    Picture(
         "weights",
         "weights --model MODEL",
         "weights",

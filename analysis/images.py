@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from image_classification.arguments import DataArguments
-from image_classification.data import decode, load_data
+from image_classification.data import ImageData, decode, load_data
 from image_classification.errors import InputError
 
 from .checkpoints import Checkpoint
@@ -44,7 +44,9 @@ def load_images(checkpoint: Checkpoint, paths: list[str] | None, count: int, see
     return prepare(checkpoint, find_images([checkpoint], paths, count, seed))
 
 
-def find_images(checkpoints: list[Checkpoint], paths: list[str] | None, count: int, seed: int = 0) -> list[Found]:
+def find_images(
+    checkpoints: list[Checkpoint], paths: list[str] | None, count: int, seed: int = 0, data_set: str | None = None
+) -> list[Found]:
     """
     Read images for one or several models.
 
@@ -53,14 +55,25 @@ def find_images(checkpoints: list[Checkpoint], paths: list[str] | None, count: i
         paths: files, all of which are taken, and folders; `None` for the held-out images of the data set.
         count: how many to draw from the folders, or from the data set.
         seed: of the draw.
+        data_set: a data set that run_image_classification.py knows by name (`--data_set`), or its folder
+            (`--data_path`), instead of paths: its held-out images.
+
+    Returns:
+        The images. The class of those in a folder is its name, where that is a class of the first model.
 
     Raises:
         InputError: a path does not exist or holds no image, an image is broken, a checkpoint has no image processor,
-            or no images are named and no checkpoint is of a run.
+            no images are named and no checkpoint is of a run, or they are named twice.
     """
     for checkpoint in checkpoints:
         processor_of(checkpoint)
-    return _of_run(checkpoints, count, seed) if paths is None else _of_paths(paths, count, seed)
+    if paths is not None and data_set is not None:
+        raise InputError("`--images` and `--data-set` both say which images: give one of them.")
+    if data_set is not None:
+        folder = Path(data_set).is_dir()
+        args = DataArguments(data_path=data_set) if folder else DataArguments(data_set=data_set)
+        return _of_data(_held_out(args, 0), count, seed)
+    return _of_run(checkpoints, count, seed) if paths is None else _of_paths(checkpoints[0], paths, count, seed)
 
 
 def prepare(checkpoint: Checkpoint, found: list[Found]) -> Images:
@@ -83,7 +96,7 @@ def processor_of(checkpoint: Checkpoint):
     return checkpoint.processor
 
 
-def _of_paths(paths: list[str], count: int, seed: int) -> list[Found]:
+def _of_paths(checkpoint: Checkpoint, paths: list[str], count: int, seed: int) -> list[Found]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, in_folders = [], []
     for path in map(Path, paths):
@@ -97,7 +110,15 @@ def _of_paths(paths: list[str], count: int, seed: int) -> list[Found]:
         else:
             raise InputError(f"`--images` {path} does not exist.")
     files += [in_folders[index] for index in draw_numbers(len(in_folders), count, seed)]
-    return [(decode({"path": str(file), "bytes": None}, str(file)), file.name, None) for file in files]
+    classes = set(checkpoint.labels)
+    return [
+        (
+            decode({"path": str(file), "bytes": None}, str(file)),
+            file.name,
+            file.parent.name if file.parent.name in classes else None,
+        )
+        for file in files
+    ]
 
 
 def _of_run(checkpoints: list[Checkpoint], count: int, seed: int) -> list[Found]:
@@ -110,12 +131,20 @@ def _of_run(checkpoints: list[Checkpoint], count: int, seed: int) -> list[Found]
     settings = checkpoint.run["settings"]
     fields = {field.name for field in dataclasses.fields(DataArguments)}
     args = DataArguments(**{key: value for key, value in settings.items() if key in fields})
-    # Those drawn are decoded below; the others need not be.
-    args.check_images, args.max_eval_samples = "none", None
     try:
-        data = load_data(args, settings["seed"], train=False)
+        data = _held_out(args, settings["seed"])
     except InputError as error:
         raise InputError(f"The data set of {checkpoint.source} is not there: {error} Or name --images.") from error
+    return _of_data(data, count, seed)
+
+
+def _held_out(args: DataArguments, seed: int) -> ImageData:
+    # Those drawn are decoded later; the others need not be.
+    args.check_images, args.max_eval_samples = "none", None
+    return load_data(args, seed, train=False)
+
+
+def _of_data(data: ImageData, count: int, seed: int) -> list[Found]:
     split = data.validation
     return [
         (decode(row["image"], f"validation image {index}"), f"{index}", data.labels[row["label"]])
