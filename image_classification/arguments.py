@@ -128,8 +128,23 @@ class DataArguments:
         default=0.1,
         metadata={"help": "Where there is no split to evaluate on: the part of the training split that is held out."},
     )
-    max_train_samples: int | None = _optional("Train on this many images, drawn with the seed.")
-    max_eval_samples: int | None = _optional("Evaluate on this many images, drawn with the seed.")
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the images from the Hub, or from local parquet or arrow files, while training: for data sets "
+            "larger than the disk."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=4096,
+        metadata={"help": "With streaming: images, undecoded in memory, among which the next one is drawn."},
+    )
+    max_train_samples: int | None = _optional(
+        "Train on this many images, drawn with the seed (of a stream: the first)."
+    )
+    max_eval_samples: int | None = _optional(
+        "Evaluate on this many images, drawn with the seed (of a stream: the first)."
+    )
     check_images: str = field(
         default="auto",
         metadata={
@@ -706,6 +721,7 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
         (data, "cutmix", 0.0, None),
         (data, "mixup_prob", 0.0, 1.0),
         (data, "mixup_switch_prob", 0.0, 1.0),
+        (data, "shuffle_buffer", 1, None),
         (data, "max_train_samples", 1, None),
         (data, "max_eval_samples", 1, None),
         (training, "num_train_epochs", 0.0, None),

@@ -100,7 +100,7 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
         InputError: nothing is named, a folder or split or column is missing or empty, there is only one class, the
             splits' classes differ, or the Hub cannot be reached.
     """
-    known = _known_set(args)
+    known = known_set(args)
     notes: list[str] = []
     hub = HUB_DATASETS.get(known) if known else None
     if known == "digits":
@@ -115,20 +115,20 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
     elif hub is not None or args.dataset_name is not None:
         name = args.dataset_name or hub.name
         config = args.dataset_config_name or (hub.config if hub else None)
-        splits = _from_hub(name, config)
+        splits = from_hub(name, config)
     else:
         raise InputError(
             "No data set is named. Give --data_path FOLDER (train/CLASS/*.jpg and validation/CLASS/*.jpg, or parquet "
             f"files), --data_set NAME ({', '.join(KNOWN_SETS)}), or --dataset_name of the Hub."
         )
-    train_name, validation_name = _choose_splits(args, hub, splits, name)
+    train_name, validation_name = choose_splits(args, hub, splits, name)
     chosen = {role: splits[split] for role, split in (("train", train_name), ("validation", validation_name)) if split}
     if not train and "validation" in chosen:
         chosen.pop("train", None)
-    image, label = _columns(args, hub, next(iter(chosen.values())), name)
+    image, label = find_columns(args, hub, next(iter(chosen.values())), name)
     for role in chosen:
         chosen[role] = _two_columns(chosen[role], image, label, f"{name}, {role} split")
-    labels = _class_names(chosen, name)
+    labels = class_names(chosen, name)
     for role in chosen:
         _check_labels(chosen[role], labels, f"{name}, {role} split", role == "train")
         if chosen[role].features["label"] != ClassLabel(names=labels):
@@ -188,7 +188,7 @@ def decode(item: dict[str, Any], where: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _known_set(args: DataArguments) -> str | None:
+def known_set(args: DataArguments) -> str | None:
     if args.data_set is None:
         return None
     by_lower = {name.lower(): name for name in KNOWN_SETS}
@@ -233,7 +233,7 @@ def _local(path: Path) -> DatasetDict:
             return DatasetDict(
                 {
                     split: datasets.load_dataset(kind, data_files={split: list(map(str, found))}, split=split)
-                    for split, found in _files_by_split(path, files).items()
+                    for split, found in files_by_split(path, files).items()
                 }
             )
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
@@ -284,7 +284,7 @@ def _images_under(folder: Path, suffixes: set[str]) -> list[str]:
     return sorted(found)
 
 
-def _files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
+def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     by_split: dict[str, list[Path]] = {}
     for file in files:
         # A split is the beginning of the file's name, or of a folder on the way to it.
@@ -301,11 +301,12 @@ def _files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     return by_split
 
 
-def _from_hub(name: str, config: str | None) -> DatasetDict:
+def from_hub(name: str, config: str | None, streaming: bool = False) -> DatasetDict:
+    """All splits of a Hub repository; with `streaming` nothing but what it says about itself is loaded."""
     if Path(name).exists():
         raise InputError(f"{name} is a local folder: give it with --data_path, not --dataset_name.")
     try:
-        return datasets.load_dataset(name, config)
+        return datasets.load_dataset(name, config, streaming=streaming)
     except Exception as error:  # The Hub client's own errors, the network's and the file system's have no common base.
         where = f"{name} ({config})" if config else name
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -316,7 +317,7 @@ def _from_hub(name: str, config: str | None) -> DatasetDict:
         ) from error
 
 
-def _choose_splits(args, hub, splits: DatasetDict, name: str) -> tuple[str | None, str | None]:
+def choose_splits(args, hub, splits: DatasetDict, name: str) -> tuple[str | None, str | None]:
     def wanted(setting: str, given: str | None, candidates: tuple[str, ...]) -> str | None:
         if given is not None and given not in splits:
             raise InputError(f"`{setting}` is {given!r}, and {name} has {', '.join(splits)}.")
@@ -335,7 +336,7 @@ def _choose_splits(args, hub, splits: DatasetDict, name: str) -> tuple[str | Non
     return train, validation
 
 
-def _columns(args, hub, split: Dataset, name: str) -> tuple[str, str]:
+def find_columns(args, hub, split: Dataset, name: str) -> tuple[str, str]:
     features = split.features
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
@@ -388,7 +389,7 @@ def _two_columns(split: Dataset, image: str, label: str, where: str) -> Dataset:
     return split
 
 
-def _class_names(splits: dict[str, Dataset], name: str) -> list[str]:
+def class_names(splits: dict[str, Dataset], name: str) -> list[str]:
     """The names of the classes, which the splits must share."""
     kinds = [split.features["label"] for split in splits.values()]
     if all(isinstance(kind, ClassLabel) for kind in kinds):

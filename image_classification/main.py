@@ -27,6 +27,7 @@ from .errors import InputError
 from .metrics import ComputeMetrics, preprocess
 from .parallel import on_main_process
 from .stopping import Stopped, same_command
+from .streaming import StreamedImageDataset, load_streamed
 from .trainer import ImageClassificationTrainer
 from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, height_and_width
 
@@ -163,7 +164,7 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
     args, folder = settings.training, Path(settings.training.output_dir)
     models.build_config(settings.model)  # Cheap, so a misspelt setting does not wait for the data.
     with args.main_process_first(desc="reading the data"):
-        data = load_data(settings.data, args.seed)
+        data = _load_data(settings)
     set_seed(args.seed)
     model = models.build_model(settings.model, data.labels)
     if plan.checkpoint:
@@ -207,7 +208,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     if target is not None and target.exists():
         raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")
     models.load_config(checkpoint, "resume_from_checkpoint")
-    data = load_data(settings.data, args.seed, train=False)
+    data = _load_data(settings, train=False)
     model = models.load_trained(checkpoint, settings.model, data.labels)
     saved = models.load_image_processor(checkpoint)
     changed = [
@@ -232,6 +233,12 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     return metrics
 
 
+def _load_data(settings: Settings, train: bool = True) -> ImageData:
+    if settings.data.streaming:
+        return load_streamed(settings.data, settings.training, train)
+    return load_data(settings.data, settings.training.seed, train)
+
+
 def build_trainer(
     settings: Settings, model: PreTrainedModel, data: ImageData, processor, kind=ImageClassificationTrainer
 ) -> ImageClassificationTrainer:
@@ -248,13 +255,18 @@ def build_trainer(
         else:
             transform = TrainTransform(args, model.config.image_size, processor)
             make_batch = make_collate(args, classes)
-        train = ImageDataset(data.train, transform, "training", settings.training.seed, args.repeated_aug)
+        if args.streaming:
+            train = StreamedImageDataset(data.train, transform, "training", settings.training.seed, args.shuffle_buffer)
+        else:
+            train = ImageDataset(data.train, transform, "training", settings.training.seed, args.repeated_aug)
     trainer = kind(
         model=model,
         args=settings.training,
         data_collator=make_batch,
         train_dataset=train,
-        eval_dataset=ImageDataset(data.validation, EvalTransform(processor), "validation"),
+        eval_dataset=(StreamedImageDataset if args.streaming else ImageDataset)(
+            data.validation, EvalTransform(processor), "validation"
+        ),
         processing_class=processor,
         compute_metrics=ComputeMetrics(len(data.labels)),
         preprocess_logits_for_metrics=preprocess,

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
 from torch import distributed
 from torch.utils.data import DataLoader
@@ -62,9 +63,13 @@ class ParallelTrainer(Trainer):
         loader = super().get_train_dataloader()
         self._rows_at_end = 0  # Images in the last batch of an epoch over all processes, if it is not full.
         sampler = getattr(loader, "batch_sampler", None)
+        # A streamed data set has a sampler for each process, whose batches are all this one's.
+        own = hasattr(self.train_dataset, "sampler")
         while hasattr(sampler, "batch_sampler"):  # Accelerate's, around PyTorch's.
+            if own and isinstance(sampler, BatchSamplerShard):
+                sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
             sampler = sampler.batch_sampler
-        if self.args.world_size > 1 and hasattr(sampler, "sampler") and not sampler.drop_last:
+        if not own and self.args.world_size > 1 and hasattr(sampler, "sampler") and not sampler.drop_last:
             self._rows_at_end = len(sampler.sampler) % (sampler.batch_size * self.args.world_size)
         return loader
 

@@ -101,7 +101,13 @@ class ImageClassificationTrainer(ResumableTrainer):
         if getattr(dataset, "repeated", False):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return RepeatedAugmentation(len(dataset), seed)
+        if hasattr(dataset, "sampler"):
+            return dataset.sampler(self.args.process_index, self.args.world_size)
         return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # Of a streamed split, each process reads all and decodes its own batches: every image counts once.
+        return eval_dataset.sampler() if hasattr(eval_dataset, "sampler") else super()._get_eval_sampler(eval_dataset)
 
     def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """

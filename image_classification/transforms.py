@@ -168,8 +168,11 @@ class ImageDataset(torch.utils.data.Dataset):
         position = index % len(self.split) if self.repeated else index
         if not 0 <= index < len(self.split) * (REPEATS if self.repeated else 1):
             raise IndexError(index)
-        row = self.split[position]
-        image = getattr(self.transform, "read", decode)(row["image"], f"{self.name} image {position}")
+        return self.prepare(self.split[position], f"{self.name} image {position}", index)
+
+    def prepare(self, row: dict, where: str, index: int) -> dict:
+        """An undecoded row, with its index in the epoch; `where` is what errors call it."""
+        image = getattr(self.transform, "read", decode)(row["image"], where)
         if self.seed is None:
             return {"pixel_values": self.transform(image), "labels": row["label"]}
         key = (self.seed, self.epoch, index)
