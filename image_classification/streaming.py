@@ -88,7 +88,7 @@ class StreamSampler(torch.utils.data.Sampler):
         seed: of the order of training; `None` in evaluation, which goes through all rows once, in their order.
         buffer: images within which training is shuffled.
         process, processes: which one this is, of how many. Each has as many images in an epoch: one whose files have
-            less goes on with others, one whose files have more leaves the rest out; which files, is drawn in each epoch.
+            less goes on with others, one whose files have more leaves the rest out. Each epoch draws which files.
     """
 
     def __init__(self, split: StreamedSplit, seed: int | None, buffer: int, process: int = 0, processes: int = 1):
