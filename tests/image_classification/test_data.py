@@ -106,7 +106,8 @@ def test_hub_schemas(name, monkeypatch):
     known = HUB_DATASETS[name]
     asked = []
 
-    def load_dataset(*arguments):
+    def load_dataset(*arguments, streaming):
+        assert not streaming
         asked.append(arguments)
         split = rows(9, known.classes, known.label or "label", known.image or "image")
         if name == "CIFAR100":

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
+from datasets.splits import SplitDict, SplitInfo
 from safetensors.torch import load_file
 
 from image_classification import main as script
@@ -91,6 +92,34 @@ def test_arrow_files(tmp_path, training):
     data = load(tmp_path, training)
     assert (len(data.train), len(data.validation)) == (7, 4)
     assert numbers(StreamSampler(data.validation, None, 1)) == [50, 51, 52, 53]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_from_the_hub(shards, training, monkeypatch, told):
+    """As `load_dataset` gives it: with the numbers of images that the repository names, if it does."""
+    local = datasets.load_dataset
+
+    def load_dataset(name, config, streaming):
+        assert (name, config, streaming) == ("uoft-cs/cifar10", "plain_text", True)
+        streams = {}
+        for split, of_hub, sizes in (("train", "train", TRAIN), ("validation", "test", VALIDATION)):
+            files = {of_hub: sorted(map(str, shards.glob(f"{split}*")))}
+            streams[of_hub] = local("parquet", data_files=files, split=of_hub, streaming=True)
+            assert streams[of_hub].info.splits is None
+            if told:
+                streams[of_hub].info.splits = SplitDict({of_hub: SplitInfo(of_hub, num_examples=sum(sizes))})
+        return datasets.IterableDatasetDict(streams)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args = DataArguments(data_set="cifar10", streaming=True)
+    if not told:
+        with pytest.raises(InputError, match=r"uoft-cs/cifar10 does not say how many training images"):
+            load_streamed(args, training)
+        assert len(load_streamed(args, training, train=False).validation) == 11
+        return
+    data = load_streamed(args, training)
+    assert (len(data.train), len(data.validation), data.hub_name) == (38, 11, "uoft-cs/cifar10")
+    assert sorted(numbers(StreamSampler(data.train, 1, 8))) == list(range(38))
 
 
 def test_every_image_once_an_epoch_in_another_order(shards, training):
