@@ -3,7 +3,8 @@
 The loss surface over a plane through the trained weights, with the path that training took, and how sharp it is.
 
   --directions pca      the two principal directions of the run's path (its start and checkpoints; train with
-                        --save_total_limit 0 to keep them), as in the paper; the path is drawn on them
+                        --save_total_limit 0 to keep them), as in the paper, which rescales them (--normalise
+                        tensor); the path is drawn on them
   --directions random   two random directions, normalised filter by filter (Li et al. 2018): for any checkpoint, and
                         alike for models of different sizes
 
@@ -305,6 +306,13 @@ def _within(loss: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return np.clip(np.where(np.isfinite(loss), loss, levels[-1]), levels[0], levels[-1])
 
 
+def _epsilon(plane: Plane) -> float:
+    """A default that is a small part of what is drawn."""
+    if plane.kind == "random":
+        return 0.1
+    return 1.0 if plane.normalise == "none" else 0.01
+
+
 def axis_labels(plane: Plane) -> tuple[str, str]:
     if plane.explained is None:
         return "first random direction", "second random direction"
@@ -423,7 +431,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epsilon",
         type=_above_zero,
-        help="of the epsilon-sharpness, in the units of the axes (default: 0.1 in normalised directions, otherwise 1)",
+        help="of the epsilon-sharpness, in the units of the axes (default: random directions 0.1, principal ones 1, "
+        "or 0.01 where they are normalised)",
     )
     parser.add_argument("--no-hessian", action="store_true", help="leave out the eigenvalue of the Hessian")
     parser.add_argument(
@@ -500,7 +509,7 @@ def run(args: argparse.Namespace) -> None:
                 plane,
                 x,
                 y,
-                args.epsilon or (1.0 if plane.normalise == "none" else 0.1),
+                args.epsilon or _epsilon(plane),
                 None if args.no_hessian else args.hessian_tolerance,
                 args.hessian_iterations,
                 devices,

@@ -475,6 +475,7 @@ def test_a_run_by_the_command_in_one_process_and_in_two(moving_run, analyse):
     assert numbers["model"]["loss"] == pytest.approx(expected, rel=1e-5)
     assert numbers["model"]["accuracy"] == pytest.approx((logits.argmax(-1) == objective.labels).float().mean().item())
     assert numbers["model"]["hessian"]["converged"]
+    assert numbers["model"]["epsilon"] == 1
     # Drawn anew, nothing is computed anew: the file of points stays as it is.
     points = (out / "landscape.points.jsonl").read_bytes()
     analyse(*words[:-1], "--workers", 1, "--overwrite")
@@ -509,6 +510,21 @@ def test_karat_beside_softmax_by_the_command(karat, softmax, classes, analyse):
         expected = nn.functional.cross_entropy(logits, objective.labels).item()
         assert arrays[f"{prefix}_loss"][2, 2] == pytest.approx(expected, rel=1e-4)
         assert numbers[prefix]["hessian"]["iterations"] <= 6
+        assert numbers[prefix]["epsilon"] == 0.1
+
+
+def test_the_papers_rescaled_directions_by_the_command(moving_run, analyse):
+    words = ["--normalise", "tensor", "--no-hessian", "--grid", 3, "--num-images", 4, "--workers", 1, "--no-start"]
+    out = analyse("landscape", "--model", moving_run, "--device", "cpu", *words)
+    numbers = json.loads((out / "landscape.json").read_text())
+    assert numbers["settings"]["normalise"] == "tensor"
+    assert (numbers["model"]["hessian"], numbers["model"]["epsilon"]) == (None, 0.01)
+    arrays = np.load(out / "landscape.npz")
+    assert arrays["model_epochs"].tolist() == [1, 2, 3]
+    # It reaches around the path and the trained weights, which are its last moment.
+    np.testing.assert_allclose(arrays["model_path"][-1], 0, atol=1e-6)
+    assert arrays["model_x"][0] < arrays["model_path"][:, 0].min()
+    assert arrays["model_x"][-1] > arrays["model_path"][:, 0].max()
 
 
 @pytest.fixture
