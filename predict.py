@@ -74,10 +74,16 @@ def load_classifier(model: str, device: str | None = None):
         raise ValueError(f"there is no model folder {model}. `python run_image_classification.py` trains one.")
     try:
         device = device if device is None else torch.device(device)
-        return pipeline("image-classification", model=model, device=device, trust_remote_code=False)
+        classify = pipeline("image-classification", model=model, device=device, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the model {model} cannot be loaded{f' on {device}' if device else ''}: {reason}") from error
+    if teacher := getattr(classify.model.config, "teacher_attention", None):
+        raise ValueError(
+            f"the model {model} attends with the maps of its teacher, {teacher}, and predicts nothing alone. Evaluate "
+            f"it with `python run_image_classification.py --eval --resume {model} --teacher_attention TEACHER`."
+        )
+    return classify
 
 
 def table(path: str, predictions: list[dict]) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, set_s
 from transformers.image_processing_utils import BaseImageProcessor
 
 from image_classification import checkpoints as saved
-from image_classification import models, runs
+from image_classification import models, runs, transfer
 from image_classification.arguments import ModelArguments
 from image_classification.errors import InputError, more
 from image_classification.transforms import height_and_width
@@ -124,6 +124,11 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
         raise InputError(
             f"`{flag}` {source} is a model of type {config.model_type!r}, expected 'karat_vit' or 'vit' (the softmax "
             "ViT of Transformers)."
+        )
+    if teacher := transfer.needs(config):
+        raise InputError(
+            f"`{flag}` {source} attends with the maps of its teacher, {teacher}, and its own attention was never "
+            "trained: look at the teacher."
         )
     try:
         model, info = AutoModelForImageClassification.from_pretrained(

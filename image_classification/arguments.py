@@ -66,6 +66,11 @@ class ModelArguments:
     drop_distillation_token: bool = field(
         default=False, metadata={"help": "Start from a distilled DeiT without its distillation token and head."}
     )
+    teacher_attention: str | None = _optional(
+        "Attend with the maps of this trained model, a checkpoint folder or Hub name: attention transfer to a softmax "
+        "--model of the same blocks, heads and patches. Queries and keys are frozen, the rest is trained; whoever uses "
+        "what comes out needs the teacher too."
+    )
     attn_implementation: str | None = _optional(
         "How attention is computed: eager (the reference), karat_portable, or for softmax heads sdpa, ... Unset: the "
         "fastest that applies."
@@ -101,7 +106,7 @@ class ModelArguments:
 
 
 # Fields of `ModelArguments` that are no fields of a model configuration.
-NOT_OF_THE_CONFIG = ("model", "finetune", "drop_distillation_token", "attn_implementation")
+NOT_OF_THE_CONFIG = ("model", "finetune", "drop_distillation_token", "teacher_attention", "attn_implementation")
 
 
 @dataclass

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import checkpoints, ema, models, reports, runs, trackers
+from . import checkpoints, ema, models, reports, runs, trackers, transfer
 from .arguments import Settings, parse_settings
 from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
@@ -106,6 +106,7 @@ def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
             "`push_to_hub` is not built in yet. A finished run's output folder is ready for the Hub: `hf upload NAME "
             "FOLDER`."
         )
+    transfer.check_settings(settings)
     if not args.do_train:
         return _evaluate_only(settings)
     if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
@@ -207,7 +208,8 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     target = None if settings.record["output_dir"] is None else Path(args.output_dir) / "eval_results.json"
     if target is not None and target.exists():
         raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")
-    models.load_config(checkpoint, "resume_from_checkpoint")
+    config = models.load_config(checkpoint, "resume_from_checkpoint")
+    transfer.check_evaluated(checkpoint, config, settings.model.teacher_attention)
     data = _load_data(settings, train=False)
     model = models.load_trained(checkpoint, settings.model, data.labels)
     saved = models.load_image_processor(checkpoint)
@@ -259,6 +261,12 @@ def build_trainer(
             train = StreamedImageDataset(data.train, transform, "training", settings.training.seed, args.shuffle_buffer)
         else:
             train = ImageDataset(data.train, transform, "training", settings.training.seed, args.repeated_aug)
+    teacher = settings.model.teacher_attention
+    if teacher is not None:
+        run = settings.training
+        dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else None
+        loaded = transfer.load_teacher(teacher, model.config, processor, dtype)
+        transfer.feed(model, loaded, transfer.short_name(teacher))
     trainer = kind(
         model=model,
         args=settings.training,
@@ -294,6 +302,9 @@ def _describe(settings: Settings, model: PreTrainedModel, data: ImageData, train
     logger.info(
         f"Model   {settings.model.model or settings.model.finetune or 'checkpoint'}: {models.describe_model(model)}"
     )
+    teacher = settings.model.teacher_attention
+    if teacher is not None:
+        logger.info(f"Teacher {teacher}: its attention maps take the place of the model's; queries and keys are frozen")
     logger.info(f"Device  {args.device.type}, {args.world_size} process{'es' if args.world_size > 1 else ''}")
     if data.train is None:
         return
@@ -323,7 +334,8 @@ def _write_reports(settings, trainer, data, train_metrics, metrics, weights) -> 
     reports.save_sample(data.validation, folder / reports.SAMPLE)
     model = trainer.accelerator.unwrap_model(trainer.model)
     reports.write_card(settings, model, data, kept, len(data.train), weights)
-    return {"metrics": metrics, "eval_images": len(data.validation), "weights": weights}
+    finished = {"metrics": metrics, "eval_images": len(data.validation), "weights": weights}
+    return finished | ({"teacher": settings.model.teacher_attention} if settings.model.teacher_attention else {})
 
 
 def _duration(seconds: float) -> str:

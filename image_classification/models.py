@@ -247,8 +247,8 @@ def _overrides(args: ModelArguments, source: PreTrainedConfig) -> dict[str, Any]
 
 
 def _plain(config: PreTrainedConfig, keep_labels: bool) -> dict[str, Any]:
-    """The configuration as a dictionary, without where it came from."""
-    drop = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype"}
+    """The configuration as a dictionary, without where it came from, and whose maps it attended with."""
+    drop = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "teacher_attention"}
     drop |= set() if keep_labels else {"id2label", "label2id"}
     return {key: value for key, value in config.to_dict().items() if key not in drop}
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from . import transfer
 from .arguments import Settings, to_json
 from .console import describe
 from .data import ImageData, decode
@@ -156,6 +157,22 @@ def write_card(
     table = [f"| `{key}` | {record[key]} |" for key in _HYPERPARAMETERS if record.get(key) is not None]
     table.insert(0, f"| learning rate | {settings.training.describe_learning_rate()} |")
     code = ", trust_remote_code=True" if karat else ""
+    teacher = transfer.needs(model.config)
+    use = f"""```python
+from transformers import pipeline
+
+classifier = pipeline("image-classification", model="{name}"{code})
+classifier("{SAMPLE}")
+```
+
+`model` is this folder, or its name on the Hub. The image processor saved here resizes and normalises exactly as the
+evaluation did."""
+    if teacher is not None:
+        use = f"""This model does not work alone: in every block and head it attends with the maps of its teacher,
+`{teacher}`, of the same image, and its own queries and keys were never trained. A pipeline, which knows no teacher,
+gives wrong answers without a warning. This evaluates it:
+`python run_image_classification.py --eval --resume FOLDER --teacher_attention TEACHER`;
+`image_classification.transfer` feeds the maps to a model in Python."""
     about = (
         "An image classifier with Kolmogorov-Arnold Attention "
         "([KArAt](https://arxiv.org/abs/2503.10632)): the row-wise softmax of a Vision Transformer's attention is "
@@ -164,6 +181,11 @@ def write_card(
         else "A Vision Transformer with softmax attention, the baseline of Kolmogorov-Arnold Attention "
         "([KArAt](https://arxiv.org/abs/2503.10632))."
     )
+    if teacher is not None:
+        about = (
+            f"A Vision Transformer that attends with the maps of another model, `{teacher}`, its teacher (attention "
+            "transfer, as in [KArAt](https://arxiv.org/abs/2503.10632))."
+        )
     labels = ", ".join(data.labels[:20]) + (f", ... ({len(data.labels)} in all)" if len(data.labels) > 20 else "")
     start = f"Started from the weights of `{Path(settings.model.finetune).name}`." if settings.model.finetune else ""
     choice = f"\n{describe_choice(weights, metrics)}\n" if weights is not None else ""
@@ -216,15 +238,7 @@ def write_card(
 
 ## Use
 
-```python
-from transformers import pipeline
-
-classifier = pipeline("image-classification", model="{name}"{code})
-classifier("{SAMPLE}")
-```
-
-`model` is this folder, or its name on the Hub. The image processor saved here resizes and normalises exactly as the
-evaluation did.
+{use}
 
 ## How it was trained
 
@@ -276,15 +290,20 @@ def predict_command(folder: str | Path) -> str:
 def summary(folder: str | Path, finished: dict[str, Any]) -> str:
     """The last words of a run."""
     metrics, images, folder = finished["metrics"], finished["eval_images"], Path(folder)
+    last = [
+        "",
+        "Classify an image (put one of your own in place of the sample):",
+        f"  {predict_command(folder)}",
+    ]
+    if teacher := finished.get("teacher"):
+        last = ["", f"It attends with the maps of its teacher, {teacher}, and is of no use without it."]
     return "\n".join(
         [
             f"  result      {describe(metrics)}",
             f"              {round(metrics['eval_accuracy'] * images):,} of {images:,} held-out images right",
             f"  checkpoint  {folder}",
             f"  curves      {folder / CURVES}",
-            "",
-            "Classify an image (put one of your own in place of the sample):",
-            f"  {predict_command(folder)}",
+            *last,
         ]
     )
 

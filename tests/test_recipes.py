@@ -10,6 +10,7 @@ from image_classification import main as script
 from image_classification.arguments import parse_settings
 from image_classification.errors import InputError
 from image_classification.models import build_config
+from image_classification.transfer import check_teacher
 from tests.images import own_library_settings  # noqa: F401
 from tests.test_presets import PARAMETERS, count_parameters
 
@@ -58,7 +59,7 @@ NAMES = {
 def test_there_is_a_recipe_for_each_figure_and_no_other():
     found = {path.relative_to(CONFIGURATION).as_posix() for path in CONFIGURATION.glob("*/*.yaml")}
     expected = {f"{data}/vit_{model}.yaml" for data in SETS for model in PAPER}
-    expected |= {f"ablations/{name}.yaml" for name in ABLATIONS}
+    expected |= {f"ablations/{name}.yaml" for name in (*ABLATIONS, "attention_transfer")}
     assert {name for name in found if not name.startswith("base/")} == expected
 
 
@@ -108,6 +109,16 @@ def test_ablations_differ_in_one_thing(name):
     # 12 blocks of 3 heads; on top of the function's own, two scales an edge, and the projector.
     expected = softmax + 12 * 3 * 197 * rank * (per_edge + 3)
     assert count_parameters(build_config(settings.model, [str(label) for label in range(10)])) == expected
+
+
+def test_attention_transfer_is_the_softmax_recipe_with_the_karat_models_maps():
+    settings = parse_settings([str(CONFIGURATION / "ablations" / "attention_transfer.yaml"), "--use_cpu"])
+    softmax = parse_settings([str(CONFIGURATION / "cifar10" / "vit_tiny_patch16_224.yaml"), "--use_cpu"])
+    karat = parse_settings([str(CONFIGURATION / "cifar10" / "vit_tiny_patch16_224_karat.yaml"), "--use_cpu"])
+    changed = {key for key, value in settings.record.items() if softmax.record[key] != value}
+    assert changed == {"teacher_attention", "output_dir"} and settings.reported == {"top1": 77.94}
+    assert settings.model.teacher_attention == karat.training.output_dir
+    check_teacher("teacher", build_config(karat.model), build_config(settings.model))
 
 
 def test_log_and_card_set_the_papers_figure_beside_the_runs(tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
+from image_classification import transfer
 from image_classification.arguments import RunArguments
 from image_classification.metrics import ComputeMetrics, preprocess
 from image_classification.trainer import ImageClassificationTrainer
@@ -43,6 +44,7 @@ class Run:
         images: three steps an epoch; not a multiple of the batch, so that the last step has fewer.
         settings: of the training.
         soft: labels are probabilities.
+        fed: with the attention maps of a KArAt teacher.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Run:
     images: int
     settings: dict
     soft: bool = False
+    fed: bool = False
 
 
 RUNS = [
@@ -57,12 +60,18 @@ RUNS = [
     Run("blockwise", {"base_fn": "zero"}, 10, {"model_ema": True, "model_ema_decay": 0.9}),
     Run("universal", {"sharing": "universal", "base_fn": "silu"}, 11, {"attn_lr": 0.05}),
     Run("frozen", {"train_basis": False, "train_base": False, "num_karat_heads": 1, "karat_layers": [1]}, 9, {}, True),
+    Run("fed", None, 10, {"model_ema": True, "model_ema_decay": 0.9, "gradient_checkpointing": True}, fed=True),
     Run("softmax", None, 11, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "label_smoothing_factor": 0.1}),
 ]
 
 
 def make_model(run: Run):
     torch.manual_seed(0)
+    if run.fed:
+        teacher = KArAtViTForImageClassification(KArAtViTConfig(**SIZES, qkv_bias=False))
+        student = ViTForImageClassification(ViTConfig(**SIZES))
+        transfer.feed(student, transfer.AttentionTeacher(teacher), "teacher")
+        return student
     if run.model is None:
         return ViTForImageClassification(ViTConfig(**SIZES))
     return KArAtViTForImageClassification(KArAtViTConfig(**SIZES, **run.model))
