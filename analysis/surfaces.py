@@ -5,15 +5,16 @@ import contextlib
 import copy
 import itertools
 import json
+import multiprocessing
 import os
-import pickle
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Generator, Iterator, MutableMapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection, parent_process
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -108,13 +109,14 @@ def evaluate(
     """
     missing = {key: point for key, point in points.items() if key not in store}
     with tqdm(total=len(points), initial=len(points) - len(missing), desc=title, unit="point", leave=False) as bar:
-        results = _here if len(devices) == 1 or len(missing) < 2 else _spread
-        for key, (loss, accuracy) in results(model, directions, objective, missing, devices[: len(missing)]):
-            store[key] = {"loss": loss, "accuracy": accuracy}
-            bar.update()
+        way = _here if len(devices) == 1 or len(missing) < 2 else _spread
+        with contextlib.closing(way(model, directions, objective, missing, devices[: len(missing)])) as results:
+            for key, (loss, accuracy) in results:
+                store[key] = {"loss": loss, "accuracy": accuracy}
+                bar.update()
 
 
-Results = Iterator[tuple[str, tuple[float, float]]]
+Results = Generator[tuple[str, tuple[float, float]], None, None]
 
 
 def _here(model, directions, objective, points, devices) -> Results:
@@ -131,42 +133,45 @@ def _here(model, directions, objective, points, devices) -> Results:
 
 
 def _spread(model, directions, objective, points, devices) -> Results:
-    # A new process: CUDA does not survive a fork. Tensors that are handed over are shared, not copied, except the
-    # model's: many small ones would take as many open files.
-    context = torch.multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork.
     queue = context.SimpleQueue()
     for device in devices:
         queue.put(device)
-    own = (pickle.dumps(copy.deepcopy(model).cpu()), directions, objective, queue)
-    pool = ProcessPoolExecutor(len(devices), context, _begin_worker, own)
-    try:
-        futures = {pool.submit(_work, *point): key for key, point in points.items()}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise InputError(
-            "A worker process died; a computer out of memory kills the largest. What was computed is kept: give the "
-            "same command again, with fewer --workers or a smaller --batch-size."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory() as folder:
+        # By a file, which all of them map: shared memory is short in containers, and open files are anywhere.
+        handed = Path(folder) / "handed.pt"
+        with saved.writing("What the workers read", handed.parent, "Set TMPDIR to a folder with more space."):
+            torch.save((copy.deepcopy(model).cpu(), directions, objective), handed)
+        pool = ProcessPoolExecutor(len(devices), context, _begin_worker, (str(handed), queue))
+        try:
+            futures = {pool.submit(_work, *point): key for key, point in points.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "A worker process died; a computer out of memory kills the largest. What was computed is kept: give "
+                "the same command again, with fewer --workers or a smaller --batch-size."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _surface: Surface | None = None
 
 
-def _begin_worker(model: bytes, directions: torch.Tensor, objective: Objective, devices) -> None:
+def _begin_worker(handed: str, devices) -> None:
     global _surface
     # Ctrl-C is the parent's to handle; should it be killed, nobody else would stop its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent_process().sentinel,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     device = devices.get()
     if device.type == "cpu":
         torch.set_num_threads(1)
     elif device.type == "cuda":
         torch.cuda.set_device(device)
+    model, directions, objective = torch.load(handed, map_location="cpu", mmap=True, weights_only=False)
     with _memory_errors():
-        _surface = Surface(pickle.loads(model).to(device), directions, objective)
+        _surface = Surface(model.to(device), directions, objective)
 
 
 def _end_with(sentinel) -> None:
