@@ -80,6 +80,14 @@ PICTURES = (
         "images: KArAt's rank ends at r. Right: the effective rank of every block.",
     ),
     Picture(
+        "faithfulness",
+        "faithfulness --model MODEL --compare COMPARE --num-images 100 --batch-size 50",
+        "faithfulness",
+        "What the maps are worth: the probability of the predicted class while patches vanish, the map's strongest "
+        "first, and while they appear in the blurred image; bands are 95 % intervals of the mean over the images. A map "
+        "is good where it is well below (deletion) or above (insertion) the random one.",
+    ),
+    Picture(
         "landscape",
         "landscape --model MODEL --compare COMPARE --grid 31 --num-images 128 --log",
         "landscape",
@@ -148,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     load_checkpoint(compare, "--compare")
     for command in dict.fromkeys(picture.command for picture in pictures):
         words = [{"MODEL": model, "COMPARE": compare}.get(word, word) for word in command.split()]
-        if args.images and words[0] in ("functions", "attention", "spectrum"):
+        if args.images and words[0] in ("functions", "attention", "spectrum", "faithfulness"):
             words += ["--images", *args.images]
         words += ["--output", str(figures)] + (["--overwrite"] if args.overwrite else [])
         print(f"python -m analysis {shlex.join(words)}")
