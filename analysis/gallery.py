@@ -84,8 +84,8 @@ PICTURES = (
         "faithfulness --model MODEL --compare COMPARE --num-images 100 --batch-size 50",
         "faithfulness",
         "What the maps are worth: the probability of the predicted class while patches vanish, the map's strongest "
-        "first, and while they appear in the blurred image; bands are 95 % intervals of the mean over the images. A map "
-        "is good where it is well below (deletion) or above (insertion) the random one.",
+        "first, and while they appear in the blurred image; bands are 95 % intervals of the mean over the images. A "
+        "map is good where it is well below (deletion) or above (insertion) the random one.",
     ),
     Picture(
         "landscape",
