@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from image_classification import main, models
 from image_classification.arguments import CONFIGURATION, parse_settings
 from image_classification.data import decode, load_data
-from image_classification.device_augmentation import read
+from image_classification.device_augmentation import DrawnBatch, read
 from image_classification.errors import InputError
 from image_classification.trainer import ImageClassificationTrainer
 from image_classification.transforms import build_image_processor
@@ -152,10 +152,14 @@ class Pipeline:
             trainer = self.trainer("check", 0, 1, [*way, "--random_erasing_mode", "const"])
             rows = [trainer.train_dataset[index] for index in range(64)]
             made = trainer.data_collator(rows)
-            batches.append(made if isinstance(made, dict) else made.to(trainer.args.device))
+            batches.append(made if isinstance(made, dict) else self.on_device(made))
         workers, device = (batch["pixel_values"].cpu() for batch in batches)
         labels = (batches[0]["labels"] - batches[1]["labels"].cpu()).abs().max()
         return float((workers - device).abs().mean()) * 255 * 0.226 if labels < 1e-5 else float("inf")
+
+    def on_device(self, drawn: DrawnBatch) -> dict[str, torch.Tensor]:
+        """As the data loader and accelerate do it."""
+        return (drawn.pin_memory() if self.device == "cuda" else drawn).to(torch.device(self.device))
 
 
 def parts(pipeline: Pipeline, table: Table, row: dict, repeats: int) -> None:
@@ -179,9 +183,7 @@ def parts(pipeline: Pipeline, table: Table, row: dict, repeats: int) -> None:
         per_second(f"a worker's part, {way}, one core", lambda dataset=dataset: [dataset[i] for i in range(128)], 128)
     trainer = pipeline.trainer("part", 0, 1, ["--augment_on", "device"])
     drawn = trainer.data_collator([trainer.train_dataset[index] for index in range(pipeline.batch)])
-    if pipeline.device == "cuda":
-        drawn = drawn.pin_memory()
-    per_second("the device's part", lambda: drawn.to(trainer.args.device), pipeline.batch)
+    per_second("the device's part", lambda: pipeline.on_device(drawn), pipeline.batch)
     if pipeline.device == "cuda":
         from torchvision.io import decode_jpeg
 
@@ -196,7 +198,7 @@ def parts(pipeline: Pipeline, table: Table, row: dict, repeats: int) -> None:
         rows = [trainer.train_dataset[i] for i in range(pipeline.batch)]
         per_second("a worker's part, device decodes", lambda: [trainer.train_dataset[i] for i in range(128)], 128)
         drawn = trainer.data_collator(rows)
-        per_second("the device's part, with decoding", lambda: drawn.to(trainer.args.device), pipeline.batch)
+        per_second("the device's part, with decoding", lambda: pipeline.on_device(drawn), pipeline.batch)
 
 
 def run(device: str, table: Table, batch: int, count: int, begin: int, end: int, ways: list[tuple[int, float]]) -> None:

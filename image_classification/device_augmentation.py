@@ -4,10 +4,12 @@ Training augmentation on the device that trains, a batch at a time, where CPU wo
 
 A worker reads an image, crops and resizes it, and draws the random numbers of everything else, with the very objects
 and generators of `TrainTransform`: for the same key both ways crop, flip, change and erase alike. The drawn operations
-travel with the batch (`DrawnBatch`), whose `to`, which accelerate calls, carries them out: every operation once, on all
-images that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG), which works while the step
-before trains. The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic
-(a = -0.75; Pillow: -1), and the noise of random erasing comes from the device's generator.
+travel with the batch (`DrawnBatch`), which carries them out where it is moved to: every operation once, on all images
+that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG). On a GPU most of this is done while the
+step before trains, by the thread of PyTorch's data loader that would otherwise pin memory.
+
+The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic (a = -0.75; Pillow: -1),
+and the noise of random erasing comes from the device's generator.
 """
 
 import contextlib
@@ -297,6 +299,7 @@ class DrawnBatch:
         pieces: of `encoded`: which image, its first byte and the one behind its last, its crop, its name for errors.
         key: of the random numbers of the batch.
         finish: what happens on the device.
+        changed: whether the images are decoded, flipped and changed by their operations, and all is on the device.
     """
 
     pixels: torch.Tensor
@@ -310,31 +313,37 @@ class DrawnBatch:
     pieces: list[tuple[int, int, int, tuple[int, int, int, int], str]]
     key: tuple[int, ...]
     finish: "DeviceAugmentation"
+    changed: bool = False
 
     def pin_memory(self) -> "DrawnBatch":
-        """Called by PyTorch's data loader, in a thread of its own: JPEGs are decoded while the step before trains."""
-        encoded = self.encoded
-        batch = dataclasses.replace(self, encoded=encoded[:0])._each(lambda tensor: tensor.pin_memory())
-        batch = dataclasses.replace(batch, encoded=encoded)
-        return batch._decoded(torch.device("cuda", torch.cuda.current_device())) if self.pieces else batch
+        """Called by PyTorch's data loader in a thread of its own: most is done there, while the step before trains."""
+        if not torch.cuda.is_available():
+            return self._each(lambda tensor: tensor.pin_memory())
+        return self._changed(torch.device("cuda", torch.cuda.current_device()))
 
     def to(self, device: torch.device, non_blocking: bool = True) -> dict[str, torch.Tensor]:
         """Called by accelerate. -> `pixel_values` (B, 3, height, width) and `labels`, augmented on `device`."""
-        batch = self._decoded(torch.device(device))
+        batch = self if self.changed else self._changed(torch.device(device))
         if batch.pixels.is_cuda:
-            # Made on another stream, which must not have the memory back before this one is through with it.
-            batch.pixels.record_stream(torch.cuda.current_stream(batch.pixels.device))
-        return self.finish(batch._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned())))
+            # Another stream's memory, which must not have it back before this one is through with it.
+            stream = torch.cuda.current_stream(batch.pixels.device)
+            for tensor in (batch.pixels, batch.labels, batch.boxes):
+                tensor.record_stream(stream)
+        return self.finish(batch)
 
-    def _decoded(self, device: torch.device) -> "DrawnBatch":
-        """With no image still to be decoded, and the pixels on `device`."""
-        if not self.pieces:
-            return self
+    @torch.no_grad()
+    def _changed(self, device: torch.device) -> "DrawnBatch":
+        """With what is left for `finish` on `device`: all images decoded, flipped and changed by their operations."""
         with _own_stream(device) as finished:
-            return self._decoded_here(device, finished)
+            pixels = self._decode(device, finished)
+            batch = dataclasses.replace(self, pixels=pixels, encoded=self.encoded[:0], pieces=[], changed=True)
+            batch = batch._each(lambda tensor: tensor.to(device))
+            batch = dataclasses.replace(batch, pixels=self.finish.change(batch))
+            finished()
+        return batch
 
-    def _decoded_here(self, device: torch.device, finished: Callable[[], None]) -> "DrawnBatch":
-        pixels = self.pixels.to(device, non_blocking=self.pixels.is_pinned())
+    def _decode(self, device: torch.device, finished: Callable[[], None]) -> torch.Tensor:
+        pixels = self.pixels.to(device)
         files = [self.encoded[begin:end] for _, begin, end, _, _ in self.pieces]
         for begin in range(0, len(files), AT_ONCE):
             part = slice(begin, begin + AT_ONCE)
@@ -343,7 +352,7 @@ class DrawnBatch:
             which = torch.tensor([piece[0] for piece in self.pieces[part]], device=device)
             pixels[which] = crop_and_resize(images, boxes, pixels.shape[2:], self.finish.interpolation)
             finished()
-        return dataclasses.replace(self, pixels=pixels, encoded=self.encoded[:0], pieces=[])
+        return pixels
 
     def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "DrawnBatch":
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -354,7 +363,7 @@ class DrawnBatch:
 @contextlib.contextmanager
 def _own_stream(device: torch.device) -> Iterator[Callable[[], None]]:
     """
-    Work beside the training, with what waits until it is done.
+    Work beside the training, with what waits until it is done. On a CPU there is only one way to work.
 
     nvJPEG writes from a stream of its own into memory that it does not wait for: so that memory is none that training
     has just given back, and what was decoded before is no longer needed.
@@ -467,7 +476,7 @@ class CollateDrawn:
 class DeviceAugmentation:
     """
     `DrawnBatch` on a device -> a training batch: flip, RandAugment or colour jitter, normalisation, random erasing,
-    mixup and CutMix. Nothing of it waits for the device.
+    mixup and CutMix. None of it waits for the device.
     """
 
     def __init__(self, args: DataArguments, classes: int, processor: BaseImageProcessor):
@@ -477,14 +486,19 @@ class DeviceAugmentation:
         self.noise = args.random_erasing_mode == "pixel"
         self.mix = Mix(args, classes) if mixes(args) else None
 
-    @torch.no_grad()
-    def __call__(self, batch: DrawnBatch) -> dict[str, torch.Tensor]:
+    def change(self, batch: DrawnBatch) -> torch.Tensor:
+        """Flips and operations: uint8 (B, 3, height, width)."""
         images = torch.where(batch.flips[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
         for runs, order, numbers in zip(batch.runs, batch.order, batch.numbers, strict=True):
             for name, begin, end in runs:
                 which = order[begin:end]
                 images[which] = self.apply(name, images[which], numbers[begin:end])
-        images = images.float()
+        return images
+
+    @torch.no_grad()
+    def __call__(self, batch: DrawnBatch) -> dict[str, torch.Tensor]:
+        """The rest."""
+        images = batch.pixels.float()
         # By numbers: a tensor of them would have to be sent, and torchvision's `normalize` waits for the device.
         for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
             channel.sub_(255 * mean).div_(255 * std)
