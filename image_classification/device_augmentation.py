@@ -5,8 +5,8 @@ Training augmentation on the device that trains, a batch at a time, where CPU wo
 A worker reads an image, crops and resizes it, and draws the random numbers of everything else, with the very objects
 and generators of `TrainTransform`: for the same key both ways crop, flip, change and erase alike. The drawn operations
 travel with the batch (`DrawnBatch`), which carries them out where it is moved to: every operation once, on all images
-that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG). On a GPU most of this is done while the
-step before trains, by the thread of PyTorch's data loader that would otherwise pin memory.
+that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG). On a GPU most of this is done while
+the step before trains, by the thread of PyTorch's data loader that would otherwise pin memory.
 
 The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic (a = -0.75; Pillow: -1),
 and the noise of random erasing comes from the device's generator.
