@@ -198,6 +198,8 @@ def describe_model(model: PreTrainedModel) -> str:
     """One line for the log and the card: which attention, how large."""
     config = model.config
     operator = config.describe_operator() if hasattr(config, "describe_operator") else "softmax attention"
+    if teacher := getattr(config, "teacher_attention", None):
+        operator = f"attention of its teacher {teacher}"
     height, width = height_and_width(config.image_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (

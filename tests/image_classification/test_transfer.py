@@ -192,6 +192,7 @@ def test_a_run_and_its_resumption(words, tmp_path, capsys):
     assert record["settings"]["teacher_attention"] == str(tmp_path / "teacher")
     assert json.loads((whole / "config.json").read_text())["teacher_attention"] == "teacher"
     card = (whole / "README.md").read_text()
+    assert "* Model: attention of its teacher teacher; 2 blocks" in card
     assert "does not work alone" in card and "pipeline(" not in card and "`teacher`" in card
     # Stopped after its second step, it goes on to the same bits.
     shutil.copytree(whole, folder)
