@@ -2,7 +2,7 @@
 # `make help` lists the targets. Each does the set-up that it needs; what is done already is skipped.
 
 VENV ?= .venv
-# Arguments of `make train`, `make gallery` and `make test-pinned`.
+# Arguments of `make train`, `make demo`, `make gallery` and `make test-pinned`.
 ARGS ?=
 # Processes that run tests.
 JOBS ?= 2
@@ -16,7 +16,7 @@ caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train gallery test test-pinned test-lowest lint format clean
+.PHONY: help train demo gallery test test-pinned test-lowest lint format clean
 
 help: ## List the targets
 	@echo "make TARGET [VENV=path of the Python environment, $(VENV) unless given]"
@@ -25,6 +25,9 @@ help: ## List the targets
 
 train: $(VENV)/.installed-train ## Train; the handwritten digits by default, or ARGS="[recipe.yaml] [flags]"
 	$(python) run_image_classification.py $(ARGS)
+
+demo: $(VENV)/.installed-demo ## Show a model on a page in the browser: ARGS="--model DIR_OR_REPO [flags]"
+	$(python) -m analysis demo $(ARGS)
 
 gallery: $(VENV)/.installed-analysis ## Make the pictures of docs/gallery anew, from models that it trains
 	$(python) -m analysis gallery --overwrite $(ARGS)

@@ -72,24 +72,34 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, query: int
         query: token, 0 for [CLS].
         batch_size: images computed at once.
     """
-    before, after, rolled = [], [], []
-    # Rollout needs the maps of all blocks: a batch at a time.
+    return compute_all(checkpoint, pixels, query, batch_size)[block]
+
+
+def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, batch_size: int = 8) -> list[Maps]:
+    """`compute` for every block, first to last, in the same forward passes: rollout needs the maps of all anyway."""
+    blocks = range(checkpoint.blocks)
+    before, after, rolled = {block: [] for block in blocks}, {block: [] for block in blocks}, []
     for part in pixels.split(batch_size):
-        attention = record(checkpoint, part, list(range(checkpoint.blocks)), batch_size)
-        before.append(attention[block].scores[:, :, query])
-        after.append(attention[block].maps[:, :, query])
-        rolled.append(rollout([attention[index].maps.numpy() for index in range(checkpoint.blocks)])[:, query])
-    return Maps(
-        checkpoint.name,
-        checkpoint.kind,
-        checkpoint.head_kinds(block),
-        checkpoint.grid,
-        block,
-        query,
-        torch.cat(before).numpy(),
-        torch.cat(after).numpy(),
-        np.concatenate(rolled),
-    )
+        attention = record(checkpoint, part, list(blocks), batch_size)
+        for block in blocks:
+            # Copies, so that the whole N x N maps are not kept alive.
+            before[block].append(attention[block].scores[:, :, query].clone())
+            after[block].append(attention[block].maps[:, :, query].clone())
+        rolled.append(rollout([attention[block].maps.numpy() for block in blocks])[:, query])
+    return [
+        Maps(
+            checkpoint.name,
+            checkpoint.kind,
+            checkpoint.head_kinds(block),
+            checkpoint.grid,
+            block,
+            query,
+            torch.cat(before[block]).numpy(),
+            torch.cat(after[block]).numpy(),
+            np.concatenate(rolled),
+        )
+        for block in blocks
+    ]
 
 
 def rollout(maps: list[np.ndarray]) -> np.ndarray:
@@ -178,7 +188,9 @@ def draw_signed(values: np.ndarray, axes: Axes, norm=None):
     return style.blank(axes).imshow(values, cmap=style.DIVERGING, norm=norm or style.symmetric(values))
 
 
-def draw_overlay(picture: np.ndarray, values: np.ndarray, axes: Axes, low: float | None = 0.0) -> Axes:
+def draw_overlay(
+    picture: np.ndarray, values: np.ndarray, axes: Axes, low: float | None = 0.0, opacity: float = 0.85
+) -> Axes:
     """
     A map as a red veil over the image in pale grey.
 
@@ -188,6 +200,7 @@ def draw_overlay(picture: np.ndarray, values: np.ndarray, axes: Axes, low: float
         axes: where.
         low: the value that is clear, as is all below it (0 clips what is negative); `None` for the smallest. The
             largest is the densest.
+        opacity: of the veil where it is densest, from 0 to 1.
     """
     # Fine enough for a smooth veil over the smallest image.
     factor = -(-160 // min(picture.shape[:2]))
@@ -196,9 +209,9 @@ def draw_overlay(picture: np.ndarray, values: np.ndarray, axes: Axes, low: float
     veil = np.clip(values - low, 0, None)
     veil = torch.as_tensor(veil / (veil.max() or 1.0), dtype=torch.float32)[None, None]
     veil = torch.nn.functional.interpolate(veil, grey.shape, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
-    opacity = 0.85 * veil.numpy()[..., None]
+    dense = opacity * veil.numpy()[..., None]
     pale = (0.35 + 0.65 * grey)[..., None]
-    style.blank(axes).imshow((1 - opacity) * pale + opacity * np.array(to_rgb(style.RED)))
+    style.blank(axes).imshow((1 - dense) * pale + dense * np.array(to_rgb(style.RED)))
     return axes
 
 
@@ -231,6 +244,33 @@ def draw_region(picture: np.ndarray, inside: np.ndarray, axes: Axes) -> Axes:
 def draw_strongest(heads: np.ndarray, count: int, axes: Axes):
     """The strongest head at each patch, (rows, columns) of numbers below `count`, a colour each. Returns the image."""
     return style.blank(axes).imshow(heads, cmap=style.categories(count), vmin=-0.5, vmax=count - 0.5)
+
+
+def draw_overview(rows: np.ndarray, grid: tuple[int, int], axes: Axes) -> Axes:
+    """
+    Every head of every block as a small signed map, side by side: blocks to the right, heads downwards.
+
+    Each map has its own scale, so that those of all blocks can be seen. On the axes, head k of block b is the square
+    about (b, k).
+
+    Args:
+        rows: (blocks, heads, N).
+        grid: rows and columns of patches.
+        axes: where.
+    """
+    blocks, heads = rows.shape[:2]
+    largest = np.abs(rows[..., 1:]).max(-1, keepdims=True)
+    maps = on_grid(rows / np.where(largest > 0, largest, 1), grid)
+    # Enlarged, for white lines between the maps that are a sixth of their sides.
+    factor = -(-24 // min(grid))
+    gap = factor * min(grid) // 12
+    tiles = np.pad(np.kron(maps, np.ones((factor, factor))), ((0, 0), (0, 0), (gap, gap), (gap, gap)))
+    height, width = tiles.shape[2:]
+    mosaic = tiles.transpose(1, 2, 0, 3).reshape(heads * height, blocks * width)
+    extent = (-0.5, blocks - 0.5, heads - 0.5, -0.5)
+    axes.imshow(mosaic, cmap=style.DIVERGING, vmin=-1, vmax=1, extent=extent, aspect=height / width)
+    axes.set(xticks=range(blocks), yticks=range(heads), xlabel="block", ylabel="head")
+    return axes
 
 
 def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure) -> Figure:

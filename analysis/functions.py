@@ -81,6 +81,11 @@ def inputs_of(operator, scores: torch.Tensor, step: int = 0) -> torch.Tensor:
     return x
 
 
+def input_name(operator, step: int = 0) -> str:
+    """What figures call the inputs of a step: scores, or what an earlier step made of them."""
+    return "input $x$" if operator.mode == "w1_phi2" or step > 0 else "score $x$"
+
+
 @torch.inference_mode()
 def evaluate(operator, head: int, x: torch.Tensor, step: int = 0) -> torch.Tensor:
     """
@@ -335,14 +340,13 @@ def run(args: argparse.Namespace) -> None:
     before = None
     if earlier is not None:
         before = compute(earlier, pixels, block, heads, **common, same_as=after)
-    projected = checkpoint.operator(block).mode == "w1_phi2" or args.step > 0
     with style.context():
         panels = len(heads) * (1 if before is None else 2)
         columns = min(panels, 4)
         width = style.COLUMN if columns <= 2 else style.PAGE
         legend = 0.6 if columns < 3 else 0.3
         figure = style.figure(width, 0.15 + legend + 1.35 * -(-panels // columns))
-        draw_all(after, figure, before, edge, "input $x$" if projected else "score $x$")
+        draw_all(after, figure, before, edge, input_name(checkpoint.operator(block), args.step))
         output.figure(stem, figure)
     output.table(f"{stem}.csv", _rows(after, before, block))
     output.report()

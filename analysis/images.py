@@ -45,7 +45,12 @@ def load_images(checkpoint: Checkpoint, paths: list[str] | None, count: int, see
 
 
 def find_images(
-    checkpoints: list[Checkpoint], paths: list[str] | None, count: int, seed: int = 0, data_set: str | None = None
+    checkpoints: list[Checkpoint],
+    paths: list[str] | None,
+    count: int,
+    seed: int = 0,
+    data_set: str | None = None,
+    flag: str = "--images",
 ) -> list[Found]:
     """
     Read images for one or several models.
@@ -57,6 +62,7 @@ def find_images(
         seed: of the draw.
         data_set: a data set that run_image_classification.py knows by name (`--data_set`), or its folder
             (`--data_path`), instead of paths: its held-out images.
+        flag: which flag names the paths, for errors.
 
     Returns:
         The images. The class of those in a folder is its name, where that is a class of the first model.
@@ -73,7 +79,9 @@ def find_images(
         folder = Path(data_set).is_dir()
         args = DataArguments(data_path=data_set) if folder else DataArguments(data_set=data_set)
         return _of_data(_held_out(args, 0), count, seed)
-    return _of_run(checkpoints, count, seed) if paths is None else _of_paths(checkpoints[0], paths, count, seed)
+    if paths is None:
+        return _of_run(checkpoints, count, seed, flag)
+    return _of_paths(checkpoints[0], paths, count, seed, flag)
 
 
 def prepare(checkpoint: Checkpoint, found: list[Found]) -> Images:
@@ -96,19 +104,19 @@ def processor_of(checkpoint: Checkpoint):
     return checkpoint.processor
 
 
-def _of_paths(checkpoint: Checkpoint, paths: list[str], count: int, seed: int) -> list[Found]:
+def _of_paths(checkpoint: Checkpoint, paths: list[str], count: int, seed: int, flag: str) -> list[Found]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, in_folders = [], []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
             if not inside:
-                raise InputError(f"`--images` {path} holds no images.")
+                raise InputError(f"`{flag}` {path} holds no images.")
             in_folders += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise InputError(f"`--images` {path} does not exist.")
+            raise InputError(f"`{flag}` {path} does not exist.")
     files += [in_folders[index] for index in draw_numbers(len(in_folders), count, seed)]
     classes = set(checkpoint.labels)
     return [
@@ -121,12 +129,12 @@ def _of_paths(checkpoint: Checkpoint, paths: list[str], count: int, seed: int) -
     ]
 
 
-def _of_run(checkpoints: list[Checkpoint], count: int, seed: int) -> list[Found]:
+def _of_run(checkpoints: list[Checkpoint], count: int, seed: int, flag: str) -> list[Found]:
     checkpoint = next((checkpoint for checkpoint in checkpoints if checkpoint.run is not None), None)
     if checkpoint is None:
         raise InputError(
             f"{checkpoints[0].source} is of no run of run_image_classification.py (no run.json), so its data set is "
-            "not known. Name images with --images."
+            f"not known. Name images with {flag}."
         )
     settings = checkpoint.run["settings"]
     fields = {field.name for field in dataclasses.fields(DataArguments)}
@@ -134,7 +142,7 @@ def _of_run(checkpoints: list[Checkpoint], count: int, seed: int) -> list[Found]
     try:
         data = _held_out(args, settings["seed"])
     except InputError as error:
-        raise InputError(f"The data set of {checkpoint.source} is not there: {error} Or name --images.") from error
+        raise InputError(f"The data set of {checkpoint.source} is not there: {error} Or name {flag}.") from error
     return _of_data(data, count, seed)
 
 

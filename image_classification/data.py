@@ -179,6 +179,20 @@ def decode(item: dict[str, Any], where: str) -> Image.Image:
         raise InputError(
             f"The image {name} cannot be read ({error}). It is truncated, damaged or no image: replace or remove it."
         ) from error
+    return upright_rgb(image, name)
+
+
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """
+    An image as its EXIF data say that it is to be held, in RGB.
+
+    Args:
+        image: any that was read.
+        name: what errors call it.
+
+    Raises:
+        InputError: it has more than 8 bits a channel.
+    """
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         finite = bool(np.isfinite(np.asarray(image)).all())
         kind = f"has pixels of mode {image.mode}" if finite else "has pixels that are NaN or infinite"
