@@ -213,10 +213,9 @@ def read(item: dict[str, Any], where: str, device_decode: float = 0.0) -> "torch
                 content = file.read()
         if content[:3] == b"\xff\xd8\xff":
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            if zlib.crc32(content[-1024:]) < device_decode * 2**32 and _is_plain(content):
-                with Image.open(io.BytesIO(content)) as header:
-                    width, height = header.size
-                return Encoded(encoded, height, width, where)
+            chosen = zlib.crc32(content[-1024:]) < device_decode * 2**32
+            if chosen and (size := _plain_size(content)) is not None:
+                return Encoded(encoded, *size, where)
             image = decode_jpeg(encoded, apply_exif_orientation=True)
             if image.shape[0] in (1, 3):  # Not CMYK.
                 return image.expand(3, -1, -1)
@@ -225,13 +224,15 @@ def read(item: dict[str, Any], where: str, device_decode: float = 0.0) -> "torch
     return torch.from_numpy(np.array(decode(item, where))).permute(2, 0, 1)
 
 
-def _is_plain(content: bytes) -> bool:
-    """Whether a JPEG is whole, grey or coloured by the usual three, and upright: what nvJPEG reads as Pillow does."""
+def _plain_size(content: bytes) -> tuple[int, int] | None:
+    """
+    Height and width of a JPEG that nvJPEG reads as Pillow does: whole, grey or coloured by the usual three, upright.
+    """
     if content[-2:] != b"\xff\xd9":
-        return False
+        return None
     with Image.open(io.BytesIO(content)) as header:
         upright = header.getexif().get(ExifTags.Base.Orientation) in (None, 1)
-        return header.mode in ("RGB", "L") and upright
+        return header.size[::-1] if header.mode in ("RGB", "L") and upright else None
 
 
 def crop_and_resize(

@@ -170,6 +170,8 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
     model = models.build_model(settings.model, data.labels)
     if plan.checkpoint:
         _check_resumed(model, plan.checkpoint, data)
+        if settings.data.streaming:
+            logger.info("What was seen of the epoch is read again, without decoding it, before training goes on.")
     with args.main_process_first(desc="writing the image processor"):
         if args.should_save:
             runs.write_record(settings)

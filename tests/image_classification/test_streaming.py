@@ -265,6 +265,7 @@ def test_run_goes_on_exactly_with_any_number_of_workers(shards, tmp_path, small,
     words = words_of(shards, small, by_workers, 16)
     words[words.index("--dataloader_num_workers") + 1] = "2"
     assert script.main(words) == 0
+    assert script.main([*words_of(shards, small, tmp_path / "device", 16), "--augment_on", "device"]) == 0
     expected = load_file(whole / "model.safetensors")
     for folder in (part, by_workers):
         assert all(
