@@ -8,6 +8,7 @@ correlated colours, and shapes with edges), 500x375 and 375x500, quality 90.
 
 import contextlib
 import functools
+import gc
 import io
 import os
 import shutil
@@ -143,6 +144,8 @@ class Pipeline:
         clock = Clock(begin, end, self.batch)
         trainer.add_callback(clock)
         trainer.train()
+        del trainer
+        gc.collect()  # Its data workers end now, and not beside the next run.
         return clock.per_second
 
     def difference(self, share: float) -> float:
@@ -210,6 +213,7 @@ def run(device: str, table: Table, batch: int, count: int, begin: int, end: int,
             number of workers is that of the workers' own way, too.
     """
     torch.set_num_threads(1)
+    workers, shorter = ways[0][0], max(begin + 1, (begin + end) // 2)
     folder = Path(tempfile.mkdtemp(prefix="karat-input-"))
     try:
         began = time.perf_counter()
@@ -232,13 +236,12 @@ def run(device: str, table: Table, batch: int, count: int, begin: int, end: int,
                 ways = [way for way in ways if way[1] != share]
         synthetic = pipeline.images_per_second("synthetic", 0, begin, end, kind=SyntheticTrainer)
         table.add(**row, provider="synthetic", what="train", images_per_second=synthetic)
-        for workers, share in ways:
-            name, flags = f"device, {workers} workers, {share:.0%} decoded", ["--augment_on", "device"]
-            rate = pipeline.images_per_second(name, workers, begin, end, flags=[*flags, "--device_decode", str(share)])
+        for number, share in ways:
+            name, flags = f"device, {number} workers, {share:.0%} decoded", ["--augment_on", "device"]
+            rate = pipeline.images_per_second(name, number, begin, end, flags=[*flags, "--device_decode", str(share)])
             table.add(**row, provider=name, what="train", images_per_second=rate, ratio=rate / synthetic)
-        workers, shorter = ways[0][0], max(begin + 1, (begin + end) // 2)
         rate = pipeline.images_per_second("workers", workers, begin, shorter)
-        name = f"workers, {workers}"
+        name = f"workers, {workers} workers"
         table.add(**row, provider=name, what="train", images_per_second=rate, ratio=rate / synthetic)
         parts(pipeline, table, row | {"provider": "part"}, 2)
     finally:
