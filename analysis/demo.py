@@ -3,9 +3,9 @@
 A page in the browser: drop in an image and see the five best guesses of a model, where each head of each block looks,
 and the functions that a KArAt head learned; with --compare, a second model beside it.
 
-Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after an hour. With
---push_to_space, it serves nothing here, and makes the same page a Space of the Hugging Face Hub instead: models in
-folders are uploaded with it, models on the Hub are loaded from there.
+Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after about an
+hour. With --push_to_space, it serves nothing here, and makes the same page a Space of the Hugging Face Hub instead:
+models in folders are uploaded with it, models on the Hub are loaded from there.
 """
 
 import argparse
@@ -34,7 +34,10 @@ from .images import find_images, prepare, processor_of
 TOP = 5
 # Images of more pixels are shrunk to this many as they are read.
 SHRINK_ABOVE = 2**24
-# Images that are remembered: moving a slider need not run the model again.
+# What is read. Pillow knows more, and hands some, such as EPS, to other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# Images that are remembered, so that moving a slider need not run the model again. They are told apart by their paths:
+# Gradio names an upload by its content.
 REMEMBERED = 64
 EXAMPLES = 48
 # Of the pictures that are drawn.
@@ -247,7 +250,7 @@ def read_image(path: str) -> tuple[Image.Image, list[str]]:
     """
     notes = []
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
         megapixels = image.width * image.height / 1e6
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
@@ -271,7 +274,8 @@ def read_image(path: str) -> tuple[Image.Image, list[str]]:
         raise InputError(f"The image is too large: at most {limit:.0f} megapixels. Shrink it first.") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others for broken files.
         raise InputError(
-            "This file cannot be read: it is damaged, cut short, or no image. Try a PNG, JPEG, WebP, GIF, BMP or TIFF."
+            "This file cannot be read: it is damaged, cut short, or no image of a known kind. Try PNG, JPEG, WebP, "
+            "GIF, BMP, TIFF or AVIF."
         ) from error
     return upright_rgb(image, Path(path).name), notes
 

@@ -3,6 +3,7 @@
 
 import html
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from . import style
 from .demo import STAGES, TOP, VIEWS, Viewer
 
 
-# Uploaded images, and pictures made of them, are deleted after this many seconds.
+# Uploaded images, and pictures made of them, are deleted after this many seconds, and when the page ends.
 KEPT = 3600
 # Who comes when so many wait is told to try again later.
 QUEUE = 64
@@ -88,7 +89,7 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
     blocks = max(viewer.checkpoint.blocks for viewer in viewers)
     heads = max(viewer.checkpoint.heads for viewer in viewers)
     karat = any(viewer.checkpoint.is_karat for viewer in viewers)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
         gr.Markdown(INTRODUCTION + ABOUT_KARAT * karat)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -251,7 +252,9 @@ def serve(page: gr.Blocks, host: str | None, port: int | None, share: bool) -> N
     """
     page = launch(page, host, port, share)
     print(f"The page is at {page.local_url}. Ctrl-C stops it.", flush=True)
-    if share:
+    if share and page.share_url is None:
+        print("Gradio could not make a public address.", file=sys.stderr, flush=True)
+    elif share:
         print(f"For everybody, for a week: {page.share_url}", flush=True)
     page.block_thread()
 

@@ -12,13 +12,14 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import httpx
 import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from PIL import ExifTags, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -87,6 +88,13 @@ def test_sixteen_bits_become_eight(tmp_path):
         assert "16 bits" in notes[0]
 
 
+def test_sixteen_bits_are_turned_upright_too(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    deep = Image.fromarray(np.full((4, 9), 30000, np.uint16))
+    assert demo.read_image(write(tmp_path / "a.png", deep, exif=exif))[0].size == (4, 9)
+
+
 def test_transparency_is_ignored_and_said(tmp_path):
     clear, opaque = Image.new("RGBA", (5, 5), (9, 8, 7, 0)), Image.new("RGBA", (5, 5), (9, 8, 7, 255))
     image, notes = demo.read_image(write(tmp_path / "clear.png", clear))
@@ -121,7 +129,9 @@ def test_images_beyond_the_limit_are_refused_before_they_are_decoded(tmp_path, m
         demo.read_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n\x00\x00", None])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\x89PNG\r\n\x1a\n\x00\x00", None]
+)
 def test_what_is_no_image_is_refused_in_words(tmp_path, content):
     path = tmp_path / "a.png"
     if content is None:  # cut short
@@ -311,6 +321,16 @@ def test_what_cannot_be_served_is_refused(tmp_path, karat, capsys, monkeypatch):
     assert "has no image processor" in refusal(capsys, "--model", karat)
 
 
+def test_a_port_that_is_taken_is_refused(karat, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cannot be served at --host 127.0.0.1 --port {port}" in refusal(
+            capsys, "--model", karat, "--port", port
+        )
+
+
 def test_models_of_other_channels_are_refused(tmp_path, capsys):
     grey = save(karat_model(num_channels=1), tmp_path / "grey")
     assert "does not run on an RGB image" in refusal(capsys, "--model", grey)
@@ -341,13 +361,8 @@ def test_examples_are_the_runs_held_out_images(run_folder, karat, tmp_path, caps
 class Hub:
     """The Hub in memory, in place of `HfApi`: Spaces by name, each a dictionary of files."""
 
-    endpoint = "https://hub"
-
     def __init__(self):
         self.spaces, self.revision, self.created, self.failure = {}, 0, [], None
-
-    def __call__(self):
-        return self
 
     def whoami(self):
         if self.failure is not None:
@@ -388,7 +403,12 @@ class Hub:
 def hub(monkeypatch, tmp_path):
     fake = Hub()
     fake.folder = tmp_path
-    monkeypatch.setattr(space, "HfApi", fake)
+    # Calls that the real one would not take fail.
+    api = mock.create_autospec(HfApi, instance=True)
+    api.endpoint = "https://hub"
+    for name in ("whoami", "space_info", "hf_hub_download", "create_repo", "create_commit"):
+        getattr(api, name).side_effect = getattr(fake, name)
+    monkeypatch.setattr(space, "HfApi", lambda: api)
     return fake
 
 
