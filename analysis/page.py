@@ -110,9 +110,8 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
             with gr.Column(scale=6, min_width=320):
                 with gr.Group():
                     with gr.Row():
-                        # From 0, as the figures and the other commands count.
-                        block = gr.Slider(0, blocks - 1, blocks - 1, step=1, label="Block, from 0", elem_id="block")
-                        head = gr.Slider(0, heads - 1, 0, step=1, label="Head, from 0", elem_id="head")
+                        block = _number("block", blocks, blocks - 1)
+                        head = _number("head", heads, 0)
                         opacity = gr.Slider(0, 1, 0.85, step=0.05, label="Strength of the red", elem_id="opacity")
                     with gr.Row():
                         view = gr.Radio(VIEWS, value=VIEWS[0], label="Show", elem_id="view")
@@ -206,6 +205,13 @@ def _column(viewer: Viewer, number: int) -> dict[str, Part]:
         "overview": Part([all_heads, overview], show_overview, empty),
         "functions": Part([learned, functions], show_functions, empty),
     }
+
+
+def _number(what: str, count: int, value: int) -> gr.Slider | gr.Number:
+    """A slider for the block or head, from 0 as the figures and other commands count; none where there is only one."""
+    if count == 1:
+        return gr.Number(0, visible=False)
+    return gr.Slider(0, count - 1, value, step=1, label=f"{what.capitalize()}, from 0", elem_id=what)
 
 
 def _picture(alt: str, name: str, **how) -> tuple[gr.Markdown, gr.Image]:

@@ -281,6 +281,24 @@ def test_the_clipboard(visit, viewers, tmp_path):
     expect_guesses(visitor, "guesses-0", viewers[0].see(saved(tmp_path, "black.png", pixels)).guesses)
 
 
+def test_a_model_of_one_block_and_one_head(chromium, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    model = save(karat_model(num_hidden_layers=1, num_attention_heads=1), tmp_path / "model")
+    (viewer,) = demo.load_viewers(model, None, "cpu")
+    running, path = page.launch(page.build([viewer], [])), saved(tmp_path, "a.png", photo(9))
+    try:
+        visitor = chromium.new_page()
+        visitor.goto(running.local_url)
+        upload(visitor, path)
+        expect_picture(visitor, "attention-0", viewer.draw_attention(path, 0, 0)[0])
+        expect(visitor.locator("#block")).to_have_count(0)
+        visitor.get_by_label("All blocks (rollout)").check()
+        expect_picture(visitor, "attention-0", viewer.draw_attention(path, 0, 0, demo.VIEWS[2])[0])
+        visitor.close()
+    finally:
+        running.close()
+
+
 def test_it_fits_a_phone(visit, tmp_path):
     visitor = visit(viewport={"width": 360, "height": 740})
     upload(visitor, saved(tmp_path, "a.png", photo(8)))
