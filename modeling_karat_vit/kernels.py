@@ -78,6 +78,26 @@ def _cos(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def _power(x, n: tl.constexpr):
     y = tl.full(x.shape, 1.0, tl.float32)
     for _ in tl.static_range(n):
@@ -203,18 +223,29 @@ def _feature(
 
 
 @triton.jit
+def _unit(WAVELET: tl.constexpr):
+    """
+    What x~ is multiplied by before `_wavelet` sees it: for the wavelets with a bell the square root of log2(e) / 2, so
+    that exp(-x~^2 / 2) = 2^(-t^2) takes one instruction after the square.
+    """
+    return 0.8493218002880191 if WAVELET <= 2 else 1.0
+
+
+@triton.jit
 def _wavelet(t, WAVELET: tl.constexpr, FAST: tl.constexpr):
-    """psi(t) and psi'(t), Shannon's without its window."""
-    if WAVELET == 0:  # mexican_hat
-        bell = 0.8673250705840776 * tl.exp(-0.5 * t * t)
-        return (t * t - 1.0) * bell, t * (3.0 - t * t) * bell
-    elif WAVELET == 1:  # morlet
-        bell = tl.exp(-0.5 * t * t)
-        cos = _cos(5.0 * t, FAST)
-        return cos * bell, (-5.0 * _sin(5.0 * t, FAST) - t * cos) * bell
-    elif WAVELET == 2:  # dog
-        bell = tl.exp(-0.5 * t * t)
-        return t * bell, (1.0 - t * t) * bell
+    """psi and its derivative at t, in units of `_unit`; Shannon's without its window."""
+    if WAVELET == 0:  # mexican_hat: 0.8673 (x~^2 - 1) bell
+        bell = _exp2(-t * t, FAST)
+        factor = 1.2023678546086178 * (t * t) - 0.8673250705840776
+        return factor * bell, (t * bell) * (2.4047357092172357 - 1.3862943611198906 * factor)
+    elif WAVELET == 1:  # morlet: cos(5 x~) bell
+        bell = _exp2(-t * t, FAST)
+        angle = 5.887050112577373 * t
+        value = _cos(angle, FAST) * bell
+        return value, -5.887050112577373 * (_sin(angle, FAST) * bell) - 1.3862943611198906 * (t * value)
+    elif WAVELET == 2:  # dog: x~ bell
+        bell = 1.1774100225154747 * _exp2(-t * t, FAST)
+        return t * bell, bell - 1.3862943611198906 * (t * t) * bell
     elif WAVELET == 3:  # meyer
         a = tl.abs(t)
         v = tl.minimum(tl.maximum(2.0 * a - 1.0, 0.0), 1.0)
@@ -263,19 +294,22 @@ def _horner(x, ptr, step, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _rational(x, ptr, step, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr):
-    """P / (1 + |Q|), its derivative, the reciprocal of the denominator, and the sign of Q."""
+def _rational(x, ptr, step, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, FAST: tl.constexpr):
+    """
+    P / (1 + |Q|), the reciprocal of the denominator, the value with the sign of Q, and the derivatives of P and Q: the
+    derivative of the whole is (P' - signed value * Q') * reciprocal.
+    """
     p, p_slope = _horner(x, ptr, step, NUMERATOR)
     if DENOMINATOR == 0:
-        return p, p_slope, tl.full(x.shape, 1.0, tl.float32), tl.zeros_like(x)
+        return p, tl.full(x.shape, 1.0, tl.float32), tl.zeros_like(x), p_slope, tl.zeros_like(x)
     else:
         q, q_slope = _horner(x, ptr + NUMERATOR * step, step, DENOMINATOR)
         q_slope = q + x * q_slope
         q = q * x
-        reciprocal = 1.0 / (1.0 + tl.abs(q))
-        sign = tl.where(q > 0.0, 1.0, tl.where(q < 0.0, -1.0, 0.0))
+        reciprocal = _reciprocal(1.0 + tl.abs(q), FAST)
         value = p * reciprocal
-        return value, (p_slope - value * sign * q_slope) * reciprocal, reciprocal, sign
+        signed = tl.where(q > 0.0, value, tl.where(q < 0.0, -value, 0.0))
+        return value, reciprocal, signed, p_slope, q_slope
 
 
 @triton.jit
@@ -296,38 +330,35 @@ def _edge(
         value, derivative = _wavelet(x * inverse + tl.load(ptr + step), WAVELET, FAST)
         return scale * value, (scale * inverse) * derivative
     else:
-        value, derivative, _, _ = _rational(x, ptr, step, NUMERATOR, DENOMINATOR)
-        return value, derivative
+        value, reciprocal, signed, p_slope, q_slope = _rational(x, ptr, step, NUMERATOR, DENOMINATOR, FAST)
+        return value, (p_slope - signed * q_slope) * reciprocal
 
 
 @triton.jit
-def _add_row_sums(total, values, p, r, dtype: tl.constexpr):
-    """total[:, p] += the sums of the rows of `values`: on the matrix units unless `dtype` is fp32."""
-    if dtype == tl.float32:
-        return total + tl.where(r[None, :] == p, tl.sum(values, axis=1)[:, None], 0.0)
-    else:
-        chosen = tl.zeros([values.shape[1], total.shape[1]], tl.float32) + tl.where(r[None, :] == p, 1.0, 0.0)
-        return tl.dot(values.to(dtype), chosen.to(dtype), total)
+def _add_row_sums(total, values, chosen):
+    """Add the sums of the rows of `values` to one column of `total`, where `chosen`, (1, RP), is 1."""
+    return total + tl.sum(values, axis=1)[:, None] * chosen
 
 
 @triton.jit
-def _column(matrix, p, r, WIDTH: tl.constexpr):
-    """Column p of `matrix`, (rows, RP), as (rows, WIDTH) or (rows, 1)."""
-    if matrix.dtype == tl.float32:
-        return tl.sum(tl.where(r[None, :] == p, matrix, 0.0), axis=1)[:, None]
-    else:
-        chosen = tl.zeros([matrix.shape[1], WIDTH], tl.float32) + tl.where(r[:, None] == p, 1.0, 0.0)
-        return tl.dot(matrix, chosen.to(matrix.dtype))
+def _column(matrix, p, r):
+    """Column p of `matrix`, (rows, RP), as (rows, 1)."""
+    return tl.sum(tl.where(r[None, :] == p, matrix.to(tl.float32), 0.0), axis=1)[:, None]
 
 
 @triton.jit
-def _row(matrix, p, r, HEIGHT: tl.constexpr):
-    """Column p of `matrix`, (rows, RP), lying: as (HEIGHT, rows) or (1, rows)."""
-    if matrix.dtype == tl.float32:
-        return tl.sum(tl.where(r[None, :] == p, matrix, 0.0), axis=1)[None, :]
-    else:
-        chosen = tl.zeros([HEIGHT, matrix.shape[1]], tl.float32) + tl.where(r[None, :] == p, 1.0, 0.0)
-        return tl.dot(chosen.to(matrix.dtype), tl.trans(matrix))
+def _tile(ptr, rows, row_stride, columns, N, D: tl.constexpr, DP: tl.constexpr):
+    """(rows, DP) of a matrix (N, D), zero outside."""
+    inside = rows[:, None] < N
+    if D != DP:
+        inside = inside & (columns[None, :] < D)
+    return tl.load(ptr + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _visible(keep_ptr, b, keys, N):
+    """Which keys are not masked."""
+    return tl.load(keep_ptr + b * N + keys, mask=keys < N, other=0) != 0
 
 
 @triton.jit
@@ -340,8 +371,11 @@ def _pack(
     w_ptr,
     packed_ptr,
     edges_ptr,
+    head,
+    m,
+    block,
     N,
-    NP,
+    NP: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -352,17 +386,8 @@ def _pack(
     RP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """
-    The parameters as the other kernels read them, zero beyond N and R:
-
-    * `packed` (h, 2M + 1, NP, RP), in the dtype of the scores: the M coefficients with their scales, W, and the M
-      coefficients of the derivative;
-    * `edges` (h, EDGES, R, NP), fp32: of wavelets scale * amplitude * window, -tau / s and 1 / s; of rational functions
-      numerators with their scales, and denominators.
-    """
-    head = tl.program_id(0)
-    m = tl.program_id(1)
-    n = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    """Part m of the parameters of one head, for a block of tokens."""
+    n = block * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RP)
     inside = (n[:, None] < N) & (r[None, :] < R)
     edge = r[None, :] * N + n[:, None]
@@ -376,7 +401,7 @@ def _pack(
                 value *= tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
                 value *= _window(n, N, WAVELET)[:, None]
             else:
-                value = 1.0 / tl.load(third_ptr + own, mask=inside, other=1.0).to(tl.float32)
+                value = _unit(WAVELET) / tl.load(third_ptr + own, mask=inside, other=1.0).to(tl.float32)
                 if e == 1:
                     value *= -tl.load(second_ptr + own, mask=inside, other=0.0).to(tl.float32)
         elif e < NUMERATOR:
@@ -411,25 +436,17 @@ def _pack(
 
 
 @triton.jit
-def _tile(ptr, rows, row_stride, columns, N, D: tl.constexpr, DP: tl.constexpr):
-    """(rows, DP) of a matrix (N, D), zero outside."""
-    inside = rows[:, None] < N
-    if D != DP:
-        inside = inside & (columns[None, :] < D)
-    return tl.load(ptr + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _visible(keep_ptr, b, keys, N):
-    """Which keys are not masked."""
-    return tl.load(keep_ptr + b * N + keys, mask=keys < N, other=0) != 0
-
-
-@triton.jit
-def _values(
+def _prepare(
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    scale_ptr,
+    base_ptr,
+    w_ptr,
     v_ptr,
-    packed_ptr,
     keep_ptr,
+    packed_ptr,
+    edges_ptr,
     u_ptr,
     v_b,
     v_h,
@@ -437,31 +454,75 @@ def _values(
     B,
     H,
     N,
-    NP,
+    NP: tl.constexpr,
+    FAMILY: tl.constexpr,
+    K: tl.constexpr,
     M: tl.constexpr,
+    WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr,
+    EDGES: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_KEEP: tl.constexpr,
+    R: tl.constexpr,
     RP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    BN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """U = W^T v of one image and head, (RP, DP)."""
-    dtype = v_ptr.dtype.element_ty
-    head = tl.program_id(0) // B
-    b = (tl.program_id(0) % B).to(tl.int64)
-    columns = tl.arange(0, DP)
-    r = tl.arange(0, RP)
-    packed_ptr += (head * (2 * M + 1) + M) * NP * RP
-    u = tl.zeros([RP, DP], tl.float32)
-    for start in range(0, N, BN):
-        keys = start + tl.arange(0, BN)
-        v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
-        if HAS_KEEP:
-            v = tl.where(_visible(keep_ptr, b, keys, N)[:, None], v, 0.0).to(dtype)
-        w = tl.load(packed_ptr + keys[:, None] * RP + r[None, :])
-        u = tl.dot(tl.trans(w), v, u, input_precision=PRECISION)
-    tl.store(u_ptr + ((b * H + head) * RP + r[:, None]) * DP + columns[None, :], u.to(dtype))
+    """
+    U = W^T v of one image and head, (RP, DP), or, beyond the B x H programs for that, the parameters as the other
+    kernels read them, zero beyond N and R:
+
+    * `packed` (h, 2M + 1, NP, RP), in the dtype of the scores: the M coefficients with their scales, W, and the M
+      coefficients of the derivative;
+    * `edges` (h, EDGES, R, NP), fp32: of wavelets scale * amplitude * window, -tau / s and 1 / s, both in units of
+      `_unit`; of rational functions numerators with their scales, and denominators.
+    """
+    pid = tl.program_id(0)
+    if pid >= B * H:
+        pid -= B * H
+        blocks: tl.constexpr = NP // BLOCK
+        parts: tl.constexpr = M + 1 + EDGES
+        _pack(
+            first_ptr,
+            second_ptr,
+            third_ptr,
+            scale_ptr,
+            base_ptr,
+            w_ptr,
+            packed_ptr,
+            edges_ptr,
+            pid // (parts * blocks),
+            (pid // blocks) % parts,
+            pid % blocks,
+            N,
+            NP,
+            FAMILY,
+            K,
+            M,
+            WAVELET,
+            NUMERATOR,
+            EDGES,
+            R,
+            RP,
+            BLOCK,
+        )
+    else:
+        dtype = v_ptr.dtype.element_ty
+        head = pid // B
+        b = (pid % B).to(tl.int64)
+        columns = tl.arange(0, DP)
+        r = tl.arange(0, RP)
+        u = tl.zeros([RP, DP], tl.float32)
+        for start in range(0, N, BLOCK):
+            keys = start + tl.arange(0, BLOCK)
+            v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
+            if HAS_KEEP:
+                v = tl.where(_visible(keep_ptr, b, keys, N)[:, None], v, 0.0).to(dtype)
+            inside = (keys[:, None] < N) & (r[None, :] < R)
+            w = tl.load(w_ptr + (head * N + keys[:, None]) * R + r[None, :], mask=inside, other=0.0)
+            u = tl.dot(tl.trans(w.to(dtype)), v, u, input_precision=PRECISION)
+        tl.store(u_ptr + ((b * H + head) * RP + r[:, None]) * DP + columns[None, :], u.to(dtype))
 
 
 @triton.jit
@@ -483,8 +544,8 @@ def _forward(
     B,
     H,
     N,
-    NP,
     scaling,
+    NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
@@ -545,7 +606,7 @@ def _forward(
                 values, _ = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
                 if HAS_KEEP:
                     values = tl.where(visible[None, :], values, 0.0)
-                hidden = _add_row_sums(hidden, values, p, r, dtype)
+                hidden = _add_row_sums(hidden, values, tl.where(r[None, :] == p, 1.0, 0.0))
     u = tl.load(u_ptr + (own * RP + r[:, None]) * DP + columns[None, :])
     out = tl.dot(hidden.to(dtype), u, input_precision=PRECISION)
     inside = rows[:, None] < N
@@ -580,8 +641,8 @@ def _backward_queries(
     B,
     H,
     N,
-    NP,
     scaling,
+    NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
@@ -645,7 +706,7 @@ def _backward_queries(
             for p in range(R):
                 own_edges = edges_ptr + p * NP + keys[None, :]
                 _, derivatives = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
-                d_x += _column(d_hidden, p, r, BN) * derivatives
+                d_x += _column(d_hidden, p, r) * derivatives
         d_q = tl.dot(d_x.to(dtype), k, d_q, input_precision=PRECISION)
     d_q_ptr += ((b * N + rows[:, None]) * H + head) * D + columns[None, :]
     tl.store(d_q_ptr, (d_q * scaling).to(dtype), mask=inside & (columns[None, :] < D))
@@ -676,10 +737,10 @@ def _backward_keys(
     B,
     H,
     N,
-    NP,
     scaling,
     CHUNK,
     U_TILES,
+    NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
@@ -714,9 +775,12 @@ def _backward_keys(
     edge = keys[:, None] * RP + r[None, :]
     inside = keys[:, None] < N
     packed_ptr += head * (2 * M + 1) * NP * RP
-    w = tl.load(packed_ptr + M * NP * RP + edge)
-    packed_ptr += (M + 1) * NP * RP
     edges_ptr += head * EDGES * R * NP + keys[:, None]
+    partial_ptr += (chunk * H + head).to(tl.int64) * (M + EDGES + 1) * N * RP
+    w = tl.load(packed_ptr + M * NP * RP + edge)
+    coefficients = ()
+    for m in tl.static_range(M):
+        coefficients = coefficients + (tl.load(packed_ptr + (M + 1 + m) * NP * RP + edge),)
     sums = ()
     # M sums for the features, and one for each parameter of wavelets and rational functions.
     for _ in tl.static_range(M + EDGES):
@@ -749,8 +813,7 @@ def _backward_keys(
             new = ()
             for m in tl.static_range(M):
                 feature, derivative, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
-                coefficients = tl.load(packed_ptr + m * NP * RP + edge)
-                d_x += derivative * tl.dot(coefficients, tl.trans(d_hidden), input_precision=PRECISION)
+                d_x += derivative * tl.dot(coefficients[m], tl.trans(d_hidden), input_precision=PRECISION)
                 if HAS_KEEP:
                     feature = tl.where(visible[:, None], feature, 0.0)
                 new = new + (tl.dot(feature.to(dtype), d_hidden, sums[m], input_precision=PRECISION),)
@@ -759,7 +822,8 @@ def _backward_keys(
                 for j in tl.static_range(EDGES):
                     edge_sums = edge_sums + (sums[M + j],)
                 for p in range(R):
-                    gradient = _row(d_hidden, p, r, BN).to(tl.float32)
+                    column = tl.load(d_hidden_ptr + (own * N + rows) * RP + p, mask=rows < N, other=0.0)
+                    gradient = column.to(tl.float32)[None, :]
                     if HAS_KEEP:
                         gradient = tl.where(visible[:, None], gradient, 0.0)
                     at_p = edges_ptr + p * NP
@@ -772,21 +836,23 @@ def _backward_keys(
                         d_x += (tl.load(at_p) * inverse) * moved
                         added = (gradient * value, moved, moved * t)
                     else:
-                        value, derivative, reciprocal, sign = _rational(x, at_p, R * NP, NUMERATOR, DENOMINATOR)
-                        d_x += gradient * derivative
+                        _, reciprocal, signed, p_slope, q_slope = _rational(
+                            x, at_p, R * NP, NUMERATOR, DENOMINATOR, FAST
+                        )
                         power = gradient * reciprocal
-                        lower = -power * value * sign
+                        lower = -power * signed
+                        d_x += power * p_slope
+                        d_x += lower * q_slope
                         for _ in tl.static_range(NUMERATOR):
                             added = added + (power,)
                             power = power * x
                         for _ in tl.static_range(DENOMINATOR):
                             lower = lower * x
                             added = added + (lower,)
-                    # The ten sums of rational functions are faster without the matrix units.
-                    way: tl.constexpr = dtype if FAMILY == 2 else tl.float32
+                    chosen = tl.where(r[None, :] == p, 1.0, 0.0)
                     grown = ()
                     for j in tl.static_range(EDGES):
-                        grown = grown + (_add_row_sums(edge_sums[j], added[j], p, r, way),)
+                        grown = grown + (_add_row_sums(edge_sums[j], added[j], chosen),)
                     edge_sums = grown
                 new = new + edge_sums
             sums = new
@@ -798,10 +864,9 @@ def _backward_keys(
             d_v = tl.where(visible[:, None], d_v, 0.0)
         tl.store(d_v_ptr + at, d_v.to(dtype), mask=store)
         tl.store(d_k_ptr + at, (d_k * scaling).to(dtype), mask=store)
-    partial_ptr += (chunk * H + head).to(tl.int64) * (M + EDGES + 1) * N * RP + edge
     for m in tl.static_range(M + EDGES):
-        tl.store(partial_ptr + m * N * RP, sums[m], mask=inside)
-    tl.store(partial_ptr + (M + EDGES) * N * RP, d_w, mask=inside)
+        tl.store(partial_ptr + m * N * RP + edge, sums[m], mask=inside)
+    tl.store(partial_ptr + (M + EDGES) * N * RP + edge, d_w, mask=inside)
 
 
 @triton.jit
@@ -859,8 +924,9 @@ def _reduce(
 ):
     """Sum the chunks, and hand the gradient on to coefficients, scales and W."""
     COUNT: tl.constexpr = M + EDGES + 1
-    head = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(N * RP, BLOCK)
+    head = tl.program_id(0) // blocks
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     n = at // RP
     r = at % RP
     inside = (n < N) & (r < R)
@@ -887,10 +953,10 @@ def _reduce(
         amplitude = tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_first_ptr + own, total * scale, mask=inside)
         d_scale += total * amplitude
-        # x~ = (x - tau) / s moves with tau as -1/s, and with s as -x~/s.
+        # x~ = (x - tau) / s moves with tau as -1/s, and with s as -x~/s; the sums are in units of `_unit`.
         inner = -scale * amplitude * window / tl.load(third_ptr + own, mask=inside, other=1.0).to(tl.float32)
         total = _total(partial_ptr, M + 1, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
-        tl.store(d_second_ptr + own, total * inner, mask=inside)
+        tl.store(d_second_ptr + own, total * inner * _unit(WAVELET), mask=inside)
         total = _total(partial_ptr, M + 2, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
         tl.store(d_third_ptr + own, total * inner, mask=inside)
     elif FAMILY == 3:
@@ -945,14 +1011,15 @@ _FORM_FIELDS = tuple(field.name for field in fields(Form))
 
 
 def _tiles(form: Form) -> dict[str, dict]:
-    """What measured best on an H200 at 197 tokens and heads of 64: mostly one warp per 16 rows."""
+    """What measured best on an H100 at 197 tokens and heads of 64: mostly one warp per 16 rows."""
     if form.family >= FAMILIES["wavelet"]:
-        forward, queries = (32, 16, 1, 2), (32, 32, 2, 2)
+        forward, queries, keys = (32, 16, 1, 2), (32, 32, 2, 2), (32, 16, 1, 2)
     elif form.features <= 2:
-        forward = queries = (64, 32, 4, 3)
+        forward, queries, keys = (64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)
+    elif form.family == FAMILIES["fourier"]:
+        forward, queries, keys = (64, 16, 4, 3), (64, 16, 4, 3), (32, 64, 4, 3)
     else:
-        forward = queries = (64, 16, 4, 3)
-    keys = (16, 64, 4, 2) if form.family == FAMILIES["spline"] else (32, 64, 4, 2 if form.family else 3)
+        forward, queries, keys = (64, 16, 4, 3), (64, 16, 4, 3), (16, 64, 4, 2)
     tiles = {"_forward": forward, "_backward_queries": queries, "_backward_keys": keys}
     return {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
 
@@ -961,7 +1028,9 @@ def _tiles(form: Form) -> dict[str, dict]:
 class _Plan:
     """How to compile the kernels for one kind of attention: `options` are their compile-time arguments by name."""
 
-    def __init__(self, form: Form, rank: int, head_size: int, dtype: torch.dtype, masked: bool, save: bool):
+    def __init__(
+        self, form: Form, rank: int, head_size: int, dtype: torch.dtype, masked: bool, save: bool, tokens_padded: int
+    ):
         full = dtype == torch.float32
         self.features = form.features + (form.base != 0)
         # Numbers per edge of the families that are not linear in them.
@@ -970,6 +1039,7 @@ class _Plan:
         self.rank_padded = max(16, triton.next_power_of_2(rank))
         self.head_size_padded = max(16, triton.next_power_of_2(head_size))
         constants = {
+            "NP": tokens_padded,
             "FAMILY": form.family,
             "K": form.features,
             "M": self.features,
@@ -991,43 +1061,38 @@ class _Plan:
             "DP": self.head_size_padded,
         }
         self.tiles = _tiles(form)
-        own = self.tiles | {
-            "_pack": {"BLOCK": _PADDING},
-            "_values": {"BN": _PADDING},
-            "_reduce": {"BLOCK": 64, "ROWS": 16},
-        }
+        own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_reduce": {"BLOCK": 64, "ROWS": 16}}
         self.options = {}
-        for kernel in (_pack, _values, _forward, _backward_queries, _backward_keys, _reduce):
+        for kernel in (_prepare, _forward, _backward_queries, _backward_keys, _reduce):
             name = kernel.fn.__name__
             known = {key: value for key, value in constants.items() if key in kernel.arg_names}
             self.options[name] = known | own[name]
 
 
-def _kind(argument):
-    """What Triton compiles anew for: type and alignment of tensors, values of integers."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    return float if isinstance(argument, float) else argument
+def _kind(tensors, *sizes):
+    """What Triton compiles anew for, beyond the plan: strides, sizes, and which tensors are aligned."""
+    return (*sizes, *(x.stride() for x in tensors), *(x.data_ptr() % 16 == 0 for x in tensors))
 
 
 _compiled = {}
 
 
-def _launch(kernel, grid: tuple[int, int, int], plan: _Plan, *arguments) -> None:
+def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments) -> None:
     """
     Launch a kernel on the current device.
 
     Triton binds and hashes some forty arguments at each launch, which takes longer than the kernels of a small batch
     run. Here a compiled kernel is kept for each kind of arguments, and launched directly.
     """
-    name = kernel.fn.__name__
-    options = plan.options[name]
+    name = kernel.__name__
+    grid = (programs, 1, 1)
     if INTERPRET:
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, **plan.options[name])
         return
-    key = (name, plan, torch.cuda.current_device(), *map(_kind, arguments))
+    key = (name, plan, kind)
     found = _compiled.get(key)
     if found is None:
+        options = plan.options[name]
         compiled = kernel[grid](*arguments, **options)
         _compiled[key] = compiled, [options[constant] for constant in kernel.arg_names[len(arguments) :]]
     else:
@@ -1040,16 +1105,16 @@ def _launch(kernel, grid: tuple[int, int, int], plan: _Plan, *arguments) -> None
 _PROGRAMS = 264
 
 
-# Tokens are padded to a multiple of the largest tile of keys, so that nothing masks what `_pack` wrote.
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# Tokens are padded to a multiple of the largest tile of keys, so that nothing masks what `_prepare` wrote.
 _PADDING = 64
 
 
 def _padded(tokens: int) -> int:
-    return triton.cdiv(tokens, _PADDING) * _PADDING
-
-
-def _strides(*tensors) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return _cdiv(tokens, _PADDING) * _PADDING
 
 
 def _on_its_device(launch):
@@ -1057,6 +1122,8 @@ def _on_its_device(launch):
 
     @wraps(launch)
     def wrapper(tensor, *args):
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return launch(tensor, *args)
         with torch.cuda.device_of(tensor):
             return launch(tensor, *args)
 
@@ -1071,22 +1138,24 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     `parameters` are three of the basis (absent ones empty), scale_basis, scale_base, and the projector.
     """
     images, heads, tokens, head_size = q.shape
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save)
-    rp, padded = plan.rank_padded, _padded(tokens)
+    padded = _padded(tokens)
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, padded)
+    rp = plan.rank_padded
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     packed = q.new_empty(heads, 2 * plan.features + 1, padded, rp)
-    edges = q.new_empty(heads, plan.edges, plan.rank, padded, dtype=torch.float32)
-    grid = (heads, plan.features + 1 + plan.edges, padded // _PADDING)
-    _launch(_pack, grid, plan, *parameters, packed, edges, tokens, padded)
+    edges = q.new_empty(heads, plan.edges, plan.rank, padded, dtype=torch.float32) if plan.edges else packed
     visible = q if keep is None else keep
-    sizes = (images, heads, tokens, padded)
+    kind = _kind((q, k, v, visible, *parameters), q.shape, q.device)
+    sizes = (images, heads, tokens)
     u = q.new_empty(images, heads, rp, plan.head_size_padded)
-    _launch(_values, (heads * images, 1, 1), plan, v, packed, visible, u, *_strides(v), *sizes)
+    programs = heads * (images + (plan.features + 1 + plan.edges) * (padded // _PADDING))
+    tensors = (*parameters, v, visible, packed, edges, u)
+    _launch(_prepare, programs, plan, kind, *tensors, *v.stride()[:3], *sizes)
     out = q.new_empty(images, tokens, heads, head_size)
-    hidden = q.new_empty((images, heads, tokens, rp) if save else 0)
-    grid = (heads * images * triton.cdiv(tokens, plan.tiles["_forward"]["BM"]), 1, 1)
+    hidden = q.new_empty(images, heads, tokens, rp) if save else out
+    programs = heads * images * _cdiv(tokens, plan.tiles["_forward"]["BM"])
     tensors = (q, k, packed, edges, visible, u, out, hidden)
-    _launch(_forward, grid, plan, *tensors, *_strides(q, k), *sizes, scaling)
+    _launch(_forward, programs, plan, kind, *tensors, *q.stride()[:3], *k.stride()[:3], *sizes, scaling)
     return out, packed, edges, hidden, u
 
 
@@ -1094,29 +1163,33 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
 def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form):
     """Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty."""
     images, heads, tokens, head_size = q.shape
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True)
+    padded = _padded(tokens)
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True, padded)
     rp, dp = plan.rank_padded, plan.head_size_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
-    sizes = (images, heads, tokens, _padded(tokens), scaling)
+    kind = _kind((q, k, v, d_out, visible, *parameters), q.shape, q.device)
+    sizes = (images, heads, tokens)
+    q_strides, k_strides = q.stride()[:3], k.stride()[:3]
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
     d_hidden = torch.empty_like(hidden)
-    tiles = triton.cdiv(tokens, plan.tiles["_backward_queries"]["BM"])
+    batch_stride, row_stride, head_stride, _ = d_out.stride()
+    tiles = _cdiv(tokens, plan.tiles["_backward_queries"]["BM"])
     d_u = q.new_empty(images, heads, tiles, rp, dp, dtype=torch.float32)
     tensors = (q, k, packed, edges, visible, d_out, hidden, u, d_q, d_hidden, d_u)
-    strides = _strides(q, k, d_out.transpose(1, 2))
-    _launch(_backward_queries, (heads * images * tiles, 1, 1), plan, *tensors, *strides, *sizes)
-    key_tiles = triton.cdiv(tokens, plan.tiles["_backward_keys"]["BN"])
-    chunk = triton.cdiv(images * heads * key_tiles, _PROGRAMS)
-    chunks = triton.cdiv(images, chunk)
+    strides = (*q_strides, *k_strides, batch_stride, head_stride, row_stride)
+    _launch(_backward_queries, heads * images * tiles, plan, kind, *tensors, *strides, *sizes, scaling)
+    key_tiles = _cdiv(tokens, plan.tiles["_backward_keys"]["BN"])
+    chunk = _cdiv(images * heads * key_tiles, _PROGRAMS)
+    chunks = _cdiv(images, chunk)
     partial = q.new_empty(chunks, heads, plan.features + plan.edges + 1, tokens, rp, dtype=torch.float32)
     tensors = (q, k, v, packed, edges, visible, d_hidden, d_u, d_k, d_v, partial)
-    grid = (heads * chunks * key_tiles, 1, 1)
-    _launch(_backward_keys, grid, plan, *tensors, *_strides(q, k, v), *sizes, chunk, tiles)
-    gradients = [torch.empty_like(x) for x in parameters]
-    basis_and_scale = parameters[:4]
-    grid = (heads, triton.cdiv(tokens * rp, 64), 1)
-    _launch(_reduce, grid, plan, partial, *basis_and_scale, *gradients, chunks, heads, tokens)
+    strides = (*q_strides, *k_strides, *v.stride()[:3])
+    _launch(_backward_keys, heads * chunks * key_tiles, plan, kind, *tensors, *strides, *sizes, scaling, chunk, tiles)
+    # Parameters that a family lacks are empty, and their own gradient.
+    gradients = [torch.empty_like(x) if x.numel() else x for x in parameters]
+    programs = heads * _cdiv(tokens * rp, 64)
+    _launch(_reduce, programs, plan, kind, partial, *parameters[:4], *gradients, chunks, *sizes[1:])
     return d_q, d_k, d_v, *gradients
 
 
@@ -1176,17 +1249,22 @@ def _register_operators():
         form: list[float],
         save: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _run_forward(q, k, v, parameters, keep, scaling, Form.from_list(form), save)
+        out, packed, edges, hidden, u = _run_forward(q, k, v, parameters, keep, scaling, Form.from_list(form), save)
+        # An operator returns no tensor twice.
+        edges = q.new_empty(0) if edges is packed else edges
+        return out, packed, edges, hidden if save else q.new_empty(0), u
 
     @attention.register_fake
     def _(q, k, v, parameters, keep, scaling, form, save):
         images, heads, tokens, head_size = q.shape
-        plan = _Plan(Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save)
-        rp, padded = plan.rank_padded, _padded(tokens)
+        padded = _padded(tokens)
+        plan = _Plan(Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, padded)
+        rp = plan.rank_padded
+        edges = (heads, plan.edges, plan.rank, padded)
         return (
             q.new_empty(images, tokens, heads, head_size),
             q.new_empty(heads, 2 * plan.features + 1, padded, rp),
-            q.new_empty(heads, plan.edges, plan.rank, padded, dtype=torch.float32),
+            q.new_empty(edges, dtype=torch.float32) if plan.edges else q.new_empty(0),
             q.new_empty((images, heads, tokens, rp) if save else 0),
             q.new_empty(images, heads, rp, plan.head_size_padded),
         )
@@ -1207,7 +1285,9 @@ def _register_operators():
         form: list[float],
     ) -> list[torch.Tensor]:
         form = Form.from_list(form)
-        return list(_run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form))
+        gradients = _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form)
+        # An operator returns none of its arguments.
+        return [x if x.numel() else torch.empty_like(x) for x in gradients]
 
     @attention_backward.register_fake
     def _(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form):
@@ -1251,6 +1331,7 @@ def fused_attention(q, k, v, parameters, keep, scaling: float, form: Form) -> to
     Returns:
         (B, h, N, d), laid out as (B, N, h, d), in the dtype of `q`.
     """
+    keep = keep if keep is None else keep.contiguous()
     if torch.compiler.is_compiling():
         out = _attention(q, k, v, list(parameters), keep, scaling, form.to_list(), torch.is_grad_enabled())[0]
     else:
