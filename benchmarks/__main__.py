@@ -3,7 +3,7 @@
 Time and memory of KArAt beside softmax:
 
     python -m benchmarks --device cuda                      # everything; about ten minutes
-    python -m benchmarks --device cuda --only models        # or a part: attention, models, compiled, many-tokens, ...
+    python -m benchmarks --device cuda --only models        # or parts: attention, models, graphs, compiled, ...
     python -m benchmarks --device cpu                       # ViT-Tiny, batch 8
 
 Every row is a ratio to a softmax baseline of the same process, and is timed only if its output and gradients agree with
@@ -25,7 +25,6 @@ from .common import Rates, Table
 
 G3, G1 = {"grid_size": 3}, {"grid_size": 1}
 FUSED = ["softmax", "karat_triton"]
-MODES = ("eager", "compile", "cudagraphs")
 
 
 def attention_on_cuda(table: Table) -> None:
@@ -45,9 +44,14 @@ def models_on_cuda(table: Table) -> None:
     training_step.run("cuda", table, "base", "fourier G=1", G1, 128, 10, FUSED)
 
 
-def compiled_on_cuda(table: Table) -> None:
+def graphs_on_cuda(table: Table) -> None:
     for batch in (32, 256):
-        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 20, FUSED, ("cudagraphs", "compile"))
+        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 20, FUSED, ("step graph",))
+
+
+def compiled_on_cuda(table: Table) -> None:
+    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 32, 20, FUSED, ("cudagraphs",))
+    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 20, FUSED, ("compile",))
 
 
 def many_tokens_on_cuda(table: Table) -> None:
@@ -78,6 +82,7 @@ PARTS = {
     "cuda": {
         "attention": attention_on_cuda,
         "models": models_on_cuda,
+        "graphs": graphs_on_cuda,
         "compiled": compiled_on_cuda,
         "many-tokens": many_tokens_on_cuda,
         "input-pipeline": input_pipeline_on_cuda,
@@ -90,7 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--only", nargs="+", help="some parts: attention, models, input-pipeline, and on cuda compiled, many-tokens"
+        "--only",
+        nargs="+",
+        help="some parts: attention, models, input-pipeline, and on cuda graphs, compiled, many-tokens",
     )
     parser.add_argument("--output", type=Path, help="CSV to append to (default: benchmarks/results/DEVICE.csv)")
     arguments = parser.parse_args()

@@ -210,12 +210,12 @@ class KArAtOperator(nn.Module):
             Output (B, h, N, d) in the dtype of `query`; from `eager` also the activated maps and the scores, (B, h, N,
             N) each, otherwise `None` twice.
         """
+        if way == "karat_triton":
+            return fused_karat_attention(self, query, key, value, scaling, keep, grids), None, None
         dtype = torch.promote_types(query.dtype, torch.float32)
         # Half precision is computed in fp32, so autocast has to stay out.
         with _no_autocast(query.device.type):
             tensors = self.tensors(dtype, grids)
-            if way == "karat_triton":
-                return fused_karat_attention(self, query, key, value, scaling, tensors, keep), None, None
             if keep is not None and keep.dim() == 2:
                 keep = keep[:, None, None, :]
             if way == "eager":
@@ -273,23 +273,28 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
     return _ChunkedRecompute.apply(attend, chunk, keep, *arguments)
 
 
-def fused_karat_attention(operator, query, key, value, scaling, tensors, keep=None):
+def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids=None):
     """
     The same output by the fused kernels: memory linear in N, no N x N tensor in device memory, forward or backward.
 
     Args:
         keep: boolean (B, N), or `None`.
+        grids: patch grids (own, wanted) to resample the parameters between, or `None`.
 
     Returns:
         Output (B, h, N, d) in the dtype of `query`.
     """
     (step,) = operator.edges
-    own = _of(tensors, "edges.0.")
-    absent = own["scale_basis"].new_empty(0)
-    basis = [own.get(name, absent) for name in step.parameter_names]
-    basis += [absent] * (3 - len(basis))
-    parameters = (*basis, own["scale_basis"], own["scale_base"], tensors["projector"])
-    parameters = [parameter.contiguous() for parameter in parameters]
+    if grids is None:
+        own, projector = step(torch.float32), operator.projector.to(torch.float32)
+    else:
+        with _no_autocast(query.device.type):
+            tensors = operator.tensors(torch.float32, grids)
+        own, projector = _of(tensors, "edges.0."), tensors["projector"]
+    absent = (own["scale_basis"].new_empty(0),) * (3 - len(step.parameter_names))
+    # A family may lack one of its parameters: a rational function of constant denominator.
+    basis = [absent[0] if (tensor := own.get(name)) is None else tensor for name in step.parameter_names]
+    parameters = [*basis, *absent, own["scale_basis"], own["scale_base"], projector]
     return fused_attention(query, key, value, parameters, keep, scaling, form_of(step))
 
 

@@ -15,9 +15,10 @@ Shapes: B images, h heads, N tokens, d head size, r rank; RP is r and DP is d, p
 Importing this file needs Triton; `attention.py` goes without it. With TRITON_INTERPRET=1 the kernels run on a CPU.
 """
 
+import math
 import os
 from dataclasses import dataclass, fields
-from functools import lru_cache, wraps
+from functools import cache, wraps
 
 import torch
 
@@ -617,6 +618,102 @@ def _forward(
 
 
 @triton.jit
+def _backward_queries_tile(
+    q_ptr,
+    k_ptr,
+    packed_ptr,
+    edges_ptr,
+    keep_ptr,
+    d_out_ptr,
+    hidden_ptr,
+    u_ptr,
+    d_q_ptr,
+    d_hidden_ptr,
+    d_u_ptr,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    o_b,
+    o_h,
+    o_n,
+    B,
+    H,
+    N,
+    scaling,
+    b,
+    head,
+    tile,
+    tiles,
+    first,
+    NP: tl.constexpr,
+    R: tl.constexpr,
+    FAMILY: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    ORDER: tl.constexpr,
+    LOW: tl.constexpr,
+    WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    EDGES: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BASE: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    RP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dq and dH of one tile of queries, and its share of dU."""
+    dtype = q_ptr.dtype.element_ty
+    rows = first + tl.arange(0, BM)
+    columns = tl.arange(0, DP)
+    r = tl.arange(0, RP)
+    own = b * H + head
+    packed_ptr += (head * (2 * M + 1) + M + 1) * NP * RP
+    edges_ptr += head * EDGES * R * NP
+    inside = rows[:, None] < N
+    q = _tile(q_ptr + b * q_b + head * q_h, rows, q_n, columns, N, D, DP)
+    d_out = _tile(d_out_ptr + b * o_b + head * o_h, rows, o_n, columns, N, D, DP)
+    u = tl.load(u_ptr + (own * RP + r[:, None]) * DP + columns[None, :])
+    d_hidden = tl.dot(d_out, tl.trans(u), input_precision=PRECISION).to(dtype)
+    at = (own * N + rows[:, None]) * RP + r[None, :]
+    tl.store(d_hidden_ptr + at, d_hidden, mask=inside)
+    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
+    d_u = tl.dot(tl.trans(hidden), d_out, input_precision=PRECISION)
+    tl.store(d_u_ptr + ((own * tiles + tile) * RP + r[:, None]) * DP + columns[None, :], d_u)
+    d_q = tl.zeros([BM, DP], tl.float32)
+    for start in range(0, N, BN):
+        keys = start + tl.arange(0, BN)
+        k = _tile(k_ptr + b * k_b + head * k_h, keys, k_n, columns, N, D, DP)
+        if HAS_KEEP:
+            # A key of zeros hands no gradient on to its query.
+            k = tl.where(_visible(keep_ptr, b, keys, N)[:, None], k, 0.0).to(dtype)
+        edge = keys[:, None] * RP + r[None, :]
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+        state = (x, x, x, x, x)
+        d_x = tl.zeros([BM, BN], tl.float32)
+        for m in tl.static_range(M):
+            _, derivative, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
+            coefficients = tl.load(packed_ptr + m * NP * RP + edge)
+            d_x += derivative * tl.dot(d_hidden, tl.trans(coefficients), input_precision=PRECISION)
+        if FAMILY >= 2:
+            for p in range(R):
+                own_edges = edges_ptr + p * NP + keys[None, :]
+                _, derivatives = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
+                d_x += _column(d_hidden, p, r) * derivatives
+        d_q = tl.dot(d_x.to(dtype), k, d_q, input_precision=PRECISION)
+    d_q_ptr += ((b * N + rows[:, None]) * H + head) * D + columns[None, :]
+    tl.store(d_q_ptr, (d_q * scaling).to(dtype), mask=inside & (columns[None, :] < D))
+
+
+@triton.jit
 def _backward_queries(
     q_ptr,
     k_ptr,
@@ -663,57 +760,126 @@ def _backward_queries(
     DP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_BN: tl.constexpr,
 ):
     """dq and dH of BM queries, and their share of dU = H^T d_out."""
-    dtype = q_ptr.dtype.element_ty
+    # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
     tiles = tl.cdiv(N, BM)
     pid = tl.program_id(0)
     head = pid // (B * tiles)
     b = ((pid // tiles) % B).to(tl.int64)
     tile = pid % tiles
-    rows = tile * BM + tl.arange(0, BM)
-    columns = tl.arange(0, DP)
-    r = tl.arange(0, RP)
-    own = b * H + head
-    packed_ptr += (head * (2 * M + 1) + M + 1) * NP * RP
-    edges_ptr += head * EDGES * R * NP
-    inside = rows[:, None] < N
-    q = _tile(q_ptr + b * q_b + head * q_h, rows, q_n, columns, N, D, DP)
-    d_out = _tile(d_out_ptr + b * o_b + head * o_h, rows, o_n, columns, N, D, DP)
-    u = tl.load(u_ptr + (own * RP + r[:, None]) * DP + columns[None, :])
-    d_hidden = tl.dot(d_out, tl.trans(u), input_precision=PRECISION).to(dtype)
-    at = (own * N + rows[:, None]) * RP + r[None, :]
-    tl.store(d_hidden_ptr + at, d_hidden, mask=inside)
-    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
-    d_u = tl.dot(tl.trans(hidden), d_out, input_precision=PRECISION)
-    tl.store(d_u_ptr + ((own * tiles + tile) * RP + r[:, None]) * DP + columns[None, :], d_u)
-    d_q = tl.zeros([BM, DP], tl.float32)
-    for start in range(0, N, BN):
-        keys = start + tl.arange(0, BN)
-        k = _tile(k_ptr + b * k_b + head * k_h, keys, k_n, columns, N, D, DP)
-        if HAS_KEEP:
-            # A key of zeros hands no gradient on to its query.
-            k = tl.where(_visible(keep_ptr, b, keys, N)[:, None], k, 0.0).to(dtype)
-        edge = keys[:, None] * RP + r[None, :]
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
-        state = (x, x, x, x, x)
-        d_x = tl.zeros([BM, BN], tl.float32)
-        for m in tl.static_range(M):
-            _, derivative, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
-            coefficients = tl.load(packed_ptr + m * NP * RP + edge)
-            d_x += derivative * tl.dot(d_hidden, tl.trans(coefficients), input_precision=PRECISION)
-        if FAMILY >= 2:
-            for p in range(R):
-                own_edges = edges_ptr + p * NP + keys[None, :]
-                _, derivatives = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
-                d_x += _column(d_hidden, p, r) * derivatives
-        d_q = tl.dot(d_x.to(dtype), k, d_q, input_precision=PRECISION)
-    d_q_ptr += ((b * N + rows[:, None]) * H + head) * D + columns[None, :]
-    tl.store(d_q_ptr, (d_q * scaling).to(dtype), mask=inside & (columns[None, :] < D))
+    if TAIL < BM and tile == tiles - 1:
+        _backward_queries_tile(
+            q_ptr,
+            k_ptr,
+            packed_ptr,
+            edges_ptr,
+            keep_ptr,
+            d_out_ptr,
+            hidden_ptr,
+            u_ptr,
+            d_q_ptr,
+            d_hidden_ptr,
+            d_u_ptr,
+            q_b,
+            q_h,
+            q_n,
+            k_b,
+            k_h,
+            k_n,
+            o_b,
+            o_h,
+            o_n,
+            B,
+            H,
+            N,
+            scaling,
+            b,
+            head,
+            tile,
+            tiles,
+            tile * BM,
+            NP,
+            R,
+            FAMILY,
+            K,
+            M,
+            ORDER,
+            LOW,
+            WAVELET,
+            NUMERATOR,
+            DENOMINATOR,
+            EDGES,
+            SLOPE,
+            BASE,
+            FAST,
+            PRECISION,
+            HAS_KEEP,
+            RP,
+            D,
+            DP,
+            TAIL,
+            TAIL_BN,
+        )
+    else:
+        _backward_queries_tile(
+            q_ptr,
+            k_ptr,
+            packed_ptr,
+            edges_ptr,
+            keep_ptr,
+            d_out_ptr,
+            hidden_ptr,
+            u_ptr,
+            d_q_ptr,
+            d_hidden_ptr,
+            d_u_ptr,
+            q_b,
+            q_h,
+            q_n,
+            k_b,
+            k_h,
+            k_n,
+            o_b,
+            o_h,
+            o_n,
+            B,
+            H,
+            N,
+            scaling,
+            b,
+            head,
+            tile,
+            tiles,
+            tile * BM,
+            NP,
+            R,
+            FAMILY,
+            K,
+            M,
+            ORDER,
+            LOW,
+            WAVELET,
+            NUMERATOR,
+            DENOMINATOR,
+            EDGES,
+            SLOPE,
+            BASE,
+            FAST,
+            PRECISION,
+            HAS_KEEP,
+            RP,
+            D,
+            DP,
+            BM,
+            BN,
+        )
 
 
 @triton.jit
-def _backward_keys(
+def _backward_keys_tile(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -740,6 +906,9 @@ def _backward_keys(
     scaling,
     CHUNK,
     U_TILES,
+    head,
+    chunk,
+    first,
     NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -762,14 +931,9 @@ def _backward_keys(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dk and dv of BN keys in a chunk of images, and the chunk's sums for the coefficients and W of these keys."""
+    """dk and dv of one tile of keys in a chunk of images, and the chunk's sums for these keys."""
     dtype = q_ptr.dtype.element_ty
-    tiles = tl.cdiv(N, BN)
-    pid = tl.program_id(0)
-    chunks = tl.cdiv(B, CHUNK)
-    head = pid // (chunks * tiles)
-    chunk = (pid // tiles) % chunks
-    keys = (pid % tiles) * BN + tl.arange(0, BN)
+    keys = first + tl.arange(0, BN)
     columns = tl.arange(0, DP)
     r = tl.arange(0, RP)
     edge = keys[:, None] * RP + r[None, :]
@@ -870,13 +1034,186 @@ def _backward_keys(
 
 
 @triton.jit
+def _backward_keys(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    packed_ptr,
+    edges_ptr,
+    keep_ptr,
+    d_hidden_ptr,
+    d_u_ptr,
+    d_k_ptr,
+    d_v_ptr,
+    partial_ptr,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    B,
+    H,
+    N,
+    scaling,
+    CHUNK,
+    U_TILES,
+    TAIL_CHUNK,
+    TILES,
+    NP: tl.constexpr,
+    R: tl.constexpr,
+    FAMILY: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    ORDER: tl.constexpr,
+    LOW: tl.constexpr,
+    WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    EDGES: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BASE: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    RP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """dk and dv of BN keys in a chunk of images, and the chunk's sums for the coefficients and W of these keys."""
+    pid = tl.program_id(0)
+    chunks = tl.cdiv(B, CHUNK)
+    programs = H * chunks * TILES
+    if pid < programs:
+        head = pid // (chunks * TILES)
+        chunk = (pid // TILES) % chunks
+        first = (pid % TILES) * BN
+        _backward_keys_tile(
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            packed_ptr,
+            edges_ptr,
+            keep_ptr,
+            d_hidden_ptr,
+            d_u_ptr,
+            d_k_ptr,
+            d_v_ptr,
+            partial_ptr,
+            q_b,
+            q_h,
+            q_n,
+            k_b,
+            k_h,
+            k_n,
+            v_b,
+            v_h,
+            v_n,
+            B,
+            H,
+            N,
+            scaling,
+            CHUNK,
+            U_TILES,
+            head,
+            chunk,
+            first,
+            NP,
+            R,
+            FAMILY,
+            K,
+            M,
+            ORDER,
+            LOW,
+            WAVELET,
+            NUMERATOR,
+            DENOMINATOR,
+            EDGES,
+            SLOPE,
+            BASE,
+            FAST,
+            PRECISION,
+            HAS_KEEP,
+            RP,
+            D,
+            DP,
+            BM,
+            BN,
+        )
+    elif TAIL < BN:
+        # The last tile of keys is smaller, and takes more images for that.
+        chunks = tl.cdiv(B, TAIL_CHUNK)
+        head = (pid - programs) // chunks
+        chunk = (pid - programs) % chunks
+        first = TILES * BN
+        _backward_keys_tile(
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            packed_ptr,
+            edges_ptr,
+            keep_ptr,
+            d_hidden_ptr,
+            d_u_ptr,
+            d_k_ptr,
+            d_v_ptr,
+            partial_ptr,
+            q_b,
+            q_h,
+            q_n,
+            k_b,
+            k_h,
+            k_n,
+            v_b,
+            v_h,
+            v_n,
+            B,
+            H,
+            N,
+            scaling,
+            TAIL_CHUNK,
+            U_TILES,
+            head,
+            chunk,
+            first,
+            NP,
+            R,
+            FAMILY,
+            K,
+            M,
+            ORDER,
+            LOW,
+            WAVELET,
+            NUMERATOR,
+            DENOMINATOR,
+            EDGES,
+            SLOPE,
+            BASE,
+            FAST,
+            PRECISION,
+            HAS_KEEP,
+            RP,
+            D,
+            DP,
+            BM,
+            TAIL,
+        )
+
+
+@triton.jit
 def _total(
     partial_ptr,
     m,
     head,
     at,
-    inside,
-    CHUNKS,
+    chunks,
+    SLOTS,
     H,
     N,
     COUNT: tl.constexpr,
@@ -884,12 +1221,12 @@ def _total(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum m of COUNT over the chunks."""
+    """Sum m of COUNT over the chunks, of which each entry of `at` has its own number, `chunks`."""
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, CHUNKS, ROWS):
+    for start in range(0, SLOTS, ROWS):
         chunk = start + tl.arange(0, ROWS)
         begin = ((chunk * H + head).to(tl.int64) * COUNT + m) * N * RP
-        mask = (chunk < CHUNKS)[:, None] & inside[None, :]
+        mask = chunk[:, None] < chunks[None, :]
         total += tl.sum(tl.load(partial_ptr + begin[:, None] + at[None, :], mask=mask, other=0.0), axis=0)
     return total
 
@@ -907,7 +1244,10 @@ def _reduce(
     d_scale_ptr,
     d_base_ptr,
     d_w_ptr,
+    SLOTS,
     CHUNKS,
+    TAIL_CHUNKS,
+    TAIL_FIRST,
     H,
     N,
     FAMILY: tl.constexpr,
@@ -930,12 +1270,13 @@ def _reduce(
     n = at // RP
     r = at % RP
     inside = (n < N) & (r < R)
+    chunks = tl.where(inside, tl.where(n < TAIL_FIRST, CHUNKS, TAIL_CHUNKS), 0)
     edge = r * N + n
     size = R * N
     scale = tl.load(scale_ptr + head * size + edge, mask=inside, other=0.0).to(tl.float32)
     d_scale = tl.zeros([BLOCK], tl.float32)
     for m in tl.static_range(M):
-        total = _total(partial_ptr, m, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = _total(partial_ptr, m, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
         if m == K:
             tl.store(d_base_ptr + head * size + edge, total, mask=inside)
         elif FAMILY == 0 and m % 2 == 1:
@@ -949,27 +1290,27 @@ def _reduce(
     if FAMILY == 2:
         own = head * size + edge
         window = _window(n, N, WAVELET)
-        total = window * _total(partial_ptr, M, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = window * _total(partial_ptr, M, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
         amplitude = tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_first_ptr + own, total * scale, mask=inside)
         d_scale += total * amplitude
         # x~ = (x - tau) / s moves with tau as -1/s, and with s as -x~/s; the sums are in units of `_unit`.
         inner = -scale * amplitude * window / tl.load(third_ptr + own, mask=inside, other=1.0).to(tl.float32)
-        total = _total(partial_ptr, M + 1, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = _total(partial_ptr, M + 1, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
         tl.store(d_second_ptr + own, total * inner * _unit(WAVELET), mask=inside)
-        total = _total(partial_ptr, M + 2, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = _total(partial_ptr, M + 2, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
         tl.store(d_third_ptr + own, total * inner, mask=inside)
     elif FAMILY == 3:
         for j in tl.static_range(NUMERATOR):
-            total = _total(partial_ptr, M + j, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
+            total = _total(partial_ptr, M + j, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
             own = (head * NUMERATOR + j) * size + edge
             d_scale += total * tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
             tl.store(d_first_ptr + own, total * scale, mask=inside)
         for j in tl.static_range(DENOMINATOR):
-            total = _total(partial_ptr, M + NUMERATOR + j, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
+            total = _total(partial_ptr, M + NUMERATOR + j, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
             # The scale is in these sums already.
             tl.store(d_second_ptr + (head * DENOMINATOR + j) * size + edge, total, mask=inside)
-    total = _total(partial_ptr, COUNT - 1, head, at, inside, CHUNKS, H, N, COUNT, RP, BLOCK, ROWS)
+    total = _total(partial_ptr, COUNT - 1, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
     tl.store(d_w_ptr + head * size + n * R + r, total, mask=inside)
     tl.store(d_scale_ptr + head * size + edge, d_scale, mask=inside)
 
@@ -1010,8 +1351,13 @@ class Form:
 _FORM_FIELDS = tuple(field.name for field in fields(Form))
 
 
-def _tiles(form: Form) -> dict[str, dict]:
-    """What measured best on an H100 at 197 tokens and heads of 64: mostly one warp per 16 rows."""
+def _tiles(form: Form, tokens: int) -> dict[str, dict]:
+    """
+    What measured best on an H100 at 197 tokens and heads of 64: mostly one warp per 16 rows.
+
+    In the backward pass the last tile of 64 rows is as small as the rest of the tokens allows. In the forward pass that
+    does not pay: the warps would repeat each other's features.
+    """
     if form.family >= FAMILIES["wavelet"]:
         forward, queries, keys = (32, 16, 1, 2), (32, 32, 2, 2), (32, 16, 1, 2)
     elif form.features <= 2:
@@ -1021,15 +1367,20 @@ def _tiles(form: Form) -> dict[str, dict]:
     else:
         forward, queries, keys = (64, 16, 4, 3), (64, 16, 4, 3), (16, 64, 4, 2)
     tiles = {"_forward": forward, "_backward_queries": queries, "_backward_keys": keys}
-    return {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
+    tiles = {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
+    rest = max(16, triton.next_power_of_2((tokens - 1) % 64 + 1))
+    for name, side in (("_backward_queries", "BM"), ("_backward_keys", "BN")):
+        tiles[name]["TAIL"] = rest if tiles[name][side] == 64 else tiles[name][side]
+    tiles["_backward_queries"]["TAIL_BN"] = 64
+    return tiles
 
 
-@lru_cache(maxsize=None)
+@cache
 class _Plan:
     """How to compile the kernels for one kind of attention: `options` are their compile-time arguments by name."""
 
     def __init__(
-        self, form: Form, rank: int, head_size: int, dtype: torch.dtype, masked: bool, save: bool, tokens_padded: int
+        self, form: Form, rank: int, head_size: int, dtype: torch.dtype, masked: bool, save: bool, tokens: int
     ):
         full = dtype == torch.float32
         self.features = form.features + (form.base != 0)
@@ -1039,7 +1390,7 @@ class _Plan:
         self.rank_padded = max(16, triton.next_power_of_2(rank))
         self.head_size_padded = max(16, triton.next_power_of_2(head_size))
         constants = {
-            "NP": tokens_padded,
+            "NP": _padded(tokens),
             "FAMILY": form.family,
             "K": form.features,
             "M": self.features,
@@ -1060,7 +1411,7 @@ class _Plan:
             "D": head_size,
             "DP": self.head_size_padded,
         }
-        self.tiles = _tiles(form)
+        self.tiles = _tiles(form, tokens)
         own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_reduce": {"BLOCK": 64, "ROWS": 16}}
         self.options = {}
         for kernel in (_prepare, _forward, _backward_queries, _backward_keys, _reduce):
@@ -1109,6 +1460,22 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _shares(images: int, heads: int, tokens: int, BN: int, TAIL: int, **_) -> tuple[int, int, int]:
+    """
+    How the work on keys is shared out: full tiles, and images for a program of a full tile and of a smaller last one, 0
+    where there is none.
+    """
+    if TAIL == BN:
+        tiles = _cdiv(tokens, BN)
+        return tiles, min(images, _cdiv(images * heads * tiles, _PROGRAMS)), 0
+    # A tail takes about twice its share of a tile.
+    cost = 2 * TAIL / BN
+    tiles = tokens // BN
+    images_per_unit = images * heads * (tiles + cost) / _PROGRAMS
+    tail_chunk = max(1, min(images, int(images_per_unit / cost)))
+    return tiles, min(images, math.ceil(images_per_unit)) if tiles else 0, tail_chunk
+
+
 # Tokens are padded to a multiple of the largest tile of keys, so that nothing masks what `_prepare` wrote.
 _PADDING = 64
 
@@ -1139,7 +1506,7 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     """
     images, heads, tokens, head_size = q.shape
     padded = _padded(tokens)
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, padded)
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens)
     rp = plan.rank_padded
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     packed = q.new_empty(heads, 2 * plan.features + 1, padded, rp)
@@ -1163,8 +1530,7 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
 def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form):
     """Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty."""
     images, heads, tokens, head_size = q.shape
-    padded = _padded(tokens)
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True, padded)
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True, tokens)
     rp, dp = plan.rank_padded, plan.head_size_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
@@ -1179,34 +1545,51 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     tensors = (q, k, packed, edges, visible, d_out, hidden, u, d_q, d_hidden, d_u)
     strides = (*q_strides, *k_strides, batch_stride, head_stride, row_stride)
     _launch(_backward_queries, heads * images * tiles, plan, kind, *tensors, *strides, *sizes, scaling)
-    key_tiles = _cdiv(tokens, plan.tiles["_backward_keys"]["BN"])
-    chunk = _cdiv(images * heads * key_tiles, _PROGRAMS)
-    chunks = _cdiv(images, chunk)
-    partial = q.new_empty(chunks, heads, plan.features + plan.edges + 1, tokens, rp, dtype=torch.float32)
+    key_tiles, chunk, tail_chunk = _shares(images, heads, tokens, **plan.tiles["_backward_keys"])
+    chunks, tail_chunks = (_cdiv(images, x) if x else 0 for x in (chunk, tail_chunk))
+    slots = max(chunks, tail_chunks)
+    partial = q.new_empty(slots, heads, plan.features + plan.edges + 1, tokens, rp, dtype=torch.float32)
     tensors = (q, k, v, packed, edges, visible, d_hidden, d_u, d_k, d_v, partial)
     strides = (*q_strides, *k_strides, *v.stride()[:3])
-    _launch(_backward_keys, heads * chunks * key_tiles, plan, kind, *tensors, *strides, *sizes, scaling, chunk, tiles)
+    numbers = (*strides, *sizes, scaling, max(chunk, 1), tiles, max(tail_chunk, 1), key_tiles)
+    _launch(_backward_keys, heads * (chunks * key_tiles + tail_chunks), plan, kind, *tensors, *numbers)
     # Parameters that a family lacks are empty, and their own gradient.
     gradients = [torch.empty_like(x) if x.numel() else x for x in parameters]
     programs = heads * _cdiv(tokens * rp, 64)
-    _launch(_reduce, programs, plan, kind, partial, *parameters[:4], *gradients, chunks, *sizes[1:])
+    tail_first = key_tiles * plan.tiles["_backward_keys"]["BN"] if tail_chunk else tokens
+    tensors = (partial, *parameters[:4], *gradients)
+    _launch(_reduce, programs, plan, kind, *tensors, slots, chunks, tail_chunks, tail_first, heads, tokens)
     return d_q, d_k, d_v, *gradients
+
+
+@cache
+def _form(family: str, base_fn: str, *options) -> Form:
+    base = BASE_FUNCTIONS[base_fn]
+    if family == "fourier":
+        (grid_size,) = options
+        return Form(FAMILIES[family], features=2 * grid_size, base=base)
+    if family == "spline":
+        grid_size, order, low, high = options
+        slope = grid_size / (high - low)
+        return Form(FAMILIES[family], features=grid_size + order, order=order, low=low, slope=slope, base=base)
+    if family == "wavelet":
+        (wavelet,) = options
+        return Form(FAMILIES[family], wavelet=WAVELETS[wavelet], base=base)
+    numerator, denominator = options
+    return Form(FAMILIES[family], numerator=numerator + 1, denominator=denominator, base=base)
 
 
 def form_of(step) -> Form:
     """The form of a step of the operator (`EdgeFunctions`)."""
-    options = {"base": BASE_FUNCTIONS[step.base_fn]}
+    # torch.compile warns about caches.
+    make = _form.__wrapped__ if torch.compiler.is_compiling() else _form
     if step.family == "fourier":
-        options["features"] = 2 * step.grid_size
-    elif step.family == "spline":
-        options |= {"features": step.grid_size + step.order, "order": step.order, "low": step.low}
-        options["slope"] = step.grid_size / (step.high - step.low)
-    elif step.family == "wavelet":
-        options["wavelet"] = WAVELETS[step.wavelet_type]
-    else:
-        numerator, denominator = step.rational_order
-        options |= {"numerator": numerator + 1, "denominator": denominator}
-    return Form(FAMILIES[step.family], **options)
+        return make("fourier", step.base_fn, step.grid_size)
+    if step.family == "spline":
+        return make("spline", step.base_fn, step.grid_size, step.order, step.low, step.high)
+    if step.family == "wavelet":
+        return make("wavelet", step.base_fn, step.wavelet_type)
+    return make("rational", step.base_fn, *step.rational_order)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -1258,7 +1641,7 @@ def _register_operators():
     def _(q, k, v, parameters, keep, scaling, form, save):
         images, heads, tokens, head_size = q.shape
         padded = _padded(tokens)
-        plan = _Plan(Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, padded)
+        plan = _Plan(Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens)
         rp = plan.rank_padded
         edges = (heads, plan.edges, plan.rank, padded)
         return (
@@ -1331,9 +1714,10 @@ def fused_attention(q, k, v, parameters, keep, scaling: float, form: Form) -> to
     Returns:
         (B, h, N, d), laid out as (B, N, h, d), in the dtype of `q`.
     """
+    parameters = [parameter.contiguous() for parameter in parameters]
     keep = keep if keep is None else keep.contiguous()
     if torch.compiler.is_compiling():
-        out = _attention(q, k, v, list(parameters), keep, scaling, form.to_list(), torch.is_grad_enabled())[0]
+        out = _attention(q, k, v, parameters, keep, scaling, form.to_list(), torch.is_grad_enabled())[0]
     else:
         out = _FusedAttention.apply(form, scaling, keep, q, k, v, *parameters)
     return out.transpose(1, 2)

@@ -153,6 +153,8 @@ class KArAtViTAttention(ViTAttention):
         self.is_karat = config.is_karat_layer(layer_index)
         self.karat_heads = (config.num_karat_heads or config.num_attention_heads) if self.is_karat else 0
         self.operator = KArAtOperator(config) if self.is_karat and config.sharing == "blockwise" else None
+        # Why the fused kernels do not apply, by device and dtype: asked at every call.
+        self._obstacles = {}
 
     def forward(
         self,
@@ -188,25 +190,34 @@ class KArAtViTAttention(ViTAttention):
             operator = operator if self.operator is None else self.operator
             way = "eager" if masks.per_query else self.karat_way(implementation, query)
             keep = masks.of_heads(slice(0, split)).keep
-            output, maps, scores = operator(
-                query[:, :split], key[:, :split], value[:, :split], self.scaling, way, keep, grids
-            )
-            # A universal operator may lie on another device than the block.
-            output, maps, scores = (x if x is None else x.to(value.device) for x in (output, maps, scores))
+            own = (query, key, value)
+            if split < self.num_attention_heads:
+                own = (x[:, :split] for x in own)
+            output, maps, scores = operator(*own, self.scaling, way, keep, grids)
+            if output.device != value.device:  # A universal operator may lie on another device than the block.
+                output, maps, scores = (x if x is None else x.to(value.device) for x in (output, maps, scores))
             parts.append((output.transpose(1, 2), maps, scores))
         if split < self.num_attention_heads:
             query, key, value = query[:, split:], key[:, split:], value[:, split:]
             parts.append(self.softmax_heads(query, key, value, masks.of_heads(slice(split, None)), implementation))
-        outputs, maps, scores = zip(*parts)
-        attn_output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        attn_output = self.o_proj(attn_output.flatten(2))
-        return attn_output, _join(maps), _join(scores)
+        if len(parts) == 1:
+            ((output, maps, scores),) = parts
+        else:
+            outputs, maps, scores = zip(*parts)
+            output, maps, scores = torch.cat(outputs, dim=2), _join(maps), _join(scores)
+        return self.o_proj(output.flatten(2)), maps, scores
 
     def karat_way(self, implementation: str, query: torch.Tensor) -> str:
         """How KArAt heads are computed under `implementation`: what it names, or else the fastest that applies."""
         if implementation in ("eager", "karat_portable"):
             return implementation
-        obstacle = why_not_fused(self.config, query.device.type, query.dtype)
+        kind = query.device.type, query.dtype
+        if torch.compiler.is_compiling():
+            obstacle = why_not_fused(self.config, *kind)
+        else:
+            if kind not in self._obstacles:
+                self._obstacles[kind] = why_not_fused(self.config, *kind)
+            obstacle = self._obstacles[kind]
         if obstacle is None and query.shape[0] > 0:
             return "karat_triton"
         if implementation == "karat_triton" and obstacle and not torch.compiler.is_compiling():
@@ -612,9 +623,7 @@ def _softmax_name(implementation: str) -> str:
 
 def _join(parts):
     """Maps of KArAt and softmax heads side by side; `None` unless every part has one."""
-    if any(part is None for part in parts):
-        return None
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return None if any(part is None for part in parts) else torch.cat(parts, dim=1)
 
 
 def _pair(size) -> tuple[int, int]:

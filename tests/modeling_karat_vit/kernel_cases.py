@@ -9,7 +9,7 @@ reads TRITON_INTERPRET when it is imported; on a machine with an NVIDIA GPU it c
 import pytest
 import torch
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, kernels
 from modeling_karat_vit.attention import KArAtOperator, eager_karat_attention
 
 
@@ -141,6 +141,45 @@ def test_shapes_and_strong_scores(shape):
     check(grid_size=2, **shape)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="too much for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"grid": (4, 4), "karat_rank": 1, "grid_size": 11, "heads": 12, "head_size": 32},  # 17 tokens
+        {"grid": (2, 31), "karat_rank": 2, "grid_size": 5, "heads": 3, "head_size": 64},  # 63
+        {"grid": (14, 14), "karat_rank": 12, "grid_size": 1, "heads": 12, "head_size": 64},  # 197
+        {"grid": (14, 14), "karat_rank": 16, "grid_size": 3, "heads": 1, "head_size": 128},
+        {"grid": (1, 197), "karat_rank": 33, "grid_size": 3, "heads": 3, "head_size": 64},  # 198
+        {"grid": (16, 16), "karat_rank": 12, "grid_size": 5, "heads": 3, "head_size": 48, "masked": True},  # 257
+        {"grid": (32, 32), "karat_rank": 12, "grid_size": 3, "heads": 1, "head_size": 64, "images": 1},  # 1025
+        {"grid": (14, 14), "karat_rank": 12, "heads": 3, "head_size": 64, "images": 96},  # several images for a program
+        {"grid": (14, 14), "karat_rank": 12, "heads": 3, "head_size": 64, "images": 40, "basis_type": "spline"},
+        {"grid": (10, 10), "karat_rank": 12, "heads": 3, "head_size": 64, "images": 8, "basis_type": "rational"},
+    ],
+    ids=str,
+)
+def test_large_shapes(dtype, shape):
+    check(dtype=dtype, **shape)
+
+
+def test_chunks_of_several_images(monkeypatch):
+    """Programs that sum the coefficients of more than one image, and more of them for the smaller last tile of keys."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", 3)
+    check(images=5, grid=(8, 9), heads=1, karat_rank=2, grid_size=1)
+
+
+@pytest.mark.parametrize("tokens, tiles, has_tail", [(17, 0, True), (64, 1, False), (80, 1, True), (197, 3, True)])
+def test_work_on_keys_is_shared_out(tokens, tiles, has_tail):
+    tile = kernels._tiles(kernels._form("fourier", "zero", 3), tokens)["_backward_keys"]
+    for images in (1, 7, 256):
+        full, chunk, tail_chunk = kernels._shares(images, 3, tokens, **tile)
+        assert full == tiles and (tail_chunk > 0) == has_tail and (chunk > 0) == (tiles > 0)
+        assert max(chunk, tail_chunk) <= images
+        covered = full * tile["BN"] + (tile["TAIL"] if has_tail else 0)
+        assert tokens <= covered < tokens + 64
+
+
 def test_two_runs_give_equal_bits():
     operator = make_operator(4, 4, 2, karat_rank=4)
     inputs = [torch.randn(3, 2, 17, 16, device=DEVICE) for _ in range(3)]
@@ -150,7 +189,8 @@ def test_two_runs_give_equal_bits():
 
 @pytest.mark.parametrize("options", [{}, {"sharing": "universal", "num_karat_heads": 1}], ids=str)
 def test_a_model_trains_alike_on_every_path(options):
-    """A few steps of training: the losses of eager, portable and fused follow each other."""
+    """Training, 200 steps of it on a GPU: the losses of eager, portable and fused follow each other."""
+    steps, tolerance = (200, 1e-2) if DEVICE == "cuda" else (4, 1e-4)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     losses = {}
     for way in ("eager", "karat_portable", "karat_triton"):
@@ -161,14 +201,14 @@ def test_a_model_trains_alike_on_every_path(options):
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         images, labels = torch.randn(4, 3, 4, 4, device=DEVICE), torch.tensor([0, 1, 2, 0], device=DEVICE)
         losses[way] = []
-        for _ in range(4):
+        for _ in range(steps):
             loss = model(images, labels=labels).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses[way].append(loss.item())
-    assert losses["karat_portable"] == pytest.approx(losses["eager"], rel=1e-4)
-    assert losses["karat_triton"] == pytest.approx(losses["eager"], rel=1e-4)
+    assert losses["karat_portable"] == pytest.approx(losses["eager"], rel=tolerance, abs=tolerance)
+    assert losses["karat_triton"] == pytest.approx(losses["eager"], rel=tolerance, abs=tolerance)
 
 
 def test_compile_takes_the_kernels_whole():
