@@ -204,7 +204,8 @@ def draw_overlay(
     """
     # Fine enough for a smooth veil over the smallest image.
     factor = -(-160 // min(picture.shape[:2]))
-    grey = np.kron(picture.mean(-1), np.ones((factor, factor)))
+    # Clipped, since the mean of three ones may be rounded to more than 1.
+    grey = np.kron(picture.mean(-1).clip(0, 1), np.ones((factor, factor)))
     low = values.min() if low is None else low
     veil = np.clip(values - low, 0, None)
     veil = torch.as_tensor(veil / (veil.max() or 1.0), dtype=torch.float32)[None, None]

@@ -93,21 +93,6 @@ PICTURES = (
         "map is good where it is well below (deletion) or above (insertion) the random one.",
     ),
     Picture(
-        "landscape",
-        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
-        "landscape",
-        "The held-out loss over the two principal directions of each run, with its path from the start to the trained "
-        "weights (star). The epsilon-sharpness is the highest rise within the dashed square.",
-        runs=True,
-    ),
-    Picture(
-        "landscape_3d",
-        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
-        "landscape_3d",
-        "The same surfaces in three dimensions.",
-        runs=True,
-    ),
-    Picture(
         "weights",
         "weights --model MODEL",
         "weights",
@@ -127,6 +112,21 @@ PICTURES = (
         "compare",
         "The two models side by side. FLOPs are the paper's count, MACs and operations PyTorch's; memory and speed "
         "were measured on the machine that made the picture.",
+    ),
+    Picture(
+        "landscape",
+        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
+        "landscape",
+        "The held-out loss over the two principal directions of each run, with its path from the start to the trained "
+        "weights (star). The epsilon-sharpness is the highest rise within the dashed square.",
+        runs=True,
+    ),
+    Picture(
+        "landscape_3d",
+        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
+        "landscape_3d",
+        "The same surfaces in three dimensions.",
+        runs=True,
     ),
 )
 
