@@ -333,7 +333,7 @@ def draw_summary(
         share: of the region.
     """
     names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
-    titles = ("dominant\nhead", f"{share:.0%}\nregion", "strongest\nhead", "\nrollout")
+    titles = ("dominant\nhead", f"{100 * share:g} %\nregion", "strongest\nhead", "\nrollout")
     # A narrow empty column before each model.
     ratios = [1.0, *[0.06, 1.0, 1.0, 1.0, 1.0] * len(maps)]
     grid = figure.add_gridspec(len(labels), len(ratios), width_ratios=ratios)
