@@ -204,7 +204,8 @@ def draw_overlay(
     """
     # Fine enough for a smooth veil over the smallest image.
     factor = -(-160 // min(picture.shape[:2]))
-    grey = np.kron(picture.mean(-1), np.ones((factor, factor)))
+    # Clipped, since the mean of three ones may be rounded to more than 1.
+    grey = np.kron(picture.mean(-1).clip(0, 1), np.ones((factor, factor)))
     low = values.min() if low is None else low
     veil = np.clip(values - low, 0, None)
     veil = torch.as_tensor(veil / (veil.max() or 1.0), dtype=torch.float32)[None, None]
@@ -332,7 +333,7 @@ def draw_summary(
         share: of the region.
     """
     names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
-    titles = ("dominant\nhead", f"{share:.0%}\nregion", "strongest\nhead", "\nrollout")
+    titles = ("dominant\nhead", f"{100 * share:g} %\nregion", "strongest\nhead", "\nrollout")
     # A narrow empty column before each model.
     ratios = [1.0, *[0.06, 1.0, 1.0, 1.0, 1.0] * len(maps)]
     grid = figure.add_gridspec(len(labels), len(ratios), width_ratios=ratios)

@@ -171,12 +171,21 @@ def run_folder(source: str | Path) -> Path | None:
 def read_run(source: str | Path) -> dict[str, Any] | None:
     """What run.json says of the run that a checkpoint belongs to; `None` if it is of no run."""
     folder = run_folder(source)
-    return None if folder is None else runs.read_record(folder)
+    record = None if folder is None else read_json(folder / runs.RECORD)
+    return record if isinstance(record, dict) and "settings" in record else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state in a checkpoint-* folder: `epoch`, `global_step`, `log_history`."""
-    return json.loads((checkpoint / saved.STATE).read_text(encoding="utf-8"))
+    return read_json(checkpoint / saved.STATE)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run holds. Raises `InputError` where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}. Put back a copy of it, or name another run.") from error
 
 
 @dataclass

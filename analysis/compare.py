@@ -15,7 +15,6 @@ out at. It has no count for other bases and operators. Writes compare.csv, compa
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -36,7 +35,7 @@ from image_classification import reports
 from image_classification.transforms import height_and_width
 
 from . import options, style
-from .checkpoints import Checkpoint, by_default, load_checkpoint, read_state, run_folder
+from .checkpoints import Checkpoint, by_default, load_checkpoint, read_json, read_state, run_folder
 from .output import Output, figure_names
 
 
@@ -258,7 +257,7 @@ def accuracy(source: str) -> dict[str, float]:
         return {}
     row, results = {}, folder / reports.RESULTS
     if Path(source).resolve() == folder:
-        row = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        row = read_json(results) if results.is_file() else {}
     elif saved.is_checkpoint(Path(source)):
         state = read_state(Path(source))
         rows = [row for row in reports.history(state["log_history"]) if row["step"] == state["global_step"]]

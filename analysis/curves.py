@@ -6,7 +6,6 @@ Loss and accuracy of several runs together, over their epochs: training loss (da
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from image_classification import reports, runs
 from image_classification.errors import InputError
 
 from . import options, style
-from .checkpoints import read_state, run_folder
+from .checkpoints import read_json, read_state, run_folder
 from .output import Output, figure_names
 
 
@@ -63,7 +62,7 @@ def read(source: str, name: str | None = None) -> Curves:
         )
     rows = []
     if (folder / reports.HISTORY).is_file():
-        rows = json.loads((folder / reports.HISTORY).read_text(encoding="utf-8"))
+        rows = read_json(folder / reports.HISTORY)
     elif (last := saved.newest(folder)[0]) is not None:
         rows = reports.history(read_state(last)["log_history"])
     if not rows:

@@ -251,27 +251,21 @@ def draw(data: Functions, axes: Axes, edge: tuple[int, int] | None = None) -> Ax
 def draw_all(
     after: list[Functions], figure: Figure, before: list[Functions] | None = None, edge=None, inputs: str = "score $x$"
 ) -> Figure:
-    """All heads of a block, four panels a row; with `before`, two panels a head, on one scale."""
-    panels = []
-    for index, data in enumerate(after):
-        if before is not None:
-            panels.append((before[index], f"head {data.head}, before training"))
-            panels.append((data, f"head {data.head}, after training"))
-        else:
-            panels.append((data, f"head {data.head}"))
-    columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
+    """All heads of a block; with `before`, two panels a head, on one scale: see `layout`."""
+    stages = [(after, "")] if before is None else [(before, ", before training"), (after, ", after training")]
+    rows, columns, places = layout(len(after), len(stages))
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
+    for axes in grid.flat:
         axes.set_visible(False)
-    for axes, (data, title) in zip(grid.flat, panels):
-        draw(data, axes, edge)
-        axes.set_title(title)
-    if before is not None:
-        for first, second in zip(grid.flat[0::2], grid.flat[1::2]):
-            low, high = zip(first.get_ylim(), second.get_ylim())
-            for axes in (first, second):
-                axes.set_ylim(min(low), max(high))
+    for index, of_head in enumerate(places):
+        panels = [grid[place] for place in of_head]
+        for (data, said), axes in zip(stages, panels):
+            axes.set_visible(True)
+            draw(data[index], axes, edge)
+            axes.set_title(f"head {data[index].head}{said}")
+        low, high = zip(*(axes.get_ylim() for axes in panels))
+        for axes in panels:
+            axes.set_ylim(min(low), max(high))
     for axes in grid[:, 0]:
         axes.set_ylabel(r"$\varphi_{pq}(x)$")
     for column in range(columns):
@@ -279,6 +273,20 @@ def draw_all(
         last.set_xlabel(inputs)
     figure.legend(handles=_legend(after[0], edge), loc="outside lower center", ncols=2 if columns < 3 else 5)
     return figure
+
+
+def layout(heads: int, stages: int) -> tuple[int, int, list[list[tuple[int, int]]]]:
+    """
+    Where the panels go: the stages of one or two heads side by side in one row, of more heads beneath each other.
+
+    Returns:
+        Rows, columns, and for each head the (row, column) of its stages.
+    """
+    if heads * stages <= 4:
+        return 1, heads * stages, [[(0, head * stages + stage) for stage in range(stages)] for head in range(heads)]
+    columns = style.columns_of(heads)
+    places = [[(head // columns * stages + stage, head % columns) for stage in range(stages)] for head in range(heads)]
+    return -(-heads // columns) * stages, columns, places
 
 
 def _legend(data: Functions, edge) -> list:
@@ -341,11 +349,10 @@ def run(args: argparse.Namespace) -> None:
     if earlier is not None:
         before = compute(earlier, pixels, block, heads, **common, same_as=after)
     with style.context():
-        panels = len(heads) * (1 if before is None else 2)
-        columns = min(panels, 4)
+        rows, columns, _ = layout(len(heads), 1 if before is None else 2)
         width = style.COLUMN if columns <= 2 else style.PAGE
         legend = 0.6 if columns < 3 else 0.3
-        figure = style.figure(width, 0.15 + legend + 1.35 * -(-panels // columns))
+        figure = style.figure(width, 0.15 + legend + 1.35 * rows)
         draw_all(after, figure, before, edge, input_name(checkpoint.operator(block), args.step))
         output.figure(stem, figure)
     output.table(f"{stem}.csv", _rows(after, before, block))

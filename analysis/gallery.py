@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The pictures of the README: trains a small KArAt-ViT and its softmax twin on scikit-learn's handwritten digits (real
-images, no download; some minutes on two CPU cores; a second call finds them trained), and makes every figure of them.
-With --model, the figures of a checkpoint of yours instead.
+The pictures of the README: trains a KArAt-ViT and its softmax twin under one recipe, and makes every figure of them. A
+second call finds them trained.
 
-The figures with their numbers lie in --work, the PNGs and a page that shows them (README.md) in --output.
+  --data-set digits     a small model on scikit-learn's handwritten digits, which need no download: some minutes on two
+                        CPU cores
+  --data-set CIFAR10    ViT-Tiny at 224x224 on CIFAR-10, from the Hub or from --data-path: for a GPU
+
+With --model and --compare, the figures of checkpoints of yours instead. The figures with their numbers lie in --work,
+the PNGs and a page that shows them (README.md) in --output.
 """
 
 import argparse
@@ -13,20 +17,21 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from image_classification.arguments import DEFAULT_RECIPE
+import torch
+
+from image_classification import models
+from image_classification.arguments import CONFIGURATION
 from image_classification.errors import InputError
 from image_classification.main import main as train
 
-from .checkpoints import load_checkpoint, run_folder
+from . import style
+from .checkpoints import Checkpoint, load_checkpoint, run_folder
+from .compare import accuracy
 from .output import Output
 
 
-# 8 x 8 patches, so that there is something to see, and every checkpoint, for the figures over the run.
-RECIPE = "--image_size 16 --patch_size 2 --num_train_epochs 30 --save_total_limit 0".split()
-SOFTMAX = (
-    "--model vit_tiny_patch16_224 --hidden_size 64 --num_hidden_layers 4 --num_attention_heads 4 "
-    "--intermediate_size 256"
-).split()
+# Data sets with a recipe for both models, configuration/gallery/NAME_karat.yaml and NAME_softmax.yaml.
+DATA_SETS = {"digits": "digits", "CIFAR10": "cifar10"}
 
 
 @dataclass
@@ -88,25 +93,10 @@ PICTURES = (
         "map is good where it is well below (deletion) or above (insertion) the random one.",
     ),
     Picture(
-        "landscape",
-        "landscape --model MODEL --compare COMPARE --grid 31 --num-images 128 --log",
-        "landscape",
-        "The held-out loss over the two principal directions of each run, with its path from the start to the trained "
-        "weights (star). The epsilon-sharpness is the highest rise within the dashed square.",
-        runs=True,
-    ),
-    Picture(
-        "landscape_3d",
-        "landscape --model MODEL --compare COMPARE --grid 31 --num-images 128 --log",
-        "landscape_3d",
-        "The same surfaces in three dimensions.",
-        runs=True,
-    ),
-    Picture(
         "weights",
         "weights --model MODEL",
         "weights",
-        "Distributions of the weights over the run: the higher harmonics, which start small, grow most.",
+        "Distributions of the weights over the run: all, the coefficients of each harmonic, and the projector.",
         runs=True,
     ),
     Picture(
@@ -123,37 +113,64 @@ PICTURES = (
         "The two models side by side. FLOPs are the paper's count, MACs and operations PyTorch's; memory and speed "
         "were measured on the machine that made the picture.",
     ),
+    Picture(
+        "landscape",
+        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
+        "landscape",
+        "The held-out loss over the two principal directions of each run, with its path from the start to the trained "
+        "weights (star). The epsilon-sharpness is the highest rise within the dashed square.",
+        runs=True,
+    ),
+    Picture(
+        "landscape_3d",
+        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
+        "landscape_3d",
+        "The same surfaces in three dimensions.",
+        runs=True,
+    ),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR_OR_REPO", help="a KArAt checkpoint (default: trained on digits)")
+    parser.add_argument(
+        "--data-set",
+        choices=DATA_SETS,
+        default="digits",
+        help="train on this, by configuration/gallery/*.yaml (default: digits)",
+    )
+    parser.add_argument(
+        "--data-path", metavar="DIR", help="where the data set lies, as run_image_classification.py takes it"
+    )
+    parser.add_argument("--model", metavar="DIR_OR_REPO", help="a KArAt checkpoint, in place of one trained here")
     parser.add_argument("--compare", metavar="DIR_OR_REPO", help="its softmax counterpart; goes with --model")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="images for checkpoints that are no runs")
+    parser.add_argument("--note", metavar="TEXT", help="a sentence for the page, such as which images these are")
     parser.add_argument(
         "--work",
-        default="outputs/gallery",
         metavar="DIR",
-        help="folder for the trained models and for the figures with their numbers (default: outputs/gallery)",
+        help="folder for the trained models and for the figures with their numbers (default: outputs/gallery/DATA)",
     )
-    parser.add_argument(
-        "--output", default="docs/gallery", metavar="DIR", help="folder for the pictures (default: docs/gallery)"
-    )
+    parser.add_argument("--output", metavar="DIR", help="folder for the pictures (default: docs/gallery/DATA)")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures and figures that are there already")
 
 
 def run(args: argparse.Namespace) -> None:
     if (args.model is None) != (args.compare is None):
         raise InputError("`--model` and `--compare` go together: the gallery shows a KArAt model beside a softmax one.")
+    if args.model is not None and args.data_path is not None:
+        raise InputError("`--data-path` is for training, and --model is trained: leave one of them out.")
+    name = DATA_SETS[args.data_set]
+    work = Path(args.work or f"outputs/gallery/{name}")
     are_runs = args.model is None or None not in (run_folder(args.model), run_folder(args.compare))
     pictures = [picture for picture in PICTURES if are_runs or not picture.runs]
-    output = Output(args.output, [*(f"{picture.name}.png" for picture in pictures), "README.md"], args.overwrite)
-    figures = Path(args.work) / "figures"
+    files = [*(f"{picture.name}.png" for picture in pictures), "README.md"]
+    output = Output(args.output or f"docs/gallery/{name}", files, args.overwrite)
+    figures = work / "figures"
     if figures.exists() and not args.overwrite:
         raise InputError(f"{figures} is there already. Choose another folder with --work, or give --overwrite.")
-    model, compare = (args.model, args.compare) if args.model else train_digits(Path(args.work))
-    last = str(load_checkpoint(model).blocks - 1)
-    load_checkpoint(compare, "--compare")
+    model, compare = (args.model, args.compare) if args.model else train_both(name, work, args.data_path)
+    checkpoints = [load_checkpoint(model), load_checkpoint(compare, "--compare")]
+    last = str(checkpoints[0].blocks - 1)
     for command in dict.fromkeys(picture.command for picture in pictures):
         words = [{"MODEL": model, "COMPARE": compare}.get(word, word) for word in command.split()]
         if args.images and words[0] in ("functions", "attention", "spectrum", "faithfulness"):
@@ -166,30 +183,49 @@ def run(args: argparse.Namespace) -> None:
         module.run(parser.parse_args(words[1:]))
     for picture in pictures:
         output.copy(figures / f"{picture.file.replace('LAST', last)}.png", f"{picture.name}.png")
-    output.text("README.md", page(pictures))
+    output.text("README.md", page(pictures, [describe(checkpoint) for checkpoint in checkpoints], args.note))
     output.report()
     left_out = [picture.name for picture in PICTURES if picture not in pictures]
     if left_out:
         print(f"Left out, since they need folders of runs: {', '.join(left_out)}.")
 
 
-def train_digits(work: Path) -> tuple[str, str]:
+def train_both(name: str, work: Path, data_path: str | None = None) -> tuple[str, str]:
     """Train the KArAt model and its softmax twin under one recipe, or find them trained. Returns their folders."""
     folders = []
-    for name, flags in (("karat", []), ("softmax", SOFTMAX)):
-        folder = str(work / name)
-        if train([str(DEFAULT_RECIPE), *flags, *RECIPE, "--output_dir", folder]) != 0:
+    for kind in ("karat", "softmax"):
+        folder = str(work / kind)
+        words = [str(CONFIGURATION / "gallery" / f"{name}_{kind}.yaml"), "--output_dir", folder]
+        words += ["--data_path", data_path] if data_path else []
+        words += ["--bf16"] if torch.cuda.is_available() else []
+        if train(words) != 0:
             raise InputError(f"The training of {folder} failed: see above.")
         folders.append(folder)
     return tuple(folders)
 
 
-def page(pictures: list[Picture]) -> str:
+def describe(checkpoint: Checkpoint) -> str:
+    """One line on a model: what it is, and for that of a run how it was trained and how good it is."""
+    said = f"{style.KIND_NAMES[checkpoint.kind]}: {models.describe_model(checkpoint.model)}"
+    if checkpoint.run is not None:
+        settings, finished = checkpoint.run["settings"], checkpoint.run.get("finished") or {}
+        data = settings["data_set"] or settings["dataset_name"] or Path(settings["data_path"]).name
+        said += f"; {settings['num_train_epochs']:g} epochs of {data}"
+        right = accuracy(checkpoint.source).get("accuracy")
+        if right is not None and "eval_images" in finished:
+            said += f", {100 * right:.1f} % of {finished['eval_images']:,} held-out images right"
+    return f"{said}."
+
+
+def page(pictures: list[Picture], described: list[str], note: str | None = None) -> str:
     """The page that shows the pictures, in Markdown."""
     parts = [
         "<!-- SPDX-License-Identifier: Apache-2.0. Made by `python -m analysis gallery`. -->",
         "# Gallery",
-        "Made by `make gallery`. Each picture for checkpoints of yours: the command beneath it.",
+        "The figures of two models, trained alike but for their attention:",
+        "\n".join(f"* {line}" for line in described),
+        *([note] if note else []),
+        "For checkpoints of yours, each by the command beneath it.",
     ]
     for picture in pictures:
         command = f"python -m analysis {picture.command}"

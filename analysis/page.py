@@ -47,6 +47,16 @@ CSS = """
 .overview img { cursor: pointer; }
 """
 
+# For screen readers: Gradio leaves the pictures that are buttons without a name, as often as it draws them.
+NAMES = """() => {
+    const name = () => {
+        document.querySelectorAll("#examples img").forEach((img, index) => { img.alt ||= `Example ${index + 1}`; });
+        document.querySelectorAll("#picture img").forEach((img) => { img.alt ||= "Your picture"; });
+    };
+    new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+    name();
+}"""
+
 
 @dataclass
 class Chosen:
@@ -106,7 +116,14 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
                 image.preprocess = lambda payload: None if payload is None else payload.path
                 status = gr.HTML(elem_id="status", padding=False)
                 if examples:
-                    gr.Examples(examples, image, label="Or one of these", examples_per_page=12, cache_examples=False)
+                    gr.Examples(
+                        examples,
+                        image,
+                        label="Or one of these",
+                        elem_id="examples",
+                        examples_per_page=12,
+                        cache_examples=False,
+                    )
             with gr.Column(scale=6, min_width=320):
                 with gr.Group():
                     with gr.Row():
@@ -281,6 +298,7 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None, sh
             footer_links=["settings"],
             theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=CSS,
+            js=NAMES,
         )
     except (OSError, ValueError, RuntimeError) as error:
         at = f"--host {host or '127.0.0.1'} --port {port or '7860 to 7959'}"

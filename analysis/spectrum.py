@@ -201,10 +201,9 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
                 color=colour,
                 fontsize=7,
             )
-    # Room for a legend above the lines.
-    lines = sum(not line.get_label().startswith("_") for line in axes.lines)
-    axes.set_ylim(0, axes.get_ylim()[1] * (1 + 0.11 * lines))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("effective rank")
     return axes
@@ -217,14 +216,23 @@ def draw_all(spectra: list[Spectrum], figure: Figure) -> Figure:
     for data, name, axes in zip(spectra, names, panels):
         draw(data, axes)
         axes.set_title(f"{name}, block {data.block}" if len(spectra) > 1 else f"block {data.block}")
-        axes.legend(loc="upper right", bbox_to_anchor=(1.02, 0.88))
     low, high = zip(*(axes.get_ylim() for axes in panels[:-1]))
     for axes in panels[:-1]:
         axes.set_ylim(min(low), max(high))
     draw_effective(spectra, panels[-1], names if len(spectra) > 1 else [""])
     panels[-1].set_title("all blocks")
-    opaque = {"frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 1.0, "borderpad": 0.2}
-    panels[-1].legend(handlelength=2.2, loc="upper left", **opaque)
+    # Beneath the panels, where they hide no line.
+    for group, side, title in ((panels[:-1], "left", "singular values"), (panels[-1:], "right", "effective rank")):
+        lines = {line.get_label(): line for axes in group for line in axes.get_legend_handles_labels()[0]}
+        figure.legend(
+            handles=list(lines.values()),
+            handlelength=2.2,
+            loc=f"outside lower {side}",
+            ncols=2,
+            title=title,
+            title_fontsize=7,
+            alignment="left",
+        )
     return figure
 
 
@@ -248,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
         compute(each, prepare(each, found).pixels, block, args.batch_size) for each, block in zip(checkpoints, blocks)
     ]
     with style.context():
-        output.figure(stem, draw_all(spectra, style.figure(style.PAGE, 2.1)))
+        output.figure(stem, draw_all(spectra, style.figure(style.PAGE, 2.5)))
     arrays = {}
     for prefix, data in zip(("model", "compare"), spectra):
         for name in ("before", "after", "effective_before", "effective_after"):

@@ -60,7 +60,7 @@ def test_there_is_a_recipe_for_each_figure_and_no_other():
     found = {path.relative_to(CONFIGURATION).as_posix() for path in CONFIGURATION.glob("*/*.yaml")}
     expected = {f"{data}/vit_{model}.yaml" for data in SETS for model in PAPER}
     expected |= {f"ablations/{name}.yaml" for name in (*ABLATIONS, "attention_transfer")}
-    assert {name for name in found if not name.startswith("base/")} == expected
+    assert {name for name in found if not name.startswith(("base/", "gallery/"))} == expected
 
 
 @pytest.mark.parametrize("model", PAPER)
@@ -109,6 +109,20 @@ def test_ablations_differ_in_one_thing(name):
     # 12 blocks of 3 heads; on top of the function's own, two scales an edge, and the projector.
     expected = softmax + 12 * 3 * 197 * rank * (per_edge + 3)
     assert count_parameters(build_config(settings.model, [str(label) for label in range(10)])) == expected
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_the_models_of_the_gallery_differ_in_their_attention_alone(data):
+    karat, softmax = (
+        parse_settings([str(CONFIGURATION / "gallery" / f"{data}_{kind}.yaml"), "--use_cpu"])
+        for kind in ("karat", "softmax")
+    )
+    shape = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+    changed = {key for key, value in softmax.record.items() if karat.record[key] != value}
+    assert changed - shape == {"model", "output_dir"} and karat.training.save_total_limit is None
+    ours, theirs = (build_config(each.model, list("ab")) for each in (karat, softmax))
+    assert (ours.model_type, theirs.model_type) == ("karat_vit", "vit")
+    assert all(getattr(ours, name) == getattr(theirs, name) for name in (*shape, "image_size", "patch_size"))
 
 
 def test_attention_transfer_is_the_softmax_recipe_with_the_karat_models_maps():

@@ -299,6 +299,22 @@ def test_a_model_of_one_block_and_one_head(chromium, tmp_path, monkeypatch):
         running.close()
 
 
+def test_whatever_can_be_used_has_a_name(visit, tmp_path):
+    """For those who hear the page instead of seeing it."""
+    visitor = visit()
+    upload(visitor, saved(tmp_path, "a.png", photo(9)))
+    expect(visitor.locator("#overview-1")).to_be_visible()
+    expect(visitor.locator("#picture img")).to_have_attribute("alt", "Your picture")
+    nameless = visitor.evaluate(
+        """() => [...document.querySelectorAll("button, input, select, textarea, img")]
+            .filter((part) => part.offsetParent)
+            .filter((part) => !(part.ariaLabel || part.title || part.alt || part.innerText ||
+                (part.labels && part.labels[0]) || part.querySelector("[alt]:not([alt=''])")))
+            .map((part) => part.outerHTML)"""
+    )
+    assert nameless == []
+
+
 def test_it_fits_a_phone(visit, tmp_path):
     visitor = visit(viewport={"width": 360, "height": 740})
     upload(visitor, saved(tmp_path, "a.png", photo(8)))

@@ -159,3 +159,17 @@ def test_what_has_no_functions_is_refused(softmax, karat, photos, tmp_path, refu
     assert "1 step(s)" in refusal(*words, karat, "--step", 1)
     assert "another model" in refusal(*words, karat, "--before", mixed)
     assert "no folder of a run" in refusal(*words, karat, "--before", "start")
+
+
+def test_before_and_after_are_side_by_side_or_beneath_each_other():
+    assert functions.layout(1, 2) == (1, 2, [[(0, 0), (0, 1)]])
+    assert functions.layout(2, 2) == (1, 4, [[(0, 0), (0, 1)], [(0, 2), (0, 3)]])
+    assert functions.layout(3, 2) == (2, 3, [[(0, column), (1, column)] for column in range(3)])
+    rows, columns, places = functions.layout(6, 2)
+    assert (rows, columns) == (4, 3) and places[4] == [(2, 1), (3, 1)]
+    for heads in range(1, 17):
+        for stages in (1, 2):
+            rows, columns, places = functions.layout(heads, stages)
+            used = [place for of_head in places for place in of_head]
+            assert len(set(used)) == heads * stages and columns <= 4
+            assert all(row < rows and column < columns for row, column in used)

@@ -3,7 +3,10 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 from analysis import gallery
+from image_classification.arguments import parse_settings
 from image_classification.main import main as train
 
 
@@ -46,17 +49,27 @@ def test_nothing_is_begun_where_files_would_be_lost(karat, softmax, tmp_path, re
     assert "is there already" in refusal("gallery", "--model", karat, "--compare", softmax, "--work", tmp_path / "work")
 
 
-def test_the_models_of_the_gallery_differ_in_their_attention_alone(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("data_set", "path"), [("digits", None), ("CIFAR10", "path/to/cifar10")])
+def test_models_are_trained_by_the_recipes_of_the_data_set(data_set, path, monkeypatch, tmp_path, refusal):
     calls = []
-    monkeypatch.setattr(gallery, "train", lambda words: calls.append(words) or 0)
-    assert gallery.train_digits(tmp_path) == (str(tmp_path / "karat"), str(tmp_path / "softmax"))
-    ours, theirs = calls
-    assert [word for word in theirs if word not in gallery.SOFTMAX][:-1] == ours[:-1]
-    assert theirs[-1] == str(tmp_path / "softmax")
+    monkeypatch.setattr(gallery, "train", lambda words: calls.append(parse_settings([*words, "--use_cpu"])) or 2)
+    flags = ["--data-set", data_set, "--work", tmp_path] + (["--data-path", path] if path else [])
+    assert f"The training of {tmp_path / 'karat'} failed" in refusal("gallery", *flags)
+    monkeypatch.setattr(gallery, "train", lambda words: calls.append(parse_settings([*words, "--use_cpu"])) or 0)
+    assert "there is no such folder" in refusal("gallery", *flags)  # since nothing was trained
+    for settings, kind in zip(calls[1:], ("karat", "softmax"), strict=True):
+        assert (settings.data.data_set, settings.data.data_path) == (data_set, path)
+        assert settings.recipe.name == f"{data_set.lower()}_{kind}.yaml"
+        assert settings.training.output_dir == str(tmp_path / kind)
 
 
-def test_the_gallery_here_has_every_picture():
-    text = (GALLERY / "README.md").read_text(encoding="utf-8")
-    assert text == gallery.page(list(gallery.PICTURES))
+@pytest.mark.parametrize("name", sorted(path.name for path in GALLERY.iterdir()))
+def test_the_galleries_here_have_every_picture(name):
+    text = (GALLERY / name / "README.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\* (.*)$", text, re.MULTILINE)
+    assert [line.split(":")[0] for line in described] == ["KArAt", "softmax"]
+    assert all("held-out images right" in line for line in described)
+    note = re.search(r"right\.\n\n(?!For checkpoints)(.*)\n", text)
+    assert text == gallery.page(list(gallery.PICTURES), described, note and note[1])
     for picture in re.findall(r"!\[\w+\]\((.*)\)", text):
-        assert (GALLERY / picture).read_bytes().startswith(b"\x89PNG")
+        assert (GALLERY / name / picture).read_bytes().startswith(b"\x89PNG")
