@@ -56,13 +56,22 @@ def many_tokens_on_cuda(table: Table) -> None:
         training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 3, ["naive"], image_size=image_size)
 
 
-def input_pipeline_on_cuda(table: Table) -> None:
+def input_pipeline_on_cuda(table: Rates) -> None:
     cores = os.cpu_count()
-    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [(cores, share) for share in (0.0, 0.25, 0.5, 1.0)])
+    few, all_but_one = cores // 2, cores - 1
+    pairs = [(all_but_one, 0.0), (all_but_one, 0.5), (few, 0.75), (few, 1.0), (all_but_one, 1.0), (all_but_one, None)]
+    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [input_pipeline.Way(*pair) for pair in pairs])
 
 
-def input_pipeline_on_cpu(table: Table) -> None:
-    input_pipeline.run("cpu", table, 8, 64, 2, 6, [(1, 0.0), (1, 0.5)])
+def input_pipeline_compiled_on_cuda(table: Rates) -> None:
+    cores = os.cpu_count()
+    pairs = [(cores - 1, 0.75), (cores // 2, 1.0)]
+    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [input_pipeline.Way(*pair) for pair in pairs], "compile")
+
+
+def input_pipeline_on_cpu(table: Rates) -> None:
+    pairs = [(1, 0.0), (1, 0.5), (1, None)]
+    input_pipeline.run("cpu", table, 8, 64, 2, 6, [input_pipeline.Way(*pair) for pair in pairs])
 
 
 def attention_on_cpu(table: Table) -> None:
@@ -81,6 +90,7 @@ PARTS = {
         "compiled": compiled_on_cuda,
         "many-tokens": many_tokens_on_cuda,
         "input-pipeline": input_pipeline_on_cuda,
+        "input-pipeline-compiled": input_pipeline_compiled_on_cuda,
     },
     "cpu": {"attention": attention_on_cpu, "models": models_on_cpu, "input-pipeline": input_pipeline_on_cpu},
 }
@@ -90,7 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--only", nargs="+", help="some parts: attention, models, input-pipeline, and on cuda compiled, many-tokens"
+        "--only",
+        nargs="+",
+        help=f"some parts: {', '.join(PARTS['cpu'])}; on cuda {', '.join(PARTS['cuda'])}",
     )
     parser.add_argument("--output", type=Path, help="CSV to append to (default: benchmarks/results/DEVICE.csv)")
     arguments = parser.parse_args()
@@ -105,7 +117,7 @@ def main() -> None:
     try:
         for name, part in PARTS[device].items():
             if arguments.only is None or name in arguments.only:
-                part(rates if name == "input-pipeline" else table)
+                part(rates if name.startswith("input-pipeline") else table)
     finally:
         table.write(output)
         rates.write(output.with_name(f"{output.stem}_input_pipeline.csv"))

@@ -45,6 +45,15 @@ EXCLUSIVE = (
 )
 
 
+MOST_WORKERS = 16
+
+
+def cores_to_use() -> int:
+    """CPU cores of this process, which those of other processes of the same launch share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def _optional(help: str, **metadata: Any) -> Any:
     return field(default=None, metadata={"help": help, **metadata})
 
@@ -336,8 +345,9 @@ class RunArguments(TrainingArguments):
         "Go on from this checkpoint-* folder, or from the last one of a run's folder. The same command in the same "
         "output_dir resumes by itself."
     )
-    dataloader_num_workers: int = field(
-        default=min(4, os.cpu_count() or 1), metadata={"help": "Processes that read and augment images; 0: none apart."}
+    dataloader_num_workers: int | None = _optional(
+        "Processes that read and augment images, for each process that trains; 0: none apart. Unset: one for each CPU "
+        f"core but one, {MOST_WORKERS} at most."
     )
     cpu_threads: int | None = _optional(
         "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
@@ -355,6 +365,8 @@ class RunArguments(TrainingArguments):
             self.learning_rate = self.base_lr
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = max(1, min(cores_to_use() - 1, MOST_WORKERS))
         if self.save_total_limit == 0:
             self.save_total_limit = None
         if self.optim.startswith(official_flags.TIMM):
