@@ -10,7 +10,8 @@ Every row is a ratio to a softmax baseline of the same process, and is timed onl
 the reference. The rows go to benchmarks/results/DEVICE.csv, behind those that are there.
 
 The part input-pipeline trains on JPEG files, and compares with training on tensors that are on the device already; its
-rows go to benchmarks/results/DEVICE_input_pipeline.csv.
+rows go to benchmarks/results/DEVICE_input_pipeline.csv. The part devices compares two GPUs with one; its rows go to
+DEVICE_devices.csv.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import attention, input_pipeline, training_step
+from . import attention, devices, input_pipeline, training_step
 from .common import Rates, Table
 
 
@@ -91,8 +92,14 @@ PARTS = {
         "many-tokens": many_tokens_on_cuda,
         "input-pipeline": input_pipeline_on_cuda,
         "input-pipeline-compiled": input_pipeline_compiled_on_cuda,
+        "devices": lambda table: devices.run("cuda", table),
     },
-    "cpu": {"attention": attention_on_cpu, "models": models_on_cpu, "input-pipeline": input_pipeline_on_cpu},
+    "cpu": {
+        "attention": attention_on_cpu,
+        "models": models_on_cpu,
+        "input-pipeline": input_pipeline_on_cpu,
+        "devices": lambda table: devices.run("cpu", table),
+    },
 }
 
 
@@ -113,14 +120,15 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: use --device cpu")
     output = arguments.output or Path(__file__).parent / "results" / f"{device}.csv"
-    table, rates = Table(device), Rates(device)
+    tables = {"": Table(device), "_input_pipeline": Rates(device), "_devices": devices.Devices(device)}
     try:
         for name, part in PARTS[device].items():
             if arguments.only is None or name in arguments.only:
-                part(rates if name.startswith("input-pipeline") else table)
+                kind = next((kind for kind in tables if kind and name.startswith(kind[1:].replace("_", "-"))), "")
+                part(tables[kind])
     finally:
-        table.write(output)
-        rates.write(output.with_name(f"{output.stem}_input_pipeline.csv"))
+        for kind, table in tables.items():
+            table.write(output.with_name(f"{output.stem}{kind}.csv"))
 
 
 if __name__ == "__main__":
