@@ -276,7 +276,7 @@ def compare(layout: str, folder: Path, table: Devices, processes: int) -> None:
 
 
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference in a parameter's gradient, over its norm; noise about zero (softmax's key bias) is none."""
+    """The largest difference in a gradient, over its norm; noise about zero, as in softmax's key bias, is none."""
     total = sum(gradient.norm() ** 2 for gradient in theirs.values()) ** 0.5
     return max(float((ours[key] - b).norm() / b.norm().clamp(min=1e-3 * total)) for key, b in theirs.items())
 
