@@ -92,7 +92,7 @@ class ModelArguments:
     intermediate_size: int | None = _optional("Width of the MLPs.")
     hidden_dropout_prob: float | None = _optional("Dropout after attention and MLP.")
     attention_probs_dropout_prob: float | None = _optional("Dropout of attention weights; softmax heads only.")
-    drop_path_rate: float | None = _optional("Stochastic depth: rate of the last block (KArAt models).")
+    drop_path_rate: float | None = _optional("Stochastic depth: rate of the last block; blocks before it less.")
     basis_type: str | None = _optional("Basis of the learnable functions: fourier, spline, wavelet, rational.")
     wavelet_type: str | None = _optional("mexican_hat, morlet, dog, meyer or shannon.")
     grid_size: int | None = _optional("G: harmonics of the Fourier basis, or intervals of the spline's grid.")
