@@ -349,6 +349,9 @@ class RunArguments(TrainingArguments):
         "Processes that read and augment images, for each process that trains; 0: none apart. Unset: one for each CPU "
         f"core but one, {MOST_WORKERS} at most."
     )
+    dataloader_persistent_workers: bool | None = _optional(
+        "Keep the data workers from one epoch to the next. Unset: yes, where there are any."
+    )
     cpu_threads: int | None = _optional(
         "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
     )
@@ -367,6 +370,8 @@ class RunArguments(TrainingArguments):
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = max(1, min(cores_to_use() - 1, MOST_WORKERS))
+        keep = self.dataloader_persistent_workers is not False
+        self.dataloader_persistent_workers = keep and self.dataloader_num_workers > 0
         if self.save_total_limit == 0:
             self.save_total_limit = None
         if self.optim.startswith(official_flags.TIMM):

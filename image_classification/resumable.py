@@ -89,6 +89,8 @@ class ResumableTrainer(ParallelTrainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)  # Of accelerate's.
+        # It draws when workers start, which is at each epoch or not: training must not depend on it.
+        inner.generator = torch.Generator()
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
         return loader
 

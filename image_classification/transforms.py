@@ -155,14 +155,16 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __init__(self, split: Dataset, transform, name: str, seed: int | None = None, repeated: bool = False):
         self.split, self.transform, self.name, self.repeated = split, transform, name, repeated
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
+        # In shared memory: data workers live longer than an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.split)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer."""
-        self.epoch = epoch
+        """Called by the Trainer; data workers that run already get to know it."""
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict:
         """`pixel_values`, `labels`, and in training the `key` of the random numbers that were used."""
@@ -181,12 +183,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def prepare(self, images: list[dict], labels: list[int], where: list[str], indices: list[int]) -> list[dict]:
         """Undecoded images with their indices in the epoch; `where` is what errors call them."""
-        read, prepared = getattr(self.transform, "read", decode), []
+        read, epoch, prepared = getattr(self.transform, "read", decode), int(self._epoch), []
         with contextlib.nullcontext() if self.seed is None else own_generators():
             for item, label, name, index in zip(images, labels, where, indices, strict=True):
                 image, row = read(item, name), {"labels": label}
                 if self.seed is not None:
-                    row["key"] = (self.seed, self.epoch, index)
+                    row["key"] = (self.seed, epoch, index)
                     seed_generators(*row["key"])
                 prepared.append({"pixel_values": self.transform(image), **row})
         return prepared

@@ -203,14 +203,23 @@ def test_batches_come_from_workers_as_one_tensor(start):
     options = {"device_decode": 0.5, "random_erasing_mode": "pixel"}
     data, collate = dataset(True, images, **options)
     loader = torch.utils.data.DataLoader(
-        data, 4, num_workers=2, collate_fn=collate, multiprocessing_context=start, timeout=120
+        data,
+        4,
+        num_workers=2,
+        collate_fn=collate,
+        multiprocessing_context=start,
+        persistent_workers=True,
+        timeout=120,
     )
-    for number, drawn in enumerate(loader):
-        kinds = [kind for kind, value in vars(drawn).items() if torch.is_tensor(value)]
-        assert kinds == ["data"] and drawn.data.is_shared() and drawn.lengths
-        here = collate([data[index] for index in range(4 * number, 4 * number + 4)])
-        for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
-            assert torch.equal(actual, expected)
+    for epoch in range(2):
+        data.set_epoch(epoch)  # Which workers that run get to know.
+        for number, drawn in enumerate(loader):
+            kinds = [kind for kind, value in vars(drawn).items() if torch.is_tensor(value)]
+            assert kinds == ["data"] and drawn.data.is_shared() and drawn.lengths
+            here = collate([data[index] for index in range(4 * number, 4 * number + 4)])
+            assert drawn.key == (3, epoch, 4 * number)
+            for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
+                assert torch.equal(actual, expected)
 
 
 def test_noise_of_erasing():
