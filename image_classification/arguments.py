@@ -379,6 +379,8 @@ class RunArguments(TrainingArguments):
             self.optim = "adamw_torch"  # Transformers insists on a name of its own.
         self._set_trackers()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise InputError("`fp16` trains on GPUs: on the CPU it would not be used at all. Give --bf16, or none.")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # PyTorch warns at every epoch.
         if scaled and self.scale_lr:
