@@ -41,6 +41,7 @@ def make_model(kind):
 
 def run_arguments(folder, **settings):
     defaults = {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "eval_strategy": "no"}
+    defaults["dataloader_num_workers"] = 0
     return RunArguments(**{**defaults, "learning_rate": 0.1, "warmup_epochs": 0.0, **settings})
 
 
