@@ -197,15 +197,15 @@ def test_room_for_more_changes_nothing():
     assert not layout.holds(dataclasses.replace(Layout.of(made[0]), images=11))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_batches_come_from_workers_as_one_tensor(start):
+@pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
+def test_batches_come_from_workers_as_one_tensor(start, workers):
     images = [encode(photo(seed)) for seed in range(8)]
     options = {"device_decode": 0.5, "random_erasing_mode": "pixel"}
     data, collate = dataset(True, images, **options)
     loader = torch.utils.data.DataLoader(
         data,
         4,
-        num_workers=2,
+        num_workers=workers,
         collate_fn=collate,
         multiprocessing_context=start,
         persistent_workers=True,
