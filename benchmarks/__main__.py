@@ -10,7 +10,8 @@ Every row is a ratio to a softmax baseline of the same process, and is timed onl
 the reference. The rows go to benchmarks/results/DEVICE.csv, behind those that are there.
 
 The part input-pipeline trains on JPEG files, and compares with training on tensors that are on the device already; its
-rows go to benchmarks/results/DEVICE_input_pipeline.csv.
+rows go to benchmarks/results/DEVICE_input_pipeline.csv. The part devices compares two GPUs with one; its rows go to
+DEVICE_devices.csv.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import attention, input_pipeline, training_step
+from . import attention, devices, input_pipeline, training_step
 from .common import Rates, Table
 
 
@@ -60,13 +61,22 @@ def many_tokens_on_cuda(table: Table) -> None:
         training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 3, ["naive"], image_size=image_size)
 
 
-def input_pipeline_on_cuda(table: Table) -> None:
+def input_pipeline_on_cuda(table: Rates) -> None:
     cores = os.cpu_count()
-    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [(cores, share) for share in (0.0, 0.25, 0.5, 1.0)])
+    few, all_but_one = cores // 2, cores - 1
+    pairs = [(all_but_one, 0.0), (all_but_one, 0.5), (few, 0.75), (few, 1.0), (all_but_one, 1.0), (all_but_one, None)]
+    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [input_pipeline.Way(*pair) for pair in pairs])
 
 
-def input_pipeline_on_cpu(table: Table) -> None:
-    input_pipeline.run("cpu", table, 8, 64, 2, 6, [(1, 0.0), (1, 0.5)])
+def input_pipeline_compiled_on_cuda(table: Rates) -> None:
+    cores = os.cpu_count()
+    pairs = [(cores - 1, 0.75), (cores // 2, 1.0)]
+    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [input_pipeline.Way(*pair) for pair in pairs], "compile")
+
+
+def input_pipeline_on_cpu(table: Rates) -> None:
+    pairs = [(1, 0.0), (1, 0.5), (1, None)]
+    input_pipeline.run("cpu", table, 8, 64, 2, 6, [input_pipeline.Way(*pair) for pair in pairs])
 
 
 def attention_on_cpu(table: Table) -> None:
@@ -86,8 +96,15 @@ PARTS = {
         "compiled": compiled_on_cuda,
         "many-tokens": many_tokens_on_cuda,
         "input-pipeline": input_pipeline_on_cuda,
+        "input-pipeline-compiled": input_pipeline_compiled_on_cuda,
+        "devices": lambda table: devices.run("cuda", table),
     },
-    "cpu": {"attention": attention_on_cpu, "models": models_on_cpu, "input-pipeline": input_pipeline_on_cpu},
+    "cpu": {
+        "attention": attention_on_cpu,
+        "models": models_on_cpu,
+        "input-pipeline": input_pipeline_on_cpu,
+        "devices": lambda table: devices.run("cpu", table),
+    },
 }
 
 
@@ -97,7 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        help="some parts: attention, models, input-pipeline, and on cuda graphs, compiled, many-tokens",
+        help=f"some parts: {', '.join(PARTS['cpu'])}; on cuda {', '.join(PARTS['cuda'])}",
     )
     parser.add_argument("--output", type=Path, help="CSV to append to (default: benchmarks/results/DEVICE.csv)")
     arguments = parser.parse_args()
@@ -108,14 +125,15 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: use --device cpu")
     output = arguments.output or Path(__file__).parent / "results" / f"{device}.csv"
-    table, rates = Table(device), Rates(device)
+    tables = {"": Table(device), "_input_pipeline": Rates(device), "_devices": devices.Devices(device)}
     try:
         for name, part in PARTS[device].items():
             if arguments.only is None or name in arguments.only:
-                part(rates if name == "input-pipeline" else table)
+                kind = next((kind for kind in tables if kind and name.startswith(kind[1:].replace("_", "-"))), "")
+                part(tables[kind])
     finally:
-        table.write(output)
-        rates.write(output.with_name(f"{output.stem}_input_pipeline.csv"))
+        for kind, table in tables.items():
+            table.write(output.with_name(f"{output.stem}{kind}.csv"))
 
 
 if __name__ == "__main__":

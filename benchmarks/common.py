@@ -189,11 +189,23 @@ class Rates(Table):
 
     fields = (
         *("benchmark", "model", "provider", "mode", "basis", "batch", "dtype", "what", "images_per_second", "ratio"),
-        *("error", "hardware", "cores", "torch", "transformers", "triton", "date"),
+        *("ms", "cpu_ms", "error", "hardware", "cores", "torch", "transformers", "triton", "date"),
     )
 
     def add(self, **row) -> None:
         self.rows.append({**row, **self.constant, "cores": os.cpu_count()})
-        number = f"{row['images_per_second']:9.0f} images/s" if "images_per_second" in row else row["error"]
+        number = row.get("error", "")
+        if "images_per_second" in row:
+            number = f"{row['images_per_second']:9.0f} images/s"
+        if "ms" in row:
+            number = f"{row['ms']:9.2f} ms {number}"
+        if "cpu_ms" in row:
+            number += f", {row['cpu_ms']:.2f} ms CPU"
         ratio = f"  x{row['ratio']:.3f}" if "ratio" in row else ""
-        print(f"{row['what']:34s} {row.get('provider', ''):26s} {number}{ratio}", flush=True)
+        print(f"{row['what']:40s} {row.get('provider', ''):32s} {number}{ratio}", flush=True)
+
+    def add_times(self, row: dict, stopwatch, step: float) -> None:
+        """What the parts of a training step take, which takes `step` ms in all."""
+        self.add(**row, what="training: whole step", ms=step)
+        for name, calls in sorted(stopwatch.calls.items()):
+            self.add(**row, what=name, ms=stopwatch.wall[name] / calls, cpu_ms=stopwatch.cpu[name] / calls)

@@ -4,6 +4,11 @@ Training on JPEG files beside training on tensors that lie on the device: does t
 
 The run is the project's own: recipe, Trainer, data loader. The files are made for it: photo-like (1/f noise in three
 correlated colours, and shapes with edges), 500x375 and 375x500, quality 90.
+
+What the limit is shows in the parts, each measured with and without the others beside it: the data workers alone; the
+whole pipeline without training; and in training what a batch takes of the main process's time, of its thread that pins
+memory and decodes, and of the GPU. Where wall time is far above CPU time, a thread waits: for data, for the GPU, or for
+Python's lock.
 """
 
 import contextlib
@@ -14,13 +19,17 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from datasets import concatenate_datasets
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from image_classification import main, models
@@ -31,7 +40,7 @@ from image_classification.errors import InputError
 from image_classification.trainer import ImageClassificationTrainer
 from image_classification.transforms import build_image_processor
 
-from .common import Table
+from .common import Rates
 
 
 CLASSES = 8
@@ -41,6 +50,7 @@ FULL = ["--random_erasing", "0.25"]
 # Mean difference of a batch by the two ways to augment, in pixel values, above which a way is not timed. The colours of
 # nvJPEG are not libjpeg's to the last bit.
 LIMIT = 2.0
+SECONDS = {"cuda": 2.5, "cpu": 1.0}  # In which workers are counted.
 
 
 def make_photo(seed: int) -> bytes:
@@ -83,17 +93,43 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Clock(TrainerCallback):
-    """Images per second between two steps, when the device has done them."""
+class Stopwatch:
+    """Wall and CPU time in functions, in ms a call, and how often they were called."""
 
-    def __init__(self, begin: int, end: int, images: int):
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.wall, self.cpu, self.calls = Counter(), Counter(), Counter()
+
+    def timed(self, name: str, function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            wall, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.wall[name] += 1e3 * (time.perf_counter() - wall)
+                self.cpu[name] += 1e3 * (time.thread_time() - cpu)
+                self.calls[name] += 1
+
+        return wrapper
+
+
+class Clock(TrainerCallback):
+    """Images per second between two steps, when the device has done them, and what the stopwatch has for them."""
+
+    def __init__(self, begin: int, end: int, images: int, stopwatch: Stopwatch):
         self.begin, self.end, self.images, self.per_second, self.times = begin, end, images, None, {}
+        self.stopwatch = stopwatch
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in (self.begin, self.end):
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
             self.times[state.global_step] = time.perf_counter()
+            if state.global_step == self.begin:
+                self.stopwatch.clear()
         if state.global_step == self.end:
             seconds = self.times[self.end] - self.times[self.begin]
             self.per_second = self.images * (self.end - self.begin) / seconds
@@ -109,6 +145,22 @@ class SyntheticTrainer(ImageClassificationTrainer):
             self.batch = {"pixel_values": images, "labels": torch.rand(size, classes, device=device).softmax(-1)}
         batches = [self.batch] * num_batches
         return batches, self._get_num_items_in_batch(batches, device)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Workers, and the share of the JPEGs that the device decodes; `None`: the workers do everything."""
+
+    workers: int
+    share: float | None
+
+    @property
+    def flags(self) -> list[str]:
+        return [] if self.share is None else ["--augment_on", "device", "--device_decode", str(self.share)]
+
+    def __str__(self) -> str:
+        what = "workers" if self.share is None else f"device, {self.share:.0%} decoded"
+        return f"{what}, {self.workers} workers"
 
 
 class Pipeline:
@@ -136,17 +188,54 @@ class Pipeline:
         processor = build_image_processor(settings.data, model.config.image_size)
         return main.build_trainer(settings, model, self.data, processor, kind)
 
-    def images_per_second(self, name: str, workers: int, begin: int, end: int, **options) -> float:
+    def images_per_second(self, name: str, workers: int, begin: int, end: int, **options) -> tuple[float, Stopwatch]:
+        """Of training, and what its parts take."""
         trainer = self.trainer(name, workers, end, **options)
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "EpochLines":
                 trainer.remove_callback(callback)
-        clock = Clock(begin, end, self.batch)
+        stopwatch = Stopwatch()
+        clock = Clock(begin, end, self.batch, stopwatch)
         trainer.add_callback(clock)
-        trainer.train()
+        trainer.training_step = stopwatch.timed("training: forward and backward", trainer.training_step)
+        trainer.get_batch_samples = stopwatch.timed("training: get a batch", trainer.get_batch_samples)
+        with (
+            mock.patch.object(DrawnBatch, "to", stopwatch.timed("training: of it augment", DrawnBatch.to)),
+            mock.patch.object(
+                DrawnBatch, "pin_memory", stopwatch.timed("training: thread that pins", DrawnBatch.pin_memory)
+            ),
+        ):
+            trainer.train()
         del trainer
         gc.collect()  # Its data workers end now, and not beside the next run.
-        return clock.per_second
+        return clock.per_second, stopwatch
+
+    def workers_alone(self, workers: int, flags: list[str], seconds: float) -> float:
+        """Images per second that the data workers hand over to a process that does nothing with them."""
+        trainer = self.trainer("alone", workers, 1, flags)
+        loader = DataLoader(
+            trainer.train_dataset, self.batch, True, num_workers=workers, collate_fn=trainer.data_collator
+        )
+        return self._rate(iter(loader), workers, seconds)
+
+    def without_training(self, workers: int, flags: list[str], seconds: float) -> float:
+        """Images per second that reach the device as training batches, where nothing is trained on them."""
+        loader = self.trainer("pipeline", workers, 1, flags).get_train_dataloader()
+        return self._rate(iter(loader), workers, seconds)
+
+    def _rate(self, batches, workers: int, seconds: float) -> float:
+        for _ in range(max(2, workers)):  # Each worker's first one.
+            next(batches)
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            next(batches)
+            count += 1
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        rate = self.batch * count / (time.perf_counter() - began)
+        del batches
+        gc.collect()
+        return rate
 
     def difference(self, share: float) -> float:
         """Mean difference of a batch that workers augment and one that the device does, in pixel values."""
@@ -165,64 +254,87 @@ class Pipeline:
         return (drawn.pin_memory() if self.device == "cuda" else drawn).to(torch.device(self.device))
 
 
-def parts(pipeline: Pipeline, table: Table, row: dict, repeats: int) -> None:
+def parts(pipeline: Pipeline, table: Rates, row: dict, share: float, repeats: int) -> None:
     """What the pieces take on their own."""
     contents = [path.read_bytes() for path in sorted(pipeline.folder.glob("train/*/*.jpg"))[:128]]
 
-    def per_second(what: str, function, images: int, **more) -> None:
+    def per_second(what: str, function, images: int) -> None:
         function()
         began = time.perf_counter()
         for _ in range(repeats):
             function()
         if pipeline.device == "cuda":
             torch.cuda.synchronize()
-        table.add(**row, what=what, images_per_second=images * repeats / (time.perf_counter() - began), **more)
+        seconds = (time.perf_counter() - began) / repeats
+        table.add(**row, what=what, images_per_second=images / seconds)
 
     items = [{"bytes": content, "path": None} for content in contents]
     per_second("decode, Pillow, one core", lambda: [decode(item, "") for item in items], len(items))
     per_second("decode, torchvision, one core", lambda: [read(item, "") for item in items], len(items))
-    for way in ("workers", "device"):
-        dataset = pipeline.trainer("part", 0, 1, ["--augment_on", way]).train_dataset
-        per_second(f"a worker's part, {way}, one core", lambda dataset=dataset: [dataset[i] for i in range(128)], 128)
-    trainer = pipeline.trainer("part", 0, 1, ["--augment_on", "device"])
-    drawn = trainer.data_collator([trainer.train_dataset[index] for index in range(pipeline.batch)])
-    per_second("the device's part", lambda: pipeline.on_device(drawn), pipeline.batch)
-    if pipeline.device == "cuda":
+    indices = list(range(len(contents)))
+    ways = {"workers": [], "device": ["--augment_on", "device"]}
+    if share:
+        ways["device decodes"] = [*ways["device"], "--device_decode", "1"]
+    for name, flags in ways.items():
+        trainer = pipeline.trainer("part", 0, 1, flags)
+        images = trainer.train_dataset
+        per_second(f"a worker's part, {name}", lambda images=images: images.__getitems__(indices), len(indices))
+        if name == "workers":
+            continue
+        drawn = trainer.data_collator(trainer.train_dataset.__getitems__(list(range(pipeline.batch))))
+        for _ in range(3):  # The third time, the device's part is a graph.
+            pipeline.on_device(drawn)
+        per_second(f"the device's part, {name}", lambda drawn=drawn: pipeline.on_device(drawn), pipeline.batch)
+        if pipeline.device == "cuda":
+            ms, calls = gpu_time_and_calls(lambda drawn=drawn: pipeline.on_device(drawn))
+            table.add(**row, what=f"the device's part, {name}: GPU time", ms=ms, error=f"{calls:.0f} calls to CUDA")
+    if pipeline.device == "cuda" and share:
         from torchvision.io import decode_jpeg
 
         encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
-        try:
-            per_second("decode, nvJPEG", lambda: decode_jpeg(encoded, device="cuda"), len(encoded))
-        except RuntimeError as error:
-            print(f"nvJPEG: {str(error).splitlines()[0]}", flush=True)
-            return
-        flags = ["--augment_on", "device", "--device_decode", "1"]
-        trainer = pipeline.trainer("part", 0, 1, flags)
-        rows = [trainer.train_dataset[i] for i in range(pipeline.batch)]
-        per_second("a worker's part, device decodes", lambda: [trainer.train_dataset[i] for i in range(128)], 128)
-        drawn = trainer.data_collator(rows)
-        per_second("the device's part, with decoding", lambda: pipeline.on_device(drawn), pipeline.batch)
+        per_second("decode, nvJPEG", lambda: decode_jpeg(encoded, device="cuda"), len(encoded))
 
 
-def run(device: str, table: Table, batch: int, count: int, begin: int, end: int, ways: list[tuple[int, float]]) -> None:
+def gpu_time_and_calls(function, repeats: int = 3) -> tuple[float, float]:
+    """GPU time in ms, and calls that launch or copy something, by the profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    events = profiler.key_averages()
+    calls = sum(
+        event.count for event in events if event.key.startswith(("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy"))
+    )
+    return sum(event.self_device_time_total for event in events) / repeats / 1e3, calls / repeats
+
+
+def hyperthreads() -> str:
+    """Whether two of the cores that the system counts share one."""
+    siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+    return f"on the first core: CPU {siblings.read_text().strip()}" if siblings.is_file() else "cores not known"
+
+
+def run(device: str, table: Rates, batch: int, count: int, begin: int, end: int, ways: list[Way], mode="eager") -> None:
     """
     Args:
         count: of JPEG files.
         begin, end: steps between which training is timed.
-        ways: to augment on the device: how many workers, and the share of the JPEGs that the device decodes. The first
-            number of workers is that of the workers' own way, too.
+        ways: to augment. The first one without a share is for the device's parts.
+        mode: of the model: eager or compile.
     """
     torch.set_num_threads(1)
-    workers, shorter = ways[0][0], max(begin + 1, (begin + end) // 2)
+    shorter = max(begin + 1, (begin + end) // 2)
+    compiled = ["--torch_compile", "true"] if mode == "compile" else []
     folder = Path(tempfile.mkdtemp(prefix="karat-input-"))
     try:
         began = time.perf_counter()
         size = write_photos(folder, count)
-        print(f"{count:,} JPEGs, {size / 1e3:.0f} kB each, in {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{count:,} JPEGs, {size / 1e3:.0f} kB each, in {time.perf_counter() - began:.0f} s; {hyperthreads()}")
         pipeline = Pipeline(folder, device, batch)
-        row = {"benchmark": "input-pipeline", "model": "tiny", "basis": "fourier G=3", "batch": batch, "mode": "eager"}
+        row = {"benchmark": "input-pipeline", "model": "tiny", "basis": "fourier G=3", "batch": batch, "mode": mode}
         row |= {"dtype": "bfloat16" if device == "cuda" else "float32"}
-        for share in sorted({share for _, share in ways}):
+        for share in sorted({way.share for way in ways if way.share is not None}):
             try:
                 wrong = pipeline.difference(share)
                 found = f"{wrong:.2f} of 255 apart"
@@ -233,16 +345,22 @@ def run(device: str, table: Table, batch: int, count: int, begin: int, end: int,
             )
             if not wrong < LIMIT:
                 print("Not as the workers' way, so not timed.", flush=True)
-                ways = [way for way in ways if way[1] != share]
-        synthetic = pipeline.images_per_second("synthetic", 0, begin, end, kind=SyntheticTrainer)
+                ways = [way for way in ways if way.share != share]
+        synthetic, times = pipeline.images_per_second("synthetic", 0, begin, end, flags=compiled, kind=SyntheticTrainer)
         table.add(**row, provider="synthetic", what="train", images_per_second=synthetic)
-        for number, share in ways:
-            name, flags = f"device, {number} workers, {share:.0%} decoded", ["--augment_on", "device"]
-            rate = pipeline.images_per_second(name, number, begin, end, flags=[*flags, "--device_decode", str(share)])
-            table.add(**row, provider=name, what="train", images_per_second=rate, ratio=rate / synthetic)
-        rate = pipeline.images_per_second("workers", workers, begin, shorter)
-        name = f"workers, {workers} workers"
-        table.add(**row, provider=name, what="train", images_per_second=rate, ratio=rate / synthetic)
-        parts(pipeline, table, row | {"provider": "part"}, 2)
+        table.add_times(row | {"provider": "synthetic"}, times, batch / synthetic * 1e3)
+        for way in ways:
+            this = row | {"provider": str(way)}
+            if mode == "eager":
+                rate = pipeline.workers_alone(way.workers, way.flags, SECONDS[device])
+                table.add(**this, what="workers alone", images_per_second=rate, ratio=rate / synthetic)
+                rate = pipeline.without_training(way.workers, way.flags, SECONDS[device])
+                table.add(**this, what="pipeline without training", images_per_second=rate, ratio=rate / synthetic)
+            last = shorter if way.share is None else end
+            rate, times = pipeline.images_per_second(str(way), way.workers, begin, last, flags=[*way.flags, *compiled])
+            table.add(**this, what="train", images_per_second=rate, ratio=rate / synthetic)
+            table.add_times(this, times, batch / rate * 1e3)
+        if mode == "eager":
+            parts(pipeline, table, row | {"provider": "part"}, max(way.share or 0 for way in ways), 2)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -45,6 +45,15 @@ EXCLUSIVE = (
 )
 
 
+MOST_WORKERS = 16
+
+
+def cores_to_use() -> int:
+    """CPU cores of this process, which those of other processes of the same launch share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def _optional(help: str, **metadata: Any) -> Any:
     return field(default=None, metadata={"help": help, **metadata})
 
@@ -83,7 +92,7 @@ class ModelArguments:
     intermediate_size: int | None = _optional("Width of the MLPs.")
     hidden_dropout_prob: float | None = _optional("Dropout after attention and MLP.")
     attention_probs_dropout_prob: float | None = _optional("Dropout of attention weights; softmax heads only.")
-    drop_path_rate: float | None = _optional("Stochastic depth: rate of the last block (KArAt models).")
+    drop_path_rate: float | None = _optional("Stochastic depth: rate of the last block; blocks before it less.")
     basis_type: str | None = _optional("Basis of the learnable functions: fourier, spline, wavelet, rational.")
     wavelet_type: str | None = _optional("mexican_hat, morlet, dog, meyer or shannon.")
     grid_size: int | None = _optional("G: harmonics of the Fourier basis, or intervals of the spline's grid.")
@@ -336,8 +345,12 @@ class RunArguments(TrainingArguments):
         "Go on from this checkpoint-* folder, or from the last one of a run's folder. The same command in the same "
         "output_dir resumes by itself."
     )
-    dataloader_num_workers: int = field(
-        default=min(4, os.cpu_count() or 1), metadata={"help": "Processes that read and augment images; 0: none apart."}
+    dataloader_num_workers: int | None = _optional(
+        "Processes that read and augment images, for each process that trains; 0: none apart. Unset: one for each CPU "
+        f"core but one, {MOST_WORKERS} at most."
+    )
+    dataloader_persistent_workers: bool | None = _optional(
+        "Keep the data workers from one epoch to the next. Unset: yes, where there are any."
     )
     cpu_threads: int | None = _optional(
         "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
@@ -355,6 +368,10 @@ class RunArguments(TrainingArguments):
             self.learning_rate = self.base_lr
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = max(1, min(cores_to_use() - 1, MOST_WORKERS))
+        keep = self.dataloader_persistent_workers is not False
+        self.dataloader_persistent_workers = keep and self.dataloader_num_workers > 0
         if self.save_total_limit == 0:
             self.save_total_limit = None
         if self.optim.startswith(official_flags.TIMM):
@@ -362,6 +379,8 @@ class RunArguments(TrainingArguments):
             self.optim = "adamw_torch"  # Transformers insists on a name of its own.
         self._set_trackers()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise InputError("`fp16` trains on GPUs: on the CPU it would not be used at all. Give --bf16, or none.")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # PyTorch warns at every epoch.
         if scaled and self.scale_lr:

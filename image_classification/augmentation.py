@@ -25,18 +25,30 @@ REPEATS = 3  # Of an image in a batch under repeated augmentation, as in DeiT.
 @contextlib.contextmanager
 def random_numbers(*key: int) -> Iterator[None]:
     """Within it, the generators of Python, NumPy and PyTorch (on the CPU) start from `key`; outside, they go on."""
+    with own_generators():
+        seed_generators(*key)
+        yield
+
+
+@contextlib.contextmanager
+def own_generators() -> Iterator[None]:
+    """Whatever is seeded or drawn within it, outside the generators of Python, NumPy and PyTorch (CPU) go on."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    python, numpy, pytorch = (int(word) for word in np.random.SeedSequence(key).generate_state(3, np.uint32))
-    random.seed(python)
-    np.random.seed(numpy)
-    # Not `torch.manual_seed`: it looks after every other device as well, and took longer than all the drawing.
-    torch.default_generator.manual_seed(pytorch)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def seed_generators(*key: int) -> None:
+    """The generators of Python, NumPy and PyTorch (CPU) start from `key`."""
+    python, numpy, pytorch = (int(word) for word in np.random.SeedSequence(key).generate_state(3, np.uint32))
+    random.seed(python)
+    np.random.seed(numpy)
+    # Not `torch.manual_seed`: it looks after every other device as well, and took longer than all the drawing.
+    torch.default_generator.manual_seed(pytorch)
 
 
 def auto_augment(args: DataArguments, size: tuple[int, int], mean) -> list:

@@ -5,8 +5,12 @@ Training augmentation on the device that trains, a batch at a time, where CPU wo
 A worker reads an image, crops and resizes it, and draws the random numbers of everything else, with the very objects
 and generators of `TrainTransform`: for the same key both ways crop, flip, change and erase alike. The drawn operations
 travel with the batch (`DrawnBatch`), which carries them out where it is moved to: every operation once, on all images
-that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG). On a GPU most of this is done while
-the step before trains, by the thread of PyTorch's data loader that would otherwise pin memory.
+that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG), in the thread of PyTorch's data loader
+that pins memory, while the step before trains.
+
+A training step of a small model is bound by Python and launches, and whatever else runs Python in its process, another
+thread too, makes it slower. So a batch comes from a worker as one tensor in shared memory and a few NumPy arrays, and
+on a GPU its augmentation is a CUDA graph: one launch in place of some hundreds.
 
 The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic (a = -0.75; Pillow: -1),
 and the noise of random erasing comes from the device's generator.
@@ -17,6 +21,8 @@ import dataclasses
 import functools
 import io
 import math
+import uuid
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from torch._utils import _flatten_dense_tensors
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
@@ -126,9 +133,9 @@ class DrawTransform:
             pixels = dataclasses.replace(image, box=(box["top"], box["left"], box["height"], box["width"]))
         else:
             box = self.crop.make_params([image])
-            pixels = functional.resized_crop(
-                image, **box, size=list(self.size), interpolation=self.interpolation, antialias=True
-            )
+            # As `resized_crop`, which is slower at this layout, the decoder's and the batch's.
+            pixels = functional.crop(image, **box)[None].contiguous(memory_format=torch.channels_last)
+            pixels = functional.resize(pixels, list(self.size), interpolation=self.interpolation, antialias=True)[0]
         flip = self.flip > 0 and not bool(torch.rand(1) >= self.flip)
         operations: list[tuple[str, tuple[float, ...]]] = []
         for policy in self.policy:
@@ -236,43 +243,55 @@ def _plain_size(content: bytes) -> tuple[int, int] | None:
 
 
 def crop_and_resize(
-    images: list[torch.Tensor], boxes: list[tuple[int, int, int, int]], size: tuple[int, int], interpolation: str
+    images: list[torch.Tensor], boxes: np.ndarray, size: tuple[int, int], interpolation: str
 ) -> torch.Tensor:
     """
     As torchvision's `resized_crop` with antialiasing, of images of different sizes at once.
 
-    Both steps of a resize are matrices, so a batch takes two products, whatever the sizes.
+    Both steps of a resize are matrices, so a batch takes two products, whatever the sizes: no call is for one image.
 
     Args:
         images: uint8 (3, height, width) each.
-        boxes: top, left, height, width of each crop.
+        boxes: top, left, height, width of each crop (n, 4).
         size: of the results.
         interpolation: bicubic, bilinear or nearest.
 
     Returns:
         uint8 (n, 3, *size).
     """
+    heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
+    begins = np.cumsum(3 * heights * widths) - 3 * heights * widths
     device = images[0].device
-    high, wide = max(box[2] for box in boxes), max(box[3] for box in boxes)
-    canvas = torch.zeros(len(images), 3, high, wide, device=device)
-    for place, image, (top, left, height, width) in zip(canvas, images, boxes, strict=True):
-        place[:, :height, :width] = image[:, top : top + height, left : left + width]
-    sides = torch.tensor([box[2:] for box in boxes], device=device)
-    rows = resize_matrices(sides[:, 0], size[0], high, interpolation)
-    columns = resize_matrices(sides[:, 1], size[1], wide, interpolation)
-    resized = rows[:, None] @ (canvas @ columns.mT[:, None])
-    return resized.round().clamp(0, 255).to(torch.uint8)
+    numbers = np.column_stack([begins, heights * widths, widths, boxes]).astype(np.int32)
+    begin, plane, width, *box = torch.from_numpy(numbers).to(device).T[:, :, None, None, None].unbind(0)
+    top, left, height_of_crop, width_of_crop = box
+    _, _, high, wide = boxes.max(0).tolist()
+    # Beyond a crop its last row and column, which the matrices multiply by zero.
+    y = torch.arange(high, device=device, dtype=torch.int32)[:, None].minimum(height_of_crop - 1) + top
+    x = torch.arange(wide, device=device, dtype=torch.int32).minimum(width_of_crop - 1) + left
+    channel = torch.arange(3, device=device, dtype=torch.int32)[:, None, None]
+    index = (y * width + begin + channel * plane) + x
+    canvas = _flatten_dense_tensors(images).index_select(0, index.flatten()).view(index.shape).float()
+    sides = torch.cat([box[2], box[3]]).flatten()
+    sizes = torch.tensor([size[0]] * len(images) + [size[1]] * len(images), device=device)
+    matrices = resize_matrices(sides, sizes, max(size), max(high, wide), interpolation)
+    rows, columns = matrices[: len(images), None, : size[0], :high], matrices[len(images) :, None, : size[1], :wide]
+    return (rows @ (canvas @ columns.mT)).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def resize_matrices(sides: torch.Tensor, size: int, longest: int, interpolation: str) -> torch.Tensor:
-    """Matrices (n, size, longest) that resize the first `sides` (n,) of `longest` numbers to `size`, as Pillow does."""
-    scale = (sides.double() / size)[:, None, None]
-    center = (torch.arange(size, device=sides.device) + 0.5)[:, None] * scale
+def resize_matrices(
+    sides: torch.Tensor, sizes: torch.Tensor, largest: int, longest: int, interpolation: str
+) -> torch.Tensor:
+    """
+    Matrices (n, largest, longest) whose first `sizes` (n,) rows resize the first `sides` (n,) of `longest` numbers, as
+    Pillow does.
+    """
+    scale = (sides.double() / sizes)[:, None, None]
+    center = (torch.arange(largest, device=sides.device) + 0.5)[:, None] * scale
     place = torch.arange(longest, device=sides.device)
     if interpolation == "nearest":
         return (place == center.floor()).float()
-    reach = scale.clamp(min=1)
-    x = ((place + 0.5 - center) / reach).abs()
+    x = ((place + 0.5 - center) / scale.clamp(min=1)).abs()
     if interpolation == "bicubic":
         near = (1.5 * x - 2.5) * x * x + 1
         far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -280,7 +299,8 @@ def resize_matrices(sides: torch.Tensor, size: int, longest: int, interpolation:
     else:
         weights = (1 - x).clamp(min=0)
     weights = torch.where(place < sides[:, None, None], weights, 0.0)
-    return (weights / weights.sum(-1, keepdim=True)).float()
+    # The rows beyond an image's size may be nowhere.
+    return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)).float()
 
 
 @dataclass
@@ -288,77 +308,79 @@ class DrawnBatch:
     """
     Images of `DrawTransform`, which become a training batch where they are moved to.
 
+    Only `data` goes through shared memory: each further tensor would cost the main process a connection to the worker.
+
     Args:
-        pixels: uint8 (B, 3, height, width).
+        data: uint8: the images that are decoded (height, width, 3) one behind the other, then the files of those that
+            are not. On the device, once they are: all images (B, 3, height, width).
+        size: height and width of the images.
+        places: for each image of the batch (B,) its place among those in `data`.
         labels: class indices (B,).
         flips: (B,).
         order: image indices (layers, B); `runs` says which of them are for which operation.
         numbers: of the operations, in the same order (layers, B, 6).
         boxes: (parts, B, 7): top, bottom, left, right and colour of erased parts; bottom and right are 0 for none.
-        encoded: the files of JPEGs that are still to be decoded, one behind the other; `pixels` has no content there.
         runs: for each layer the operations as (name, begin, end) in `order`.
-        pieces: of `encoded`: which image, its first byte and the one behind its last, its crop, its name for errors.
+        lengths: of the files, in bytes.
+        crops: top, left, height and width of the crops of the files (files, 4).
+        names: of the files, for errors.
         key: of the random numbers of the batch.
-        finish: what happens on the device.
-        changed: whether the images are decoded, flipped and changed by their operations, and all is on the device.
+        augmentation: what happens on the device: the key of a `DeviceAugmentation`.
     """
 
-    pixels: torch.Tensor
-    labels: torch.Tensor
-    flips: torch.Tensor
-    order: torch.Tensor
-    numbers: torch.Tensor
-    boxes: torch.Tensor
-    encoded: torch.Tensor
+    data: torch.Tensor
+    size: tuple[int, int]
+    places: np.ndarray
+    labels: np.ndarray
+    flips: np.ndarray
+    order: np.ndarray
+    numbers: np.ndarray
+    boxes: np.ndarray
     runs: list[list[tuple[str, int, int]]]
-    pieces: list[tuple[int, int, int, tuple[int, int, int, int], str]]
+    lengths: list[int]
+    crops: np.ndarray
+    names: list[str]
     key: tuple[int, ...]
-    finish: "DeviceAugmentation"
-    changed: bool = False
+    augmentation: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def pin_memory(self) -> "DrawnBatch":
-        """Called by PyTorch's data loader in a thread of its own: most is done there, while the step before trains."""
+        """Called by PyTorch's data loader in a thread of its own: what is to be decoded is, while a step trains."""
         if not torch.cuda.is_available():
-            return self._each(lambda tensor: tensor.pin_memory())
-        return self._changed(torch.device("cuda", torch.cuda.current_device()))
+            return dataclasses.replace(self, data=self.data.pin_memory())
+        if self.lengths:
+            return self._decoded(torch.device("cuda", torch.cuda.current_device()))
+        return dataclasses.replace(self, data=self.data.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = True) -> dict[str, torch.Tensor]:
         """Called by accelerate. -> `pixel_values` (B, 3, height, width) and `labels`, augmented on `device`."""
-        batch = self if self.changed else self._changed(torch.device(device))
-        if batch.pixels.is_cuda:
+        batch = self._decoded(torch.device(device)) if self.lengths else self
+        if batch.data.is_cuda:
             # Another stream's memory, which must not have it back before this one is through with it.
-            stream = torch.cuda.current_stream(batch.pixels.device)
-            for tensor in (batch.pixels, batch.labels, batch.boxes):
-                tensor.record_stream(stream)
-        return self.finish(batch)
+            batch.data.record_stream(torch.cuda.current_stream(batch.data.device))
+        return AUGMENTATIONS[self.augmentation](batch, torch.device(device))
 
     @torch.no_grad()
-    def _changed(self, device: torch.device) -> "DrawnBatch":
-        """With what is left for `finish` on `device`: all images decoded, flipped and changed by their operations."""
+    def _decoded(self, device: torch.device) -> "DrawnBatch":
+        """With all images decoded, on `device`."""
+        interpolation = AUGMENTATIONS[self.augmentation].interpolation
+        files = self.data[len(self.data) - sum(self.lengths) :].split(self.lengths)
+        done = len(self) - len(files)
         with _own_stream(device) as finished:
-            pixels = self._decode(device, finished)
-            batch = dataclasses.replace(self, pixels=pixels, encoded=self.encoded[:0], pieces=[], changed=True)
-            batch = batch._each(lambda tensor: tensor.to(device))
-            batch = dataclasses.replace(batch, pixels=self.finish.change(batch))
+            pixels = torch.empty(len(self), 3, *self.size, dtype=torch.uint8, device=device)
+            whole = self.data[: done * 3 * self.size[0] * self.size[1]].view(done, *self.size, 3)
+            if device.type == "cuda":
+                whole = whole.pin_memory().to(device, non_blocking=True)
+            pixels[:done] = whole.permute(0, 3, 1, 2)
+            images = decode_files(list(files), self.names, device)
+            for begin in range(0, len(images), AT_ONCE):
+                part = slice(begin, begin + AT_ONCE)
+                resized = crop_and_resize(images[part], self.crops[part], self.size, interpolation)
+                pixels[done + begin : done + begin + len(resized)] = resized
             finished()
-        return batch
-
-    def _decode(self, device: torch.device, finished: Callable[[], None]) -> torch.Tensor:
-        pixels = self.pixels.to(device)
-        files = [self.encoded[begin:end] for _, begin, end, _, _ in self.pieces]
-        for begin in range(0, len(files), AT_ONCE):
-            part = slice(begin, begin + AT_ONCE)
-            images = decode_files(files[part], [piece[4] for piece in self.pieces[part]], device)
-            boxes = [piece[3] for piece in self.pieces[part]]
-            which = torch.tensor([piece[0] for piece in self.pieces[part]], device=device)
-            pixels[which] = crop_and_resize(images, boxes, pixels.shape[2:], self.finish.interpolation)
-            finished()
-        return pixels
-
-    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "DrawnBatch":
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: function(value) for name, value in values.items() if torch.is_tensor(value)}
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, data=pixels, lengths=[], crops=self.crops[:0], names=[])
 
 
 @contextlib.contextmanager
@@ -424,15 +446,16 @@ class CollateDrawn:
     """Rows of `ImageDataset` -> `DrawnBatch` in training; in evaluation `collate`."""
 
     def __init__(self, args: DataArguments, size: tuple[int, int], classes: int, processor: BaseImageProcessor):
-        self.size, self.finish = size, DeviceAugmentation(args, classes, processor)
+        self.size, self.parts = size, args.random_erasing_count if args.random_erasing > 0 else 0
+        self.finish = DeviceAugmentation(args, classes, processor)
 
     def __call__(self, rows: list[dict]):
         if "key" not in rows[0]:
             return collate(rows)
         drawn: list[Drawn] = [row["pixel_values"] for row in rows]
         layers = max(len(one.operations) for one in drawn)
-        order = torch.zeros(layers, len(rows), dtype=torch.long)
-        numbers = torch.zeros(layers, len(rows), 6)
+        order = np.zeros((layers, len(rows)), dtype=np.int64)
+        numbers = np.zeros((layers, len(rows), 6), dtype=np.float32)
         runs: list[list[tuple[str, int, int]]] = [[] for _ in range(layers)]
         for layer in range(layers):
             by_name: dict[str, list[int]] = {}
@@ -443,70 +466,146 @@ class CollateDrawn:
             for name, indices in sorted(by_name.items()):
                 begin, end = end, end + len(indices)
                 runs[layer].append((name, begin, end))
-                order[layer, begin:end] = torch.tensor(indices)
-                given = torch.tensor([drawn[index].operations[layer][1] for index in indices])
+                order[layer, begin:end] = indices
+                given = np.array([drawn[index].operations[layer][1] for index in indices])
                 numbers[layer, begin:end, : given.shape[1]] = given
-        boxes = torch.zeros(max(len(one.boxes) for one in drawn), len(rows), 7)
+        boxes = np.zeros((self.parts, len(rows), 7), dtype=np.float32)
         for index, one in enumerate(drawn):
             for part, (*box, color) in enumerate(one.boxes):
-                boxes[part, index] = torch.tensor([*box, *(color * 3)[:3]])
-        pixels = torch.empty(len(rows), 3, *self.size, dtype=torch.uint8)
-        files, pieces, end = [], [], 0
-        for index, one in enumerate(drawn):
-            if isinstance(one.pixels, Encoded):
-                begin, end = end, end + len(one.pixels.content)
-                files.append(one.pixels.content)
-                pieces.append((index, begin, end, one.pixels.box, one.pixels.where))
-            else:
-                pixels[index] = one.pixels
+                boxes[part, index] = [*box, *(color * 3)[:3]]
+        encoded = [isinstance(one.pixels, Encoded) for one in drawn]
+        files = [one.pixels for one in drawn if isinstance(one.pixels, Encoded)]
         return DrawnBatch(
-            pixels=pixels,
-            labels=torch.tensor([row["labels"] for row in rows], dtype=torch.long),
-            flips=torch.tensor([one.flip for one in drawn]),
+            data=self._data([one.pixels for one in drawn if torch.is_tensor(one.pixels)], files),
+            size=self.size,
+            # Stable: the decoded images in their order, then the files in theirs.
+            places=np.argsort(np.argsort(encoded, kind="stable")),
+            labels=np.array([row["labels"] for row in rows], dtype=np.int64),
+            flips=np.array([one.flip for one in drawn]),
             order=order,
             numbers=numbers,
             boxes=boxes,
-            encoded=torch.cat(files) if files else torch.empty(0, dtype=torch.uint8),
             runs=runs,
-            pieces=pieces,
+            lengths=[len(file.content) for file in files],
+            crops=np.array([file.box for file in files], dtype=np.int64).reshape(-1, 4),
+            names=[file.where for file in files],
             key=rows[0]["key"],
-            finish=self.finish,
+            augmentation=self.finish.key,
         )
+
+    def _data(self, images: list[torch.Tensor], files: list[Encoded]) -> torch.Tensor:
+        pixels = len(images) * 3 * self.size[0] * self.size[1]
+        count = pixels + sum(len(file.content) for file in files)
+        if torch.utils.data.get_worker_info() is None:
+            data = torch.empty(count, dtype=torch.uint8)
+        else:
+            # In shared memory from the start, as PyTorch's own collation has it: sending it is then no copy.
+            storage = torch.UntypedStorage._new_shared(max(count, 1), device="cpu")
+            data = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,), (1,))
+        for place, image in zip(data[:pixels].view(len(images), *self.size, 3), images, strict=True):
+            place.copy_(image.permute(1, 2, 0))
+        torch.cat([file.content for file in files], out=data[pixels:]) if files else None
+        return data
+
+
+# Those of this process, by their keys: a batch that comes from a worker finds the one that it was made for.
+AUGMENTATIONS: "weakref.WeakValueDictionary[str, DeviceAugmentation]" = weakref.WeakValueDictionary()
 
 
 class DeviceAugmentation:
     """
-    `DrawnBatch` on a device -> a training batch: flip, RandAugment or colour jitter, normalisation, random erasing,
+    `DrawnBatch` -> a training batch on a device: flip, RandAugment or colour jitter, normalisation, random erasing,
     mixup and CutMix. None of it waits for the device.
     """
 
     def __init__(self, args: DataArguments, classes: int, processor: BaseImageProcessor):
+        self.key = uuid.uuid4().hex
         self.mean, self.std = list(processor.image_mean), list(processor.image_std)
         self.fill = [min(255, round(255 * x)) for x in self.mean]
         self.interpolation = args.train_interpolation
         self.noise = args.random_erasing_mode == "pixel"
         self.mix = Mix(args, classes) if mixes(args) else None
+        self._graph: _Graph | None = None
+        self._images = 0  # In the batch before.
+        AUGMENTATIONS[self.key] = self
 
-    def change(self, batch: DrawnBatch) -> torch.Tensor:
-        """Flips and operations: uint8 (B, 3, height, width)."""
-        images = torch.where(batch.flips[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
-        for runs, order, numbers in zip(batch.runs, batch.order, batch.numbers, strict=True):
-            for name, begin, end in runs:
-                which = order[begin:end]
-                images[which] = self.apply(name, images[which], numbers[begin:end])
-        return images
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_graph": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        AUGMENTATIONS[self.key] = self
 
     @torch.no_grad()
-    def __call__(self, batch: DrawnBatch) -> dict[str, torch.Tensor]:
-        """The rest."""
-        images = batch.pixels.float()
+    def __call__(self, batch: DrawnBatch, device: torch.device) -> dict[str, torch.Tensor]:
+        pixels = batch.data.to(device, non_blocking=True)
+        if pixels.ndim == 1:
+            pixels = pixels.view(len(batch), *batch.size, 3).permute(0, 3, 1, 2)
+        again, self._images = len(batch) == self._images, len(batch)
+        # The last batch of an epoch may be a smaller one: a graph is for a size that comes again.
+        if device.type == "cuda" and again:
+            images = self._replay(batch, pixels, device)
+        else:
+            layout = Layout.of(batch)
+            packed = torch.from_numpy(layout.pack(batch)).to(device)
+            images = self.change(pixels, packed, self._draw_noise(batch, device), layout)
+        labels = torch.from_numpy(batch.labels).to(device, non_blocking=True)
+        if self.mix is None:
+            return {"pixel_values": images, "labels": labels}
+        return self.mix.mix(images, labels, batch.key)
+
+    def _replay(self, batch: DrawnBatch, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+        graph, needed = self._graph, Layout.of(batch)
+        if graph is None or not graph.layout.holds(needed):
+            layout = needed.with_room() if graph is None else graph.layout.enlarged(needed)
+            # Its memory first.
+            self._graph = graph = None
+            noise = self._draw_noise(batch, device)
+            self._graph = graph = _Graph(self.change, layout, pixels, layout.pack(batch), noise)
+        graph.pixels.copy_(pixels)
+        graph.packed.copy_(torch.from_numpy(graph.layout.pack(batch)), non_blocking=True)
+        if graph.noise is not None:
+            self._draw_noise(batch, device, graph.noise)
+        graph.replay()
+        return graph.images.clone()
+
+    def _draw_noise(
+        self, batch: DrawnBatch, device: torch.device, into: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """What is erased is filled with it, (B, 3, height, width); `None` where nothing is or its colours are given."""
+        if not self.noise or len(batch.boxes) == 0:
+            return None
+        generator = torch.Generator(device)
+        generator.manual_seed(int(np.random.SeedSequence(batch.key).generate_state(4, np.uint32)[3]))
+        noise = torch.empty(len(batch), 3, *batch.size, device=device) if into is None else into
+        return noise.normal_(generator=generator)
+
+    def change(
+        self, pixels: torch.Tensor, packed: torch.Tensor, noise: torch.Tensor | None, layout: "Layout"
+    ) -> torch.Tensor:
+        """
+        All that happens to the single images.
+
+        Args:
+            pixels: uint8 (B, 3, height, width), in the order of `DrawnBatch.data`.
+            packed: what was drawn, as `Layout.pack` has it.
+            noise: of erased parts, or `None`.
+            layout: of `packed`.
+
+        Returns:
+            fp32 (B, 3, height, width), normalised.
+        """
+        places, flips, boxes, operations = layout.unpack(packed)
+        images = pixels.index_select(0, places)
+        # And one that nobody sees, which is worked on where there is room for more images than drew an operation.
+        images = torch.cat([torch.where(flips[:, None, None, None], images.flip(-1), images), images[:1]])
+        for name, which, numbers in operations:
+            images.index_copy_(0, which, self.apply(name, images.index_select(0, which), numbers))
+        images = images[:-1].float()
         # By numbers: a tensor of them would have to be sent, and torchvision's `normalize` waits for the device.
         for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
             channel.sub_(255 * mean).div_(255 * std)
-        images = self._erase(images, batch.boxes, batch.key)
-        if self.mix is None:
-            return {"pixel_values": images, "labels": batch.labels}
-        return self.mix.mix(images, batch.labels, batch.key)
+        return self._erase(images, boxes, noise)
 
     def apply(self, name: str, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """One operation on uint8 images (n, 3, height, width) with its numbers (n, 6)."""
@@ -514,22 +613,116 @@ class DeviceAugmentation:
             return affine(images, numbers, self.fill, self.interpolation)
         return OPERATIONS[name](images, numbers[:, 0, None, None, None])
 
-    def _erase(self, images: torch.Tensor, boxes: torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
-        if len(boxes) == 0:
-            return images
+    def _erase(self, images: torch.Tensor, boxes: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         rows = torch.arange(images.shape[2], device=images.device)[:, None]
         columns = torch.arange(images.shape[3], device=images.device)
-        colors = None
-        if self.noise:
-            generator = torch.Generator(images.device)
-            generator.manual_seed(int(np.random.SeedSequence(key).generate_state(4, np.uint32)[3]))
-            colors = torch.randn(images.shape, generator=generator, device=images.device)
         for part in boxes:
             top, bottom, left, right = part[:, :4, None, None].unbind(1)
             inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-            new = part[:, 4:, None, None] if colors is None else colors
-            images = torch.where(inside[:, None], new, images)
+            images = torch.where(inside[:, None], part[:, 4:, None, None] if noise is None else noise, images)
         return images
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How what was drawn for a batch lies in one fp32 vector: one copy to the device in place of many.
+
+    Args:
+        images: B.
+        parts: erased parts of each image.
+        operations: for each layer, how many images there is room for in each operation, as (name, count).
+    """
+
+    images: int
+    parts: int
+    operations: tuple[tuple[tuple[str, int], ...], ...]
+
+    @classmethod
+    def of(cls, batch: DrawnBatch) -> "Layout":
+        """That which has no room to spare."""
+        operations = tuple(tuple((name, end - begin) for name, begin, end in runs) for runs in batch.runs)
+        return cls(len(batch), len(batch.boxes), operations)
+
+    def holds(self, other: "Layout") -> bool:
+        if (self.images, self.parts) != (other.images, other.parts) or len(self.operations) < len(other.operations):
+            return False
+        return all(
+            dict(own).get(name, 0) >= count
+            for own, theirs in zip(self.operations, other.operations, strict=False)
+            for name, count in theirs
+        )
+
+    def with_room(self) -> "Layout":
+        """For batches like this one: the numbers of images in an operation vary, and layers draw alike."""
+        most: dict[str, int] = {}
+        for layer in self.operations:
+            for name, count in layer:
+                most[name] = max(most.get(name, 0), count)
+        room = tuple((name, min(self.images, 8 * math.ceil((count + 8) / 8))) for name, count in sorted(most.items()))
+        return dataclasses.replace(self, operations=(room,) * len(self.operations))
+
+    def enlarged(self, other: "Layout") -> "Layout":
+        """Holds both."""
+        if (self.images, self.parts) != (other.images, other.parts):
+            return other.with_room()
+        if self.holds(other):
+            return self
+        layers = max(self.operations, other.operations, key=len)
+        room = dict(self.operations[0] if self.operations else ())
+        for name, count in other.with_room().operations[0]:
+            room[name] = max(room.get(name, 0), count)
+        return dataclasses.replace(self, operations=(tuple(sorted(room.items())),) * len(layers))
+
+    def pack(self, batch: DrawnBatch) -> np.ndarray:
+        """
+        fp32: places and flips (B), boxes (parts, B, 7), then for each layer and operation image indices and numbers.
+        (Indices are whole in fp32 up to 2^24.)
+        """
+        pieces = [batch.places, batch.flips, batch.boxes.ravel()]
+        for layer, counts in enumerate(self.operations):
+            runs = batch.runs[layer] if layer < len(batch.runs) else []
+            given = {name: (begin, end) for name, begin, end in runs}
+            for name, count in counts:
+                begin, end = given.get(name, (0, 0))
+                # Where there is room left: on the image that nobody sees.
+                which, numbers = np.full(count, self.images), np.zeros((count, 6))
+                if end > begin:
+                    which[: end - begin] = batch.order[layer, begin:end]
+                    numbers[: end - begin] = batch.numbers[layer, begin:end]
+                pieces += [which, numbers.ravel()]
+        return np.concatenate(pieces, dtype=np.float32)
+
+    def unpack(self, packed: torch.Tensor):
+        """-> places (B,), flips (B,), boxes (parts, B, 7), and (name, image indices (n,), numbers (n, 6)) in order."""
+        named = [item for layer in self.operations for item in layer]
+        sizes = [self.images, self.images, self.parts * self.images * 7]
+        places, flips, boxes, *rest = packed.split([*sizes, *(size for _, n in named for size in (n, 6 * n))])
+        operations = [(name, rest[2 * i].long(), rest[2 * i + 1].view(n, 6)) for i, (name, n) in enumerate(named)]
+        return places.long(), flips.bool(), boxes.view(self.parts, self.images, 7), operations
+
+
+class _Graph:
+    """
+    A CUDA graph of `DeviceAugmentation.change` for one layout: `replay` takes `pixels`, `packed` and `noise` as they
+    are then, and leaves `images`.
+    """
+
+    def __init__(self, change, layout: Layout, pixels: torch.Tensor, packed: np.ndarray, noise: torch.Tensor | None):
+        device = pixels.device
+        self.layout, self.noise = layout, noise
+        self.pixels = pixels.contiguous()
+        self.packed = torch.from_numpy(packed).to(device)
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            change(self.pixels, self.packed, noise, layout)  # Libraries set themselves up in a first call.
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # The data loader's thread works beside it.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.images = change(self.pixels, self.packed, noise, layout)
+        self.replay = graph.replay
 
 
 # Operations on uint8 images (n, 3, height, width), as Pillow does them; `number` is (n, 1, 1, 1).

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import checkpoints, ema, models, reports, runs, trackers, transfer
-from .arguments import Settings, parse_settings
+from .arguments import Settings, cores_to_use, parse_settings
 from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
@@ -143,7 +143,7 @@ def _set_up(settings: Settings) -> None:
         datasets.disable_progress_bars()
     if args.cpu_threads is not None:
         torch.set_num_threads(args.cpu_threads)
-    cores, workers = os.cpu_count() or 1, args.dataloader_num_workers
+    cores, workers = cores_to_use(), args.dataloader_num_workers
     if workers > cores:
         logger.warning(
             f"{workers} data workers (`dataloader_num_workers`) share {cores} CPU cores: fewer may be faster."

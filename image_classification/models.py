@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the model arguments to a model: presets, overrides, and weights to start from."""
 
+import functools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 from modeling_karat_vit.configuration_karat_vit import STRUCTURAL_FIELDS
+from modeling_karat_vit.modeling_karat_vit import drop_path
 
 from .arguments import CONFIGURATION, NOT_OF_THE_CONFIG, ModelArguments
 from .errors import InputError, did_you_mean, more
@@ -62,14 +64,7 @@ def build_config(args: ModelArguments, labels: list[str] | None = None) -> PreTr
         )
     overrides = _overrides(args, source)
     if source.model_type == "vit":
-        if overrides.get("drop_path_rate") == 0:
-            del overrides["drop_path_rate"]
-        if "drop_path_rate" in overrides:
-            raise InputError(
-                f"`drop_path_rate` is {overrides['drop_path_rate']:g}, and {args.model or args.finetune}, the softmax "
-                "baseline, is Transformers' ViT, which has no stochastic depth. Leave it out, as the paper's recipe "
-                "does, or name a KArAt --model."
-            )
+        _check_drop_path(overrides.pop("drop_path_rate", 0.0))  # `build_model` adds it: the configuration has none.
         foreign = sorted(set(overrides) - set(ViTConfig().to_dict()))
         if foreign:
             raise InputError(
@@ -106,12 +101,36 @@ def build_model(args: ModelArguments, labels: list[str]) -> PreTrainedModel:
     how = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     try:
         if args.finetune is None:
-            return AutoModelForImageClassification.from_config(config, **how)
-        return _start_from(args, config, how)
+            model = AutoModelForImageClassification.from_config(config, **how)
+        else:
+            model = _start_from(args, config, how)
+        if config.model_type == "vit" and args.drop_path_rate:
+            add_drop_path(model, args.drop_path_rate)
+        return model
     except InputError:
         raise
     except (ValueError, OSError, ImportError) as error:
         raise InputError(str(error)) from error
+
+
+def add_drop_path(model: PreTrainedModel, rate: float) -> None:
+    """
+    Give Transformers' ViT stochastic depth, in training: as KArAt-ViT has it, from 0 in the first block to `rate` in
+    the last. By hooks, so that the model, its parameters and its checkpoints stay Transformers' own.
+    """
+    layers = model.vit.layers
+    for index, layer in enumerate(layers):
+        # Each of a block's two branches ends with it.
+        layer.dropout.register_forward_hook(functools.partial(_drop, rate * index / max(1, len(layers) - 1)))
+
+
+def _drop(rate: float, module: torch.nn.Module, _, branch: torch.Tensor) -> torch.Tensor:
+    return drop_path(branch, rate) if module.training else branch
+
+
+def _check_drop_path(rate: float) -> None:
+    if not 0.0 <= rate < 1.0:
+        raise InputError(f"`drop_path_rate` is {rate:g}, expected at least 0 and less than 1.")
 
 
 def load_trained(folder: str, args: ModelArguments, labels: list[str]) -> PreTrainedModel:

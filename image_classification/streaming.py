@@ -176,9 +176,10 @@ class StreamedImageDataset(ImageDataset):
         """What reads it, in one of several processes."""
         return StreamSampler(self.split, self.seed, self.buffer, process, processes)
 
-    def __getitem__(self, item: tuple[int, dict]) -> dict:
-        number, row = item
-        return self.prepare(row, f"{self.name} image {number}", number)
+    def __getitems__(self, items: list[tuple[int, dict]]) -> list[dict]:
+        numbers, rows = zip(*items, strict=True)
+        where = [f"{self.name} image {number}" for number in numbers]
+        return self.prepare([row["image"] for row in rows], [row["label"] for row in rows], where, list(numbers))
 
 
 def load_streamed(args: DataArguments, training: RunArguments, train: bool = True) -> ImageData:

@@ -6,6 +6,8 @@ Evaluation goes through the image processor that is saved with the model, so a p
 the pixels that the evaluation saw.
 """
 
+import contextlib
+
 import torch
 from datasets import Dataset
 from transformers import ViTImageProcessor, ViTImageProcessorPil
@@ -13,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
 from .arguments import DataArguments
-from .augmentation import REPEATS, auto_augment, random_erasing, random_numbers
+from .augmentation import REPEATS, auto_augment, own_generators, random_erasing, seed_generators
 from .data import decode
 from .errors import InputError
 
@@ -153,28 +155,40 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __init__(self, split: Dataset, transform, name: str, seed: int | None = None, repeated: bool = False):
         self.split, self.transform, self.name, self.repeated = split, transform, name, repeated
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
+        # In shared memory: data workers live longer than an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.split)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer."""
-        self.epoch = epoch
+        """Called by the Trainer; data workers that run already get to know it."""
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict:
         """`pixel_values`, `labels`, and in training the `key` of the random numbers that were used."""
-        # Under repeated augmentation an index names the repetition, too.
-        position = index % len(self.split) if self.repeated else index
-        if not 0 <= index < len(self.split) * (REPEATS if self.repeated else 1):
-            raise IndexError(index)
-        return self.prepare(self.split[position], f"{self.name} image {position}", index)
+        return self.__getitems__([index])[0]
 
-    def prepare(self, row: dict, where: str, index: int) -> dict:
-        """An undecoded row, with its index in the epoch; `where` is what errors call it."""
-        image = getattr(self.transform, "read", decode)(row["image"], where)
-        if self.seed is None:
-            return {"pixel_values": self.transform(image), "labels": row["label"]}
-        key = (self.seed, self.epoch, index)
-        with random_numbers(*key):
-            return {"pixel_values": self.transform(image), "labels": row["label"], "key": key}
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """A whole batch, for PyTorch's data loader: quicker than one by one."""
+        # Under repeated augmentation an index names the repetition, too.
+        positions = [index % len(self.split) if self.repeated else index for index in indices]
+        for index in indices:
+            if not 0 <= index < len(self.split) * (REPEATS if self.repeated else 1):
+                raise IndexError(index)
+        rows = self.split[positions]
+        where = [f"{self.name} image {position}" for position in positions]
+        return self.prepare(rows["image"], rows["label"], where, indices)
+
+    def prepare(self, images: list[dict], labels: list[int], where: list[str], indices: list[int]) -> list[dict]:
+        """Undecoded images with their indices in the epoch; `where` is what errors call them."""
+        read, epoch, prepared = getattr(self.transform, "read", decode), int(self._epoch), []
+        with contextlib.nullcontext() if self.seed is None else own_generators():
+            for item, label, name, index in zip(images, labels, where, indices, strict=True):
+                image, row = read(item, name), {"labels": label}
+                if self.seed is not None:
+                    row["key"] = (self.seed, epoch, index)
+                    seed_generators(*row["key"])
+                prepared.append({"pixel_values": self.transform(image), **row})
+        return prepared

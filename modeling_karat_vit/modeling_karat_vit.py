@@ -253,11 +253,15 @@ class KArAtViTLayer(ViTLayer):
         return hidden_states + self.drop_path(self.dropout(branch))
 
     def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
-        """Leave the branch out for whole images, and scale up the others (Huang et al. 2016)."""
-        if not self.training or self.drop_path_rate == 0.0:
-            return branch
-        keep = 1.0 - self.drop_path_rate
-        return branch * (torch.rand(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device) < keep) / keep
+        return drop_path(branch, self.drop_path_rate) if self.training else branch
+
+
+def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
+    """Stochastic depth (Huang et al. 2016): leave a branch (B, N, d) out for whole images, and scale up the others."""
+    if rate == 0.0:
+        return branch
+    keep = 1.0 - rate
+    return branch * (torch.rand(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device) < keep) / keep
 
 
 class KArAtViTPreTrainedModel(ViTPreTrainedModel):

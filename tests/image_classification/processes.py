@@ -7,7 +7,11 @@ into the folder OWN, and goes on from the checkpoints in OTHERS, which another l
 far longer than training, so that all runs share a start.
 """
 
+import gc
+import os
+import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +164,25 @@ def train_all(own: Path, others: Path | None, processes: int) -> None:
             train(run, own / f"{run.name}-resumed", processes, folder)
 
 
+def in_two_forks(function: Callable[[], int]) -> list[int]:
+    """Call it in two forks of this process, as the processes of a launch on the CPU; what they return."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    forks = []
+    for rank in ("0", "1"):
+        forks.append(os.fork())
+        if forks[-1] == 0:
+            status = 99
+            try:
+                os.environ.update(together | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"})
+                status = function()
+            finally:
+                os._exit(status)
+    return [os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks]
+
+
 def shard_on_the_cpu() -> None:
     """Let accelerate use FSDP2 over gloo: it does so on accelerators only, PyTorch also on the CPU."""
     from accelerate.state import AcceleratorState
@@ -180,6 +203,8 @@ if __name__ == "__main__":
     if "fsdp2" in sys.argv:
         shard_on_the_cpu()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # As in conftest.py.
     mine, theirs = Path(sys.argv[1]), Path(sys.argv[2])
     train_all(mine, None, 2)
     train_all(mine, theirs, 2)

@@ -101,26 +101,93 @@ def test_saved_to_disk(tmp_path):
     assert len(load(data_path=str(tmp_path / "saved")).train) == 9
 
 
-@pytest.mark.parametrize("name", list(HUB_DATASETS))
+def class_label(*names, count=None):
+    return datasets.ClassLabel(names=list(names) or [f"class {index}" for index in range(count)])
+
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+STL10 = "airplane bird car cat deer dog horse monkey ship truck".split()
+# As the repositories are on the Hub: repository and configuration, splits, columns. The number of images here tells the
+# splits apart; ImageNet's test split has no labels.
+SCHEMAS = {
+    "CIFAR10": (
+        ("uoft-cs/cifar10", "plain_text"),
+        ("train", "test"),
+        {"img": datasets.Image(), "label": class_label(*CIFAR10)},
+    ),
+    "CIFAR100": (
+        ("uoft-cs/cifar100", "cifar100"),
+        ("train", "test"),
+        {"img": datasets.Image(), "fine_label": class_label(count=100), "coarse_label": class_label(count=20)},
+    ),
+    "IMNET": (
+        ("ILSVRC/imagenet-1k", None),
+        ("train", "validation", "test"),
+        {"image": datasets.Image(), "label": class_label(count=1000)},
+    ),
+    "SVHN": (
+        ("ufldl-stanford/svhn", "cropped_digits"),
+        ("train", "test", "extra"),
+        {"image": datasets.Image(), "label": class_label(*map(str, range(10)))},
+    ),
+    "STL10": (
+        ("tanganke/stl10", None),
+        ("train", "test"),
+        {"image": datasets.Image(), "label": class_label(*STL10)},
+    ),
+    "Flowers102": (
+        ("dpdl-benchmark/oxford_flowers102", None),
+        ("train", "validation", "test"),
+        {"image": datasets.Image(), "label": class_label(count=102)},
+    ),
+}
+COUNTS = {"train": 9, "validation": 6, "test": 7, "extra": 12}
+USED = {"IMNET": "validation"}  # To evaluate on; of all others it is the test split.
+
+
+def hub_split(name: str, split: str) -> datasets.Dataset:
+    features = SCHEMAS[name][2]
+    labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    (image,) = features.keys() - set(labels)
+    columns = {image: rows(COUNTS[split])["image"][:]}
+    for label in labels:
+        unknown = name == "IMNET" and split == "test"
+        columns[label] = [-1 if unknown else index % 3 for index in range(COUNTS[split])]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
 def test_hub_schemas(name, monkeypatch):
-    known = HUB_DATASETS[name]
     asked = []
 
     def load_dataset(*arguments, streaming):
-        assert not streaming
-        asked.append(arguments)
-        split = rows(9, known.classes, known.label or "label", known.image or "image")
-        if name == "CIFAR100":
-            split = split.add_column("coarse_label", [0] * 9).cast_column(
-                "coarse_label", datasets.ClassLabel(num_classes=20)
-            )
-        return datasets.DatasetDict({known.train: split, known.validation: split})
+        asked.append((arguments, streaming))
+        return datasets.DatasetDict({split: hub_split(name, split) for split in SCHEMAS[name][1]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = load(data_set=name.lower())
-    assert asked == [(known.name, known.config)]
-    assert (len(found.labels), found.hub_name) == (known.classes, known.name)
+    repository, _, features = SCHEMAS[name]
+    assert asked == [(repository, False)] and found.hub_name == repository[0]
+    label = features.get("fine_label") or features["label"]
+    assert found.labels == label.names and len(found.labels) == HUB_DATASETS[name].classes
+    assert (len(found.train), len(found.validation)) == (COUNTS["train"], COUNTS[USED.get(name, "test")])
+    assert found.train["label"][:4] == [0, 1, 2, 0]
     assert decode(found.train[0]["image"], "image").mode == "RGB"
+    # `extra` is there for who names it.
+    if "extra" in SCHEMAS[name][1]:
+        assert len(load(data_set=name, train_split="extra").train) == COUNTS["extra"]
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
+def test_local_copies_of_hub_repositories(name, tmp_path):
+    """Its parquet files, where a clone has them: the same columns and splits, found under the same name."""
+    for split in SCHEMAS[name][1]:
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        hub_split(name, split).to_parquet(path)
+    found = load(data_set=name, data_path=str(tmp_path))
+    assert (len(found.train), len(found.validation)) == (COUNTS["train"], COUNTS[USED.get(name, "test")])
+    assert len(found.labels) == HUB_DATASETS[name].classes
 
 
 def test_labels_that_are_plain_integers_or_names(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation on the device: Pillow's and timm's operations, the draws of the workers' way, every kind of image."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -17,7 +18,7 @@ from image_classification import main as script
 from image_classification.arguments import DataArguments
 from image_classification.augmentation import make_collate
 from image_classification.data import decode
-from image_classification.device_augmentation import CollateDrawn, DrawTransform
+from image_classification.device_augmentation import CollateDrawn, DrawTransform, Layout
 from image_classification.errors import InputError
 from image_classification.transforms import ImageDataset, TrainTransform, build_image_processor
 from tests.images import make_image_folder
@@ -146,16 +147,16 @@ def test_jpegs_may_be_left_to_the_device(interpolation):
     options = {"auto_augment": None, "color_jitter": 0.0, "train_interpolation": interpolation}
     data, collate = dataset(True, images, device_decode=1.0, **options)
     drawn = collate([data[index] for index in range(len(data))])
-    assert [piece[0] for piece in drawn.pieces] == [index for index in range(12) if index != 3]
+    assert drawn.names == [f"training image {index}" for index in range(12) if index != 3]
     expected, actual = batch(True, images, **options), drawn.to(torch.device("cpu"))
     difference = (actual["pixel_values"] - expected["pixel_values"]).abs() * 255 * 0.22
     assert difference.max() < 1.5
     assert torch.equal(actual["labels"], expected["labels"])
     data, collate = dataset(True, images, device_decode=0.5, **options)
-    chosen = [piece[0] for piece in collate([data[index] for index in range(len(data))]).pieces]
+    chosen = collate([data[index] for index in range(len(data))]).names
     data.set_epoch(4)
     assert 0 < len(chosen) < 11
-    assert chosen == [piece[0] for piece in collate([data[index] for index in range(len(data))]).pieces]
+    assert chosen == collate([data[index] for index in range(len(data))]).names
 
 
 def test_what_the_device_cannot_decode():
@@ -171,6 +172,54 @@ def test_what_the_device_cannot_decode():
     broken = whole[:200] + b"\xff\xd9"
     with pytest.raises(InputError, match="training image 1"):
         batch(True, [whole, broken, whole], device_decode=1.0)
+
+
+def test_room_for_more_changes_nothing():
+    """What CUDA graphs rely on: one layout for batches that drew different operations."""
+    images = [encode(photo(seed)) for seed in range(12)]
+    data, collate = dataset(True, images, auto_augment="rand-m9-n3-p0.8")
+    made, layout = [], None
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        made.append(collate([data[index] for index in range(len(data))]))
+        exact = Layout.of(made[-1])
+        layout = exact.with_room() if layout is None else layout.enlarged(exact)
+        assert layout.holds(exact) and not exact.holds(layout)
+    assert len({Layout.of(drawn) for drawn in made}) == 3
+    for drawn in made:
+        pixels = drawn.data.view(12, *SIZE, 3).permute(0, 3, 1, 2)
+        results = [
+            collate.finish.change(pixels, torch.from_numpy(one.pack(drawn)), None, one)
+            for one in (Layout.of(drawn), layout)
+        ]
+        assert torch.equal(*results)
+    assert layout.enlarged(Layout.of(made[0])) is layout
+    assert not layout.holds(dataclasses.replace(Layout.of(made[0]), images=11))
+
+
+@pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
+def test_batches_come_from_workers_as_one_tensor(start, workers):
+    images = [encode(photo(seed)) for seed in range(8)]
+    options = {"device_decode": 0.5, "random_erasing_mode": "pixel"}
+    data, collate = dataset(True, images, **options)
+    loader = torch.utils.data.DataLoader(
+        data,
+        4,
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context=start,
+        persistent_workers=True,
+        timeout=120,
+    )
+    for epoch in range(2):
+        data.set_epoch(epoch)  # Which workers that run get to know.
+        for number, drawn in enumerate(loader):
+            kinds = [kind for kind, value in vars(drawn).items() if torch.is_tensor(value)]
+            assert kinds == ["data"] and drawn.data.is_shared() and drawn.lengths
+            here = collate([data[index] for index in range(4 * number, 4 * number + 4)])
+            assert drawn.key == (3, epoch, 4 * number)
+            for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
+                assert torch.equal(actual, expected)
 
 
 def test_noise_of_erasing():

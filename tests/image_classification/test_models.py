@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From model arguments to models: presets, overrides, starting from other weights."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import (
@@ -45,9 +47,53 @@ def test_softmax_baseline():
     assert type(model) is ViTForImageClassification and model.config.hidden_dropout_prob == 0.1
     with pytest.raises(InputError, match="`grid_size` is a setting of KArAt"):
         build_model(small("vit_tiny_patch16_224", grid_size=3), LABELS)
-    with pytest.raises(InputError, match="has no stochastic depth"):
-        build_model(small("vit_tiny_patch16_224", drop_path_rate=0.1), LABELS)
-    build_model(small("vit_tiny_patch16_224", drop_path_rate=0.0), LABELS)
+
+
+def test_softmax_baseline_with_stochastic_depth(tmp_path):
+    """As KArAt-ViT has it; configuration, parameters and checkpoints are those of Transformers' ViT."""
+    settings = {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 24}
+    torch.manual_seed(0)
+    plain = build_model(small("vit_tiny_patch16_224", **settings), LABELS).train()
+    torch.manual_seed(0)
+    dropped = build_model(small("vit_tiny_patch16_224", drop_path_rate=0.6, **settings), LABELS).train()
+    assert type(dropped) is ViTForImageClassification
+    assert list(dropped.state_dict()) == list(plain.state_dict()) and dropped.config.to_dict() == plain.config.to_dict()
+    pixels = torch.randn(64, 3, 32, 32)
+
+    def branches(model, index: int) -> list[torch.Tensor]:
+        """What a block's attention and MLP add to the residual stream, by image."""
+        layer, seen = model.vit.layers[index], []
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+            layer.layernorm_after.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+            layer.register_forward_hook(lambda _, args, output: seen.append(output)),
+        ]
+        model(pixels)
+        for hook in hooks:
+            hook.remove()
+        return [(after - before).detach() for before, after in itertools.pairwise(seen)]
+
+    for index, rate in enumerate((0.0, 0.3, 0.6)):
+        for branch in branches(dropped, index):
+            out = (branch.abs().amax((1, 2)) < 1e-6).float().mean().item()
+            assert out == pytest.approx(rate, abs=0.2), index
+    # The first block has rate 0, and what enters the second is the same: those kept are scaled up.
+    for ours, theirs in zip(branches(dropped, 1)[:1], branches(plain, 1)[:1], strict=True):
+        kept = ours.abs().amax((1, 2)) > 1e-6
+        assert torch.allclose(ours[kept], theirs[kept] / 0.7, atol=1e-5)
+    assert torch.equal(dropped.eval()(pixels).logits, plain.eval()(pixels).logits)
+    dropped.save_pretrained(tmp_path)
+    again = load_trained(str(tmp_path), small("vit_tiny_patch16_224", drop_path_rate=0.6, **settings), LABELS)
+    assert torch.equal(again.train()(pixels).logits, plain.eval()(pixels).logits)
+    started = build_model(ModelArguments(finetune=str(tmp_path), drop_path_rate=0.6), LABELS).train()
+    assert not torch.equal(started(pixels).logits, started(pixels).logits)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_stochastic_depth_out_of_range(rate):
+    for model in ("vit_tiny_patch16_224", "vit_tiny_patch16_224_karat"):
+        with pytest.raises(InputError, match="`drop_path_rate` is"):
+            build_model(small(model, drop_path_rate=rate), LABELS)
 
 
 @pytest.mark.parametrize("heads, karat", [(3, 1), (6, 3), (12, 6)])

@@ -181,13 +181,6 @@ def test_fsdp_is_not_left_out_silently_where_there_is_one_device(tmp_path, monke
         processes.make_trainer(RUNS[0], tmp_path, processes.Record(), 1)
 
 
-def test_workers_that_do_not_learn_the_epoch_are_refused(tmp_path, small, capsys):
-    words = [*small, "--data_set", "digits", "--model", "karat_digits", "--dataloader_persistent_workers"]
-    words[words.index("--dataloader_num_workers") + 1] = "1"
-    assert script.main([*words, "--output_dir", str(tmp_path / "run")]) == 2
-    assert "`dataloader_persistent_workers`" in capsys.readouterr().err
-
-
 # The configurations
 
 

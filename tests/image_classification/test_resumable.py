@@ -5,6 +5,7 @@ Runs that survive: killed at any moment and started again, they end with the sam
 Killed is meant: a fork of the test process sends itself SIGKILL, in the middle of what it was doing.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -14,7 +15,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,8 +130,8 @@ def assert_same_runs(first, second, checkpoints_on_the_way=True):
     assert not list(second.glob(".*"))
 
 
-def in_fork(words, prepare=lambda: None):
-    """Run the script in a fork of this process, after `prepare`; the exit status, negative for a signal."""
+def start_fork(words, prepare=lambda: None):
+    """Run the script in a fork of this process, after `prepare`; its number."""
     process = os.fork()
     if process == 0:
         status = 99
@@ -140,6 +140,15 @@ def in_fork(words, prepare=lambda: None):
             status = script.main(words)
         finally:
             os._exit(status)
+    return process
+
+
+def in_fork(words, prepare=lambda: None):
+    """As `start_fork`, and wait for it; the exit status, negative for a signal."""
+    return status_of(start_fork(words, prepare))
+
+
+def status_of(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -202,16 +211,17 @@ def test_killed_run_ends_as_if_never_stopped(command, whole, kind, kills, tmp_pa
 
 def test_killed_from_outside_with_data_workers(command, whole, tmp_path):
     """A process of its own and its data worker, killed once it has a checkpoint; then it goes on without a worker."""
-    words, project = command("killed"), Path(__file__).parents[2]
+    words = command("killed")
     words[words.index("--dataloader_num_workers") + 1] = "1"
-    process = subprocess.Popen([sys.executable, "run_image_classification.py", *words], cwd=project)
+    process = start_fork(words)
     try:
         while not list((tmp_path / "killed").glob("checkpoint-*")):
-            assert process.poll() is None
+            assert os.waitpid(process, os.WNOHANG) == (0, 0)
             time.sleep(0.01)
     finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    assert status_of(process) == -signal.SIGKILL
     assert script.main(command("killed")) == 0
     assert_same_runs(whole(), tmp_path / "killed")
 

@@ -3,7 +3,6 @@
 
 import io
 import json
-import subprocess
 import threading
 from collections import Counter
 
@@ -19,7 +18,7 @@ from image_classification import streaming
 from image_classification.arguments import DataArguments, RunArguments
 from image_classification.errors import InputError
 from image_classification.streaming import StreamSampler, load_streamed, read_ahead
-from tests.image_classification.test_processes import CONFIGS, ENVIRONMENT, LAUNCH, PROJECT
+from tests.image_classification.processes import in_two_forks
 from tests.images import COLOURS, colour_image
 
 
@@ -275,14 +274,13 @@ def test_run_goes_on_exactly_with_any_number_of_workers(shards, tmp_path, small,
     assert first["eval_loss"] == second["eval_loss"] and first["train_loss"] == second["train_loss"]
 
 
-def test_two_processes(shards, tmp_path, small, capsys):
+def test_two_processes(shards, tmp_path, small, capfd):
     """Each of 19 images an epoch; the evaluation is one process's, of every image once."""
-    config = CONFIGS / "cpu_two_processes.yaml"
     words = words_of(shards, small, tmp_path / "run", 8)
-    command = [*LAUNCH, "--config_file", str(config), "run_image_classification.py", *words]
-    result = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "each process reads 2 of the files" in result.stdout
+    statuses = in_two_forks(lambda: script.main(words))
+    out, errors = capfd.readouterr()
+    assert statuses == [0, 0], out + errors
+    assert "2 processes" in out and "each process reads 2 of the files" in out
     state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] == 6
     found = json.loads((tmp_path / "run" / "all_results.json").read_text())

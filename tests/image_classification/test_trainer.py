@@ -41,6 +41,7 @@ def make_model(kind):
 
 def run_arguments(folder, **settings):
     defaults = {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "eval_strategy": "no"}
+    defaults["dataloader_num_workers"] = 0
     return RunArguments(**{**defaults, "learning_rate": 0.1, "warmup_epochs": 0.0, **settings})
 
 
@@ -332,6 +333,56 @@ def test_broken_gradient_is_named(tmp_path, where, clip):
         trainer.train()
     # Not every gradient is broken: clipping would have made them so.
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
+
+
+def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
+    """The weights are as if it had not been; the scale is half, also for who resumes; no divergence is reported."""
+
+    def make_trainer(spoilt=0):
+        model, calls = make_model("softmax"), []
+
+        def spoil(module, gradients):
+            calls.append(module)
+            return tuple(gradient * (math.inf if len(calls) == spoilt else 1) for gradient in gradients)
+
+        model.vit.layers[0].mlp.fc1.register_full_backward_pre_hook(spoil)
+        args = run_arguments(
+            tmp_path,
+            num_train_epochs=1,
+            per_device_train_batch_size=2,
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=0,
+            model_ema=True,
+            model_ema_decay=0.5,
+            sched="constant",
+        )
+        trainer = ImageClassificationTrainer(model=model, args=args, train_dataset=rows_of(8))
+        # What accelerate does with `fp16` on a GPU; it leaves it out on the CPU, where PyTorch has all of it.
+        trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        return trainer
+
+    def weights(step):
+        return load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+
+    whole = make_trainer(spoilt=2)
+    assert whole.accelerator.scaler.get_scale() == 2**8
+    whole.train()
+    assert whole.state.global_step == 4 and whole.accelerator.scaler.get_scale() == 2**7
+    one, two, three = map(weights, (1, 2, 3))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not all(torch.equal(three[key], two[key]) for key in one)
+    resumed = make_trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.accelerator.scaler.get_scale() == 2**7
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor)
+
+
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(InputError, match=r"`fp16` .* --bf16"):
+        run_arguments(tmp_path, fp16=True)
 
 
 def test_guard_lets_fp16_find_its_scale():
