@@ -930,6 +930,7 @@ def _backward_keys_tile(
     DP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """dk and dv of one tile of keys in a chunk of images, and the chunk's sums for these keys."""
     dtype = q_ptr.dtype.element_ty
@@ -942,9 +943,10 @@ def _backward_keys_tile(
     edges_ptr += head * EDGES * R * NP + keys[:, None]
     partial_ptr += (chunk * H + head).to(tl.int64) * (M + EDGES + 1) * N * RP
     w = tl.load(packed_ptr + M * NP * RP + edge)
-    coefficients = ()
-    for m in tl.static_range(M):
-        coefficients = coefficients + (tl.load(packed_ptr + (M + 1 + m) * NP * RP + edge),)
+    slopes = ()
+    if KEPT:
+        for m in tl.static_range(M):
+            slopes = slopes + (tl.load(packed_ptr + (M + 1 + m) * NP * RP + edge),)
     sums = ()
     # M sums for the features, and one for each parameter of wavelets and rational functions.
     for _ in tl.static_range(M + EDGES):
@@ -977,7 +979,8 @@ def _backward_keys_tile(
             new = ()
             for m in tl.static_range(M):
                 feature, derivative, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
-                d_x += derivative * tl.dot(coefficients[m], tl.trans(d_hidden), input_precision=PRECISION)
+                coefficients = slopes[m] if KEPT else tl.load(packed_ptr + (M + 1 + m) * NP * RP + edge)
+                d_x += derivative * tl.dot(coefficients, tl.trans(d_hidden), input_precision=PRECISION)
                 if HAS_KEEP:
                     feature = tl.where(visible[:, None], feature, 0.0)
                 new = new + (tl.dot(feature.to(dtype), d_hidden, sums[m], input_precision=PRECISION),)
@@ -1085,6 +1088,7 @@ def _backward_keys(
     BM: tl.constexpr,
     BN: tl.constexpr,
     TAIL: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """dk and dv of BN keys in a chunk of images, and the chunk's sums for the coefficients and W of these keys."""
     pid = tl.program_id(0)
@@ -1145,6 +1149,7 @@ def _backward_keys(
             DP,
             BM,
             BN,
+            KEPT,
         )
     elif TAIL < BN:
         # The last tile of keys is smaller, and takes more images for that.
@@ -1203,6 +1208,7 @@ def _backward_keys(
             DP,
             BM,
             TAIL,
+            KEPT,
         )
 
 
@@ -1412,12 +1418,29 @@ class _Plan:
             "DP": self.head_size_padded,
         }
         self.tiles = _tiles(form, tokens)
+        self._fit(2 if dtype != torch.float32 else 4)
         own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_reduce": {"BLOCK": 64, "ROWS": 16}}
         self.options = {}
         for kernel in (_prepare, _forward, _backward_queries, _backward_keys, _reduce):
             name = kernel.fn.__name__
             known = {key: value for key, value in constants.items() if key in kernel.arg_names}
             self.options[name] = known | own[name]
+
+    def _fit(self, itemsize: int) -> None:
+        """Fewer stages, and no smaller last tile, where the shared memory (227 KiB) would not hold what is loaded."""
+        rows, columns = self.features * self.rank_padded, self.head_size_padded
+        for name in ("_forward", "_backward_queries"):
+            tile = self.tiles[name]
+            while tile["num_stages"] > 1 and tile["num_stages"] * tile["BN"] * (rows + columns) * itemsize > _SHARED:
+                tile["num_stages"] -= 1
+        if tile["num_stages"] * tile["TAIL_BN"] * (rows + columns) * itemsize > _SHARED:
+            tile["TAIL"] = tile["BM"]
+        tile = self.tiles["_backward_keys"]
+        kept = tile["BN"] * rows * itemsize
+        tile["KEPT"] = kept <= _SHARED
+        moved = tile["BM"] * (self.rank_padded + columns) * itemsize + (0 if tile["KEPT"] else kept)
+        while tile["num_stages"] > 1 and tile["num_stages"] * moved > _SHARED:
+            tile["num_stages"] -= 1
 
 
 def _kind(tensors, *sizes):
@@ -1451,27 +1474,33 @@ def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments) -> None
         compiled[grid](*arguments, *constants)
 
 
-# Programs that sum coefficients: two for each multiprocessor of an H200. More would only add partial sums to reduce;
-# a number of the machine itself would make the rounding depend on the machine.
-_PROGRAMS = 264
+# Warps of the programs that sum coefficients: eight for each multiprocessor of an H100 or H200, which is what their
+# registers allow. More would only add partial sums to reduce; a number of the machine itself would make the rounding
+# depend on the machine.
+_WARPS = 1056
+
+
+# Bytes of shared memory for what a kernel loads again and again; as much again is left for the rest.
+_SHARED = 100 * 2**10
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _shares(images: int, heads: int, tokens: int, BN: int, TAIL: int, **_) -> tuple[int, int, int]:
+def _shares(images: int, heads: int, tokens: int, BN: int, TAIL: int, num_warps: int, **_) -> tuple[int, int, int]:
     """
     How the work on keys is shared out: full tiles, and images for a program of a full tile and of a smaller last one, 0
     where there is none.
     """
+    programs = max(1, _WARPS // num_warps)
     if TAIL == BN:
         tiles = _cdiv(tokens, BN)
-        return tiles, min(images, _cdiv(images * heads * tiles, _PROGRAMS)), 0
+        return tiles, min(images, _cdiv(images * heads * tiles, programs)), 0
     # A tail takes about twice its share of a tile.
     cost = 2 * TAIL / BN
     tiles = tokens // BN
-    images_per_unit = images * heads * (tiles + cost) / _PROGRAMS
+    images_per_unit = images * heads * (tiles + cost) / programs
     tail_chunk = max(1, min(images, int(images_per_unit / cost)))
     return tiles, min(images, math.ceil(images_per_unit)) if tiles else 0, tail_chunk
 
