@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading settings: precedence, contradictions, spelling, and the official flags."""
 
+import os
+
 import pytest
 
 from image_classification import official_flags
-from image_classification.arguments import DEFAULT_RECIPE, EXCLUSIVE, Parser, parse_settings
+from image_classification.arguments import DEFAULT_RECIPE, EXCLUSIVE, Parser, RunArguments, parse_settings
 from image_classification.errors import InputError
 from image_classification.official_flags import OFFICIAL_FLAGS
 
@@ -304,3 +306,13 @@ def test_trackers(monkeypatch):
     assert parse("--run_name", "first").training.report_to == ["tensorboard"]
     monkeypatch.setattr(integrations, "is_wandb_available", lambda: True)
     assert parse("--run_name", "first").training.report_to == ["wandb"]
+
+
+@pytest.mark.parametrize("cores, processes, workers", [(8, 1, 7), (8, 2, 3), (1, 1, 1), (2, 2, 1), (64, 1, 16)])
+def test_one_data_worker_for_each_core_but_one(monkeypatch, tmp_path, cores, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    args = RunArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (workers, True)
+    args = RunArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=0)
+    assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (0, False)
