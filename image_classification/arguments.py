@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from . import official_flags
@@ -345,6 +346,38 @@ class RunArguments(TrainingArguments):
         "Go on from this checkpoint-* folder, or from the last one of a run's folder. The same command in the same "
         "output_dir resumes by itself."
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Push model, code, image processor, card, recipe and curves to the Hugging Face Hub, in the "
+            "background of training and at its end. A push that fails does not stop the run, and the same command "
+            "pushes what is missing."
+        },
+    )
+    hub_model_id: str | None = _optional("Repository to push to, USER/NAME or NAME; unset: the name of output_dir.")
+    hub_strategy: str = field(
+        default="every_save",
+        metadata={
+            "help": "What is pushed when: end (the finished run), every_save (also the model of each checkpoint), "
+            "checkpoint (also the last checkpoint, as last-checkpoint, to go on from on another machine), "
+            "all_checkpoints (every checkpoint).",
+            "choices": [strategy.value for strategy in HubStrategy],
+        },
+    )
+    hub_private_repo: bool | None = _optional("Make a private repository; true refuses one that is there and public.")
+    hub_token: str | None = _optional(
+        "Token to push with; unset: that of `hf auth login`, or of HF_TOKEN, which keep it out of the command line."
+    )
+    hub_revision: str | None = _optional("Branch to push to; it is made if it does not exist. Unset: main.")
+    hub_always_push: bool = field(
+        default=False,
+        metadata={"help": "Push every save, also those that wait for one before; else only the newest waits."},
+    )
+    hub_overwrite: bool = field(
+        default=False,
+        metadata={"help": "Push over what is not this run's in the repository, whose history keeps it."},
+    )
+
     dataloader_num_workers: int | None = _optional(
         "Processes that read and augment images, for each process that trains; 0: none apart. Unset: one for each CPU "
         f"core but one, {MOST_WORKERS} at most."
@@ -597,7 +630,7 @@ def parse_settings(argv: list[str]) -> Settings:
         given["sched"] = None
     if "warmup_steps" in given:
         given["warmup_epochs"] = None
-    record = {name: _default(group, name) for group, name in _fields()} | given
+    record = default_record() | given
     parts = [
         group(**{name: record[name] for owner, name in _fields() if owner is group})
         for group in (ModelArguments, DataArguments)
@@ -724,6 +757,11 @@ def _fields() -> list[tuple[type, str]]:
         for item in dataclasses.fields(group)
         if item.init
     ]
+
+
+def default_record() -> dict[str, Any]:
+    """The settings of a run that was given none."""
+    return {name: _default(group, name) for group, name in _fields()}
 
 
 def _default(group: type, name: str) -> Any:

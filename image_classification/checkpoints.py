@@ -25,7 +25,7 @@ from .errors import InputError, more
 
 SUMS, STATE = "SHA256SUMS", "trainer_state.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-OPTIMIZER = "optimizer.pt"
+OPTIMIZER, PROGRESS = "optimizer.pt", "progress.json"
 # What to do about a `NotWritten`.
 MEND = "Free some space (or mend the permissions), then give the same command again"
 
@@ -116,7 +116,7 @@ def tidy(run: Path) -> None:
             shutil.rmtree(replaced)
         else:  # Killed between the two renames of `publish`.
             replaced.rename(place)
-    for part in run.glob(".checkpoint-*.part"):
+    for part in (*run.glob(".checkpoint-*.part"), *run.glob(".push-*")):
         shutil.rmtree(part)
 
 

@@ -77,6 +77,7 @@ class ImageData:
         labels: names of the classes, by index.
         hub_name: its Hub repository, if that is where it comes from.
         notes: what was decided while reading, for the log and the card.
+        split: the data set's name of the split that is evaluated on; `None` where a part of the training split is.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ImageData:
     labels: list[str]
     hub_name: str | None
     notes: list[str]
+    split: str | None = None
 
 
 def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
@@ -153,7 +155,7 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
             chosen[role] = chosen[role].select([i for i in range(len(chosen[role])) if i not in indices])
             _check_labels(chosen[role], labels, f"{name}, {role} split", role == "train")
     hub_name = name if args.data_path is None and known != "digits" else None
-    return ImageData(name, chosen.get("train"), chosen["validation"], labels, hub_name, notes)
+    return ImageData(name, chosen.get("train"), chosen["validation"], labels, hub_name, notes, validation_name)
 
 
 def decode(item: dict[str, Any], where: str) -> Image.Image:

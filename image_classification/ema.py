@@ -120,6 +120,27 @@ class WeightAverage:
             self.tensors[name].copy_(tensor)
 
 
+def better(metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
+    """
+    Which weights of an evaluation are the better: by accuracy, then by loss.
+
+    Args:
+        metrics: of the weights as `eval_*`, of their average as `eval_ema_*`.
+
+    Returns:
+        `ema` or `model`, or `None` where there is no average; and the metrics, the better ones' as `eval_*`, and each
+        one's as `eval_ema_*` and `eval_model_*`.
+    """
+    names = [key.removeprefix("eval_ema_") for key in metrics if key.startswith("eval_ema_")]
+    if not names:
+        return None, metrics
+    metrics = metrics | {f"eval_model_{name}": metrics[f"eval_{name}"] for name in names}
+    quality = {kind: (metrics[f"eval_{kind}_accuracy"], -metrics[f"eval_{kind}_loss"]) for kind in ("model", "ema")}
+    if quality["ema"] <= quality["model"]:
+        return "model", metrics
+    return "ema", metrics | {f"eval_{name}": metrics[f"eval_ema_{name}"] for name in names}
+
+
 def _averaged(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [
         (name, parameter)

@@ -2,6 +2,7 @@
 """A run from the command line to the summary."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -17,8 +18,8 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import checkpoints, ema, models, reports, runs, trackers, transfer
-from .arguments import Settings, cores_to_use, parse_settings
+from . import checkpoints, ema, hub, models, reports, runs, trackers, transfer
+from .arguments import RunArguments, Settings, cores_to_use, parse_settings
 from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
@@ -26,7 +27,8 @@ from .device_augmentation import CollateDrawn, DrawTransform, check_device_decod
 from .errors import InputError
 from .metrics import ComputeMetrics, preprocess
 from .parallel import on_main_process
-from .stopping import Stopped, same_command
+from .publishing import PUSHED, Publisher
+from .stopping import Stopped, same_command, without_token
 from .streaming import StreamedImageDataset, load_streamed
 from .trainer import ImageClassificationTrainer
 from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, height_and_width
@@ -49,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = None
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv)
+        if argv is None:
+            sys.argv = without_token(sys.argv)  # Trackers keep the command line.
         with runs.FolderLock() as lock:
             run(settings, lock)
     except InputError as error:
@@ -101,30 +105,52 @@ def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
     """
     args = settings.training
     _set_up(settings)
-    if args.push_to_hub:
-        raise InputError(
-            "`push_to_hub` is not built in yet. A finished run's output folder is ready for the Hub: `hf upload NAME "
-            "FOLDER`."
-        )
     transfer.check_settings(settings)
     if not args.do_train:
+        if args.push_to_hub:
+            raise InputError(
+                "`push_to_hub` pushes what a run trained, and this one only evaluates. For a finished run, give the "
+                "command that trained it with --push_to_hub; for any other folder, `hf upload USER/NAME FOLDER .`."
+            )
         return _evaluate_only(settings)
     if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
         raise InputError("No output folder is named. Give --output_dir.")
     plan = on_main_process(lambda: (lock.take(args.output_dir), runs.plan(settings))[1])
+    destination = on_main_process(lambda: _destination(settings, plan)) if args.push_to_hub else None
+    args.push_to_hub = False  # Transformers' own way is not used.
     if plan.finished is not None:
         logger.info(
             f"{args.output_dir} holds this run already, finished:\n"
             f"{reports.summary(args.output_dir, plan.finished)}\n\n"
             "To train again, choose another --output_dir or move that folder away."
         )
+        if destination is not None and args.process_index == 0:
+            runs.write_record(settings, plan.finished, plan.identity)
+            with Publisher(destination, args) as publisher:
+                publisher.finish()
         return plan.finished["metrics"]
     if settings.recipe:
         paper = reports.describe_reported(settings.reported)
         logger.info(f"Recipe  {os.path.relpath(settings.recipe)}{f'; {paper}' if paper else ''}")
     if plan.message:
         logger.info(plan.message)
-    return _train(settings, plan, lock)
+    return _train(settings, plan, lock, destination)
+
+
+def _destination(settings: Settings, plan: runs.Plan) -> hub.Destination:
+    """Where to push; whatever stands against it is said now."""
+    args = settings.training
+    destination = hub.Destination(
+        name=args.hub_model_id or Path(args.output_dir).resolve().name,
+        run=plan.identity,
+        token=hub.find_token(args.hub_token),
+        revision=args.hub_revision,
+        private=args.hub_private_repo,
+        overwrite=args.hub_overwrite,
+    )
+    if warning := hub.prepare(destination):
+        logger.warning(warning)
+    return destination
 
 
 def _set_up(settings: Settings) -> None:
@@ -151,6 +177,10 @@ def _set_up(settings: Settings) -> None:
         # PyTorch would say it at every epoch.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     given = settings.record
+    if not args.push_to_hub:
+        for name in (name for name in given if name.startswith("hub_")):
+            if given[name] != getattr(RunArguments, name, None):
+                logger.warning(f"`{name}` has no effect without `push_to_hub`.")
     if args.run_name is None:
         for name in ("report_to", "run_id"):
             if given[name] not in (None, ["none"]):
@@ -161,7 +191,9 @@ def _set_up(settings: Settings) -> None:
         )
 
 
-def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[str, float]:
+def _train(
+    settings: Settings, plan: runs.Plan, lock: runs.FolderLock, destination: hub.Destination | None
+) -> dict[str, float]:
     args, folder = settings.training, Path(settings.training.output_dir)
     models.build_config(settings.model)  # Cheap, so a misspelt setting does not wait for the data.
     with args.main_process_first(desc="reading the data"):
@@ -174,7 +206,7 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
             logger.info("What was seen of the epoch is read again, without decoding it, before training goes on.")
     with args.main_process_first(desc="writing the image processor"):
         if args.should_save:
-            runs.write_record(settings)
+            runs.write_record(settings, identity=plan.identity)
             lock.take(args.output_dir)
             trackers.choose_run(args)
             checkpoint = models.load_image_processor(settings.model.finetune) if settings.model.finetune else None
@@ -182,7 +214,24 @@ def _train(settings: Settings, plan: runs.Plan, lock: runs.FolderLock) -> dict[s
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
         processor = AutoImageProcessor.from_pretrained(folder)
     trainer = build_trainer(settings, model, data, processor)
-    _describe(settings, model, data, trainer)
+    trainer.identity = plan.identity
+    _describe(settings, model, data, trainer, destination)
+    with contextlib.ExitStack() as stack:
+        publisher = None
+        if destination is not None and args.process_index == 0:
+            card = functools.partial(reports.card, settings, model, data)
+            publisher = stack.enter_context(Publisher(destination, args, reports.recipe(settings), card))
+            trainer.add_callback(publisher)
+        metrics = _train_and_report(settings, plan, data, trainer)
+        if publisher is not None:
+            publisher.finish()
+    return metrics
+
+
+def _train_and_report(
+    settings: Settings, plan: runs.Plan, data: ImageData, trainer: ImageClassificationTrainer
+) -> dict[str, float]:
+    args, folder = settings.training, Path(settings.training.output_dir)
     result = trainer.train(resume_from_checkpoint=plan.checkpoint)
     weights, metrics = trainer.keep_better_weights(trainer.evaluate())
     with checkpoints.writing("The trained model", folder, f"{checkpoints.MEND}: it writes it."):
@@ -295,7 +344,13 @@ def _check_resumed(model: PreTrainedModel, checkpoint: str, data: ImageData) -> 
     models.check_same_model(model.config, config, checkpoint)
 
 
-def _describe(settings: Settings, model: PreTrainedModel, data: ImageData, trainer: ImageClassificationTrainer) -> None:
+def _describe(
+    settings: Settings,
+    model: PreTrainedModel,
+    data: ImageData,
+    trainer: ImageClassificationTrainer,
+    destination: hub.Destination | None = None,
+) -> None:
     args = settings.training
     train = f"{len(data.train):,} training and " if data.train is not None else ""
     logger.info(f"Data    {data.name}: {train}{len(data.validation):,} held-out images, {len(data.labels)} classes")
@@ -319,7 +374,10 @@ def _describe(settings: Settings, model: PreTrainedModel, data: ImageData, train
         logger.warning(
             f"The warm-up of {warmup:g} epochs does not end in a run of {args.num_train_epochs:g}: set --warmup_epochs."
         )
-    logger.info(f"Output  {args.output_dir}\n")
+    logger.info(f"Output  {args.output_dir}")
+    if destination is not None:
+        logger.info(f"Hub     {destination.repository.url}, pushed {PUSHED[args.hub_strategy]}")
+    logger.info("")
 
 
 def _epochs(args) -> str:
@@ -335,7 +393,8 @@ def _write_reports(settings, trainer, data, train_metrics, metrics, weights) -> 
     reports.draw_curves(rows, folder / reports.CURVES, f"{folder.resolve().name}: {data.name}")
     reports.save_sample(data.validation, folder / reports.SAMPLE)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    reports.write_card(settings, model, data, kept, len(data.train), weights)
+    (folder / reports.CARD).write_text(reports.card(settings, model, data, kept, weights), encoding="utf-8")
+    (folder / reports.RECIPE).write_text(reports.recipe(settings), encoding="utf-8")
     finished = {"metrics": metrics, "eval_images": len(data.validation), "weights": weights}
     return finished | ({"teacher": settings.model.teacher_attention} if settings.model.teacher_attention else {})
 

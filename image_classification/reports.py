@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a finished run leaves beside its weights: metrics as JSON, curves, a sample image, the model card."""
+"""What a finished run leaves beside its weights: metrics as JSON, curves, recipe, a sample image, the model card."""
 
 import json
 import shlex
@@ -8,26 +8,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from . import transfer
-from .arguments import Settings, to_json
+from . import runs, transfer
+from .arguments import EXCLUSIVE, DataArguments, ModelArguments, RunArguments, Settings, default_record, to_json
 from .console import describe
 from .data import ImageData, decode
 from .models import describe_model
 
 
-HISTORY, RESULTS, CURVES, SAMPLE, CARD = (
+HISTORY, RESULTS, CURVES, RECIPE, SAMPLE, CARD = (
     "history.json",
     "all_results.json",
     "training_curves.png",
+    "recipe.yaml",
     "sample.png",
     "README.md",
 )
 
-# What a reader of the card wants to know first; the rest is in run.json.
+_LOCAL = "`model` is this folder, or its name on the Hub. "
+# What a reader of the card wants to know first; the rest is in the recipe.
 _HYPERPARAMETERS = (
     "num_train_epochs",
     "per_device_train_batch_size",
@@ -110,37 +113,75 @@ def save_sample(split: Dataset, path: Path) -> None:
     decode(split[0]["image"], "validation image 0").save(path)
 
 
-def write_card(
+def recipe(settings: Settings) -> str:
+    """
+    A recipe (YAML) with every setting that decides what is trained, those of other recipes and of flags included. What
+    a recipe need not say (speed, output, the Hub) is not in it, nor are the folders of this machine.
+    """
+    args, record = settings.training, to_json(settings.record)
+    if record["base_lr"] is None and record["learning_rate"] is None:
+        record["base_lr"] = args.base_lr
+    own = {*ModelArguments.__annotations__, *DataArguments.__annotations__, *RunArguments.__annotations__}
+    defaults = to_json(default_record())
+    kept = {
+        name: value
+        for name, value in record.items()
+        if value is not None and not runs.is_free(name) and (name in own or value != defaults[name])
+    }
+    for pair in EXCLUSIVE:
+        for name, other in (pair, pair[::-1]):
+            if name in kept and other in kept and kept[name] == defaults[name]:
+                del kept[name]
+    folders = {name: value for name, value in kept.items() if isinstance(value, str) and Path(value).is_absolute()}
+    command = "python" if args.world_size == 1 else f"accelerate launch --num_processes {args.world_size}"
+    lines = [
+        "# Every setting of a run of KArAt-ViT, which this repeats:",
+        f"#   {command} run_image_classification.py {RECIPE} --output_dir outputs/again",
+    ]
+    lines += [
+        f"# Add --{name} with its folder: it was {Path(value).name}, elsewhere." for name, value in folders.items()
+    ]
+    for group, title in ((ModelArguments, "Model"), (DataArguments, "Data"), (RunArguments, "Training")):
+        part = {name: kept[name] for name in group.__dataclass_fields__ if name in kept and name not in folders}
+        lines += ["", f"# {title}", yaml.safe_dump(part, sort_keys=False, default_flow_style=None, width=110).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def card(
     settings: Settings,
     model: PreTrainedModel,
     data: ImageData,
     metrics: dict[str, float],
-    train_images: int,
     weights: str | None,
-) -> None:
+    progress: str | None = None,
+) -> str:
     """
     README.md of the checkpoint: what it is, how good, how it was made, how to load it; with the Hub's metadata.
 
     Args:
         settings, model, data: of the run.
-        metrics: of training and of the evaluation of the weights that are written.
-        train_images: how many there were.
+        metrics: of training and of the evaluation of the weights that are written; none where they were not evaluated.
         weights: which were written: `ema`, `model`, or `None` where there was no choice.
+        progress: how far training is, if it is not finished.
     """
-    folder = Path(settings.training.output_dir)
-    name = folder.resolve().name
+    name = Path(settings.training.output_dir).resolve().name
     karat = model.config.model_type == "karat_vit"
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type=data.hub_name or data.name,
             dataset_name=data.name,
-            dataset_split="validation",
-            metric_type="accuracy",
+            dataset_config=settings.data.dataset_config_name,
+            dataset_split=data.split or "train",
+            metric_type=kind,
             metric_name=metric,
             metric_value=round(metrics[key], 6),
         )
-        for key, metric in (("eval_accuracy", "Top-1 accuracy"), ("eval_top5_accuracy", "Top-5 accuracy"))
+        for key, kind, metric in (
+            ("eval_accuracy", "accuracy", "Top-1 accuracy"),
+            ("eval_top5_accuracy", "accuracy", "Top-5 accuracy"),
+            ("eval_loss", "loss", "Loss"),
+        )
         if key in metrics
     ]
     header = ModelCardData(
@@ -151,7 +192,7 @@ def write_card(
         metrics=["accuracy"],
         base_model=settings.model.finetune if _on_hub(settings.model.finetune) else None,
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     )
     record = to_json(settings.record)
     table = [f"| `{key}` | {record[key]} |" for key in _HYPERPARAMETERS if record.get(key) is not None]
@@ -165,8 +206,7 @@ classifier = pipeline("image-classification", model="{name}"{code})
 classifier("{SAMPLE}")
 ```
 
-`model` is this folder, or its name on the Hub. The image processor saved here resizes and normalises exactly as the
-evaluation did."""
+{_LOCAL}The image processor saved here resizes and normalises exactly as the evaluation did."""
     if teacher is not None:
         use = f"""This model does not work alone: in every block and head it attends with the maps of its teacher,
 `{teacher}`, of the same image, and its own queries and keys were never trained. A pipeline, which knows no teacher,
@@ -200,41 +240,41 @@ gives wrong answers without a warning. This evaluates it:
         if key in metrics
     ]
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in data.notes)
-    text = (
-        f"""---
+    state = f"\n**Training goes on: this is the model after {progress}.**\n" if progress else ""
+    top5 = f"{100 * metrics['eval_top5_accuracy']:.2f} %" if "eval_top5_accuracy" in metrics else None
+    figures = "Not evaluated at this step."
+    if metrics:
+        figures = "| held-out metric | value |\n| --- | --- |\n" + "\n".join(
+            f"| {label} | {value} |"
+            for label, value in (
+                ("top-1 accuracy", f"{100 * metrics['eval_accuracy']:.2f} %"),
+                ("top-5 accuracy", top5),
+                ("loss", f"{metrics['eval_loss']:.4f}"),
+            )
+            if value is not None
+        )
+    rows = "\n".join(table + speed)
+    files = f"`{HISTORY}` has every epoch's figures."
+    files = files if progress else f"`{RESULTS}` has all figures, `{HISTORY}` every epoch's."
+    text = f"""---
 {header.to_yaml()}
 ---
 
 # {name}
 
 {about}
-
+{state}
 * Model: {describe_model(model)}. {start}
-* Data: {data.name}; trained on {train_images:,} images, evaluated on {len(data.validation):,} held-out ones.{notes}
+* Data: {data.name}; trained on {len(data.train):,} images, evaluated on {len(data.validation):,} held-out ones.{notes}
 * Classes: {labels}.
 
 ## Results
 
-| held-out metric | value |
-| --- | --- |
-"""
-        + "\n".join(
-            f"| {label} | {value} |"
-            for label, value in (
-                ("top-1 accuracy", f"{100 * metrics['eval_accuracy']:.2f} %"),
-                (
-                    "top-5 accuracy",
-                    f"{100 * metrics['eval_top5_accuracy']:.2f} %" if "eval_top5_accuracy" in metrics else None,
-                ),
-                ("loss", f"{metrics['eval_loss']:.4f}"),
-            )
-            if value is not None
-        )
-        + f"""
+{figures}
 {choice}
 ![training curves]({CURVES})
 
-`{RESULTS}` has all figures, `{HISTORY}` every epoch's.
+{files}
 
 ## Use
 
@@ -244,14 +284,30 @@ gives wrong answers without a warning. This evaluates it:
 
 | setting | value |
 | --- | --- |
-"""
-        + "\n".join(table + speed)
-        + """
+{rows}
 
-`run.json` has every setting.
+`{RECIPE}` has every setting, and repeats the run:
+
+```bash
+{_REPEAT}
+```
 """
-    )
-    ModelCard(text).save(folder / CARD)
+    return str(ModelCard(text))
+
+
+_REPEAT = f"python run_image_classification.py {RECIPE} --output_dir outputs/again"
+
+
+def card_on_hub(text: str, folder: Path, repository: str) -> str:
+    """The card of a run's folder as it reads in a repository of the Hub."""
+    for here, there in (
+        (f'model="{folder.resolve().name}"', f'model="{repository}"'),
+        (f'("{SAMPLE}")', '("image.png")'),
+        (_LOCAL, ""),
+        (_REPEAT, f"hf download {repository} {RECIPE} --local-dir .\n{_REPEAT}"),
+    ):
+        text = text.replace(here, there)
+    return text
 
 
 def describe_reported(reported: dict[str, float]) -> str:

@@ -26,7 +26,6 @@ from .parallel import ParallelTrainer
 from .stopping import Stopped, StopSignals, outlive_signals
 
 
-PROGRESS = "progress.json"
 ACTIONS = ("log", "evaluate", "save")
 
 
@@ -39,13 +38,21 @@ class ResumableTrainer(ParallelTrainer):
       random weights;
     * rotation that never deletes the best checkpoint.
 
-    `resumed_from` is the checkpoint folder of this part of the run, or `None`. A subclass with weights of its own
+    `resumed_from` is the checkpoint folder of this part of the run, or `None`; `identity`, where it is set, is kept in
+    every checkpoint. A subclass with weights of its own
     hands them out in `_more_weights`, and loads them when training begins.
     """
 
     def __init__(self, *args, **kwargs):
+        given = kwargs.get("args")
+        if given is not None and given.push_to_hub:
+            raise InputError(
+                "`push_to_hub` of the Trainer writes the token into a file and stops a run whose push fails. Leave it "
+                "out, and add a `publishing.Publisher` to the callbacks."
+            )
         super().__init__(*args, **kwargs)
         self.resumed_from: Path | None = None
+        self.identity: str | None = None  # Which run its checkpoints are of.
         self._may_stop = False  # Where `_Asked` is caught.
         self._training = False
         self._loaders: list[torch.utils.data.DataLoader] = []
@@ -123,7 +130,7 @@ class ResumableTrainer(ParallelTrainer):
         self._part_began, self._seconds_before = time.time(), 0.0
         if self.resumed_from is None:
             return
-        path = self.resumed_from / PROGRESS
+        path = self.resumed_from / checkpoints.PROGRESS
         if not path.is_file():
             return  # Of another Trainer: nothing is known to be due.
         self._initial_global_step = 0  # The mean loss at the end is the whole run's.
@@ -235,8 +242,6 @@ class ResumableTrainer(ParallelTrainer):
             if self.args.should_save:
                 checkpoints.abandon(folder)
             raise
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             best = None
             if metric := self.args.metric_for_best_model:
@@ -262,6 +267,7 @@ class ResumableTrainer(ParallelTrainer):
             "epoch_ended": self._epoch_ended,
             "due": due,
             "seconds": self._seconds(),
+            "run": self.identity,
         }
         return weights, optimizer, self._more_weights(), progress
 
@@ -273,8 +279,6 @@ class ResumableTrainer(ParallelTrainer):
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call=_internal_call)
         self._save(output_dir, state_dict=self._whole_weights())
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write(self, part: Path, weights: dict | None, optimizer: dict | None, more_weights: dict, progress: dict):
         """Every file of a checkpoint; what there is one of for all processes, by the main process."""
@@ -293,7 +297,7 @@ class ResumableTrainer(ParallelTrainer):
         if self.args.should_save:
             for name, tensors in more_weights.items():
                 save_file(tensors, part / name, metadata={"format": "pt"})
-            (part / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+            (part / checkpoints.PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()

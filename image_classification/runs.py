@@ -8,7 +8,8 @@ same folder goes on where it stopped, or says that it is done; anything else tha
 
 import json
 import os
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ _FREE = (
     "use_cpu",
 )
 _FREE_PREFIXES = ("dataloader_", "log_", "logging_", "hub_", "push_to_hub", "trackio_", "ddp_", "local_rank")
+_NOT_FREE = ("dataloader_drop_last",)
 # What the global batch is made of: another number of devices needs another of these for the same run.
 _BATCH, _BATCH_PARTS = "global_batch_size", ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -54,11 +56,13 @@ class Plan:
         checkpoint: folder to resume from, or `None` to start anew.
         finished: what a finished run recorded, if this command has nothing left to do.
         message: what to tell the user.
+        identity: of the run: a new one's own, else that which its folder or its checkpoint has.
     """
 
     checkpoint: str | None = None
     finished: dict[str, Any] | None = None
     message: str | None = None
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
 
 def plan(settings: Settings) -> Plan:
@@ -69,6 +73,14 @@ def plan(settings: Settings) -> Plan:
     Raises:
         InputError: the folder holds something else, or there is nothing to resume.
     """
+    found = _plan(settings)
+    record = read_record(Path(settings.training.output_dir)) or {}
+    known = record.get("id") or (_progress(found.checkpoint).get("run") if found.checkpoint else None)
+    found.identity = known or found.identity
+    return found
+
+
+def _plan(settings: Settings) -> Plan:
     folder = Path(settings.training.output_dir)
     resume = settings.training.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
@@ -107,6 +119,11 @@ def plan(settings: Settings) -> Plan:
         return Plan(message=f"{folder} holds this run, stopped before its first checkpoint: it starts again.")
     message = f"{folder} holds this run, not finished: it goes on from {checkpoint.name}.{_told(damaged, entries)}"
     return Plan(str(checkpoint), message=message)
+
+
+def _progress(checkpoint: str) -> dict[str, Any]:
+    path = Path(checkpoint) / checkpoints.PROGRESS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 _ELSEWHERE = "Choose another --output_dir, or move that folder away."
@@ -216,14 +233,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "settings" in record else None
 
 
-def write_record(settings: Settings, finished: dict[str, Any] | None = None) -> None:
-    """Write the record, in one step, so that a run killed meanwhile keeps the old one."""
+def write_record(settings: Settings, finished: dict[str, Any] | None = None, identity: str | None = None) -> None:
+    """Write the record, in one step, so that a run killed meanwhile keeps the old one; also its identity."""
     folder = Path(settings.training.output_dir)
+    identity = identity or (read_record(folder) or {}).get("id")
     part = folder / f".{RECORD}.part"
     with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
         folder.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"settings": _settings(settings), "finished": finished}, indent=2) + "\n")
+            record = {"id": identity, "settings": _settings(settings), "finished": finished}
+            file.write(json.dumps(record, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, folder / RECORD)
@@ -237,11 +256,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The settings in which two runs differ, in words; empty if in none that matters. Settings that only one of two
     releases knows are not compared."""
     known = before.keys() & now.keys()
-    free = _FREE + (_BATCH_PARTS if _BATCH in known else ())
+    parts = _BATCH_PARTS if _BATCH in known else ()
     different = [
         f"`{key}` was {before[key]!r} and is now {now[key]!r}"
         for key in sorted(known)
-        if before[key] != now[key] and key not in free and not key.startswith(_FREE_PREFIXES)
+        if before[key] != now[key] and key not in parts and not is_free(key)
     ]
     said = "; ".join(different[:4]) + more(different, 4)
     if _BATCH in known and before[_BATCH] != now[_BATCH]:
@@ -249,6 +268,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
             " (images in a step over all processes: --per_device_train_batch_size keeps it the same on another number)"
         )
     return said
+
+
+def is_free(setting: str) -> bool:
+    """Whether a setting may differ between two parts of one run, because it does not change what is trained."""
+    return setting in _FREE or (setting.startswith(_FREE_PREFIXES) and setting not in _NOT_FREE)
 
 
 def _some(names: list[str]) -> str:

@@ -102,8 +102,22 @@ def outlive_signals() -> None:
 
 
 def same_command() -> str:
-    """How this process was started, as it can be typed again: with its launcher, if it has one."""
+    """How this process was started, as it can be typed again: with its launcher, if it has one; without a token."""
     parent = psutil.Process().parent()
     above = parent.cmdline() if parent is not None else []
     launched = sys.argv[0] in above and _LAUNCHERS & {Path(word).name for word in above[:3]}
-    return shlex.join(above if launched else sys.orig_argv)
+    return shlex.join(without_token(above if launched else sys.orig_argv))
+
+
+def without_token(words: list[str]) -> list[str]:
+    """A command line as it may be shown: `hub_token` is not."""
+    shown, hide = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if hide:
+            word = "TOKEN"
+        elif equals and name.replace("-", "_") == "__hub_token":
+            word = f"{name}=TOKEN"
+        hide = not hide and word.replace("-", "_") == "__hub_token"
+        shown.append(word)
+    return shown

@@ -242,7 +242,7 @@ def load_streamed(args: DataArguments, training: RunArguments, train: bool = Tru
     if train:
         notes.append(_describe(chosen["train"], args.shuffle_buffer, training.world_size))
     hub_name = name if args.data_path is None else None
-    return ImageData(name, chosen.get("train"), chosen["validation"], names, hub_name, notes)
+    return ImageData(name, chosen.get("train"), chosen["validation"], names, hub_name, notes, validation_name)
 
 
 def _refuse(args: DataArguments) -> None:

@@ -147,24 +147,20 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def keep_better_weights(self, metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
         """
-        Put the average into the model for good, if it is the better of the two: by accuracy, then by loss.
+        Put the average into the model for good, if it is the better of the two, as `ema.better` judges.
 
         Args:
             metrics: of `evaluate`.
 
         Returns:
-            `ema` or `model`, or `None` where there is no average; and the metrics, those of the model's weights now as
-            `eval_*`, and of each as `eval_ema_*` and `eval_model_*`.
+            What `ema.better` returns; `eval_*` are the metrics of the weights that the model has now.
         """
         if self.average is None:
             return None, metrics
-        names = [key.removeprefix("eval_ema_") for key in metrics if key.startswith("eval_ema_")]
-        metrics = metrics | {f"eval_model_{name}": metrics[f"eval_{name}"] for name in names}
-        quality = {kind: (metrics[f"eval_{kind}_accuracy"], -metrics[f"eval_{kind}_loss"]) for kind in ("model", "ema")}
-        if quality["ema"] <= quality["model"]:
-            return "model", metrics
-        self.average.copy_to(self.bare_model)
-        return "ema", metrics | {f"eval_{name}": metrics[f"eval_ema_{name}"] for name in names}
+        weights, metrics = ema.better(metrics)
+        if weights == "ema":
+            self.average.copy_to(self.bare_model)
+        return weights, metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
