@@ -2,26 +2,17 @@
 """The page of `python -m analysis demo` as a Space of the Hugging Face Hub: its files, and how they get there."""
 
 import configparser
-import contextlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCardData
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import SpaceCardData
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from image_classification.errors import InputError, more
+from image_classification.hub import Repository, understood
 
 from .demo import Viewer
 
@@ -40,8 +31,6 @@ MODEL_FILES = (
 )
 # Says that a Space is ours, and which files are.
 RECORD = ".karat_vit_demo.json"
-# What the Hub itself puts into a new Space.
-OF_THE_HUB = {".gitattributes"}
 
 APP = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -144,27 +133,19 @@ class Target:
 
     def __init__(self, name: str, overwrite: bool = False, private: bool = False):
         self.name, self.private = name, private
-        self._api = HfApi()
-        self._revision, self._ours = None, []
         if name.count("/") != 1:
             raise InputError(f"`--push_to_space` is {name}, expected USER/NAME.")
-        with self._understood():
-            self._api.whoami()
-            try:
-                info = self._api.space_info(name)
-            except RepositoryNotFoundError:
-                return
-            self._revision = info.sha
-            there = {file.rfilename for file in info.siblings or []} - OF_THE_HUB
-            if RECORD in there:
-                record = Path(self._api.hf_hub_download(name, RECORD, repo_type="space", revision=info.sha))
-                self._ours = [file for file in json.loads(record.read_text())["files"] if file in there]
-            elif there and not overwrite:
-                raise InputError(
-                    f"The Space {name} is there already, and this command did not make it: it holds "
-                    f"{', '.join(sorted(there)[:3])}{more(sorted(there), 3)}. Choose another name, or replace files of "
-                    "it with --overwrite (the Space's history keeps them)."
-                )
+        self._space = Repository(name, RECORD, kind="space")
+        with understood("--push_to_space", name):
+            self._space.api.whoami()
+            self._content = self._space.look()
+        there = sorted(self._content.blobs) if self._content else []
+        if there and self._content.record is None and not overwrite:
+            raise InputError(
+                f"The Space {name} is there already, and this command did not make it: it holds "
+                f"{', '.join(there[:3])}{more(there, 3)}. Choose another name, or replace files of it with --overwrite "
+                "(the Space's history keeps them)."
+            )
 
     def push(self, viewers: list[Viewer], examples: list[str]) -> None:
         """
@@ -175,41 +156,12 @@ class Target:
             InputError: the Hub refuses it.
         """
         new = files(viewers, examples)
-        operations = [CommitOperationAdd(path, content) for path, content in new.items()]
-        operations += [CommitOperationDelete(path) for path in self._ours if path not in new]
-        with self._understood():
-            if self._revision is None:
-                self._api.create_repo(self.name, repo_type="space", space_sdk="gradio", private=self.private or None)
-            self._api.create_commit(
-                self.name,
-                operations,
-                repo_type="space",
-                commit_message="Show what the model looks at",
-                # Nothing that somebody else pushed in the meantime is overwritten.
-                parent_commit=self._revision,
-            )
-        print(f"{self._api.endpoint}/spaces/{self.name}")
-
-    @contextlib.contextmanager
-    def _understood(self) -> Iterator[None]:
-        """Errors of the Hub, as messages."""
-        try:
-            yield
-        except LocalTokenNotFoundError as error:
-            raise InputError("`--push_to_space` needs an account of the Hub: log in with `hf auth login`.") from error
-        except HFValidationError as error:
-            raise InputError(f"`--push_to_space` is {self.name}, which is no name of a Space: {error}") from error
-        except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled) as error:
-            response = getattr(error, "response", None)
-            if response is not None and response.status_code == 401:
-                hint = "the Hub does not know your token. Log in with `hf auth login`."
-            elif response is not None and response.status_code == 403:
-                hint = f"your token may not write there: {_first_line(error)}"
-            else:
-                hint = f"the Hub cannot be reached, or refuses: {_first_line(error)}"
-            raise InputError(f"`--push_to_space` {self.name}: {hint}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        ours = self._content.ours if self._content else []
+        with understood("--push_to_space", self.name):
+            if self._content is None:
+                private = self.private or None
+                self._space.api.create_repo(self.name, repo_type="space", space_sdk="gradio", private=private)
+            # Nothing that somebody else pushed in the meantime is overwritten.
+            parent = self._content.head if self._content else None
+            self._space.commit(new, [path for path in ours if path not in new], "Show what the model looks at", parent)
+        print(self._space.url)

@@ -343,8 +343,8 @@ class RunArguments(TrainingArguments):
     )
     do_train: bool = field(default=True, metadata={"help": "false only evaluates the checkpoint to resume from."})
     resume_from_checkpoint: str | None = _optional(
-        "Go on from this checkpoint-* folder, or from the last one of a run's folder. The same command in the same "
-        "output_dir resumes by itself."
+        "Go on from this checkpoint-* folder, or from the last one of a run's folder, or of a repository of the Hub. "
+        "The same command in the same output_dir resumes by itself."
     )
     push_to_hub: bool = field(
         default=False,

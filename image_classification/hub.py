@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shlex
 import sys
 import time
@@ -25,6 +26,7 @@ from huggingface_hub import (
     HfApi,
     constants,
     get_token,
+    snapshot_download,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -331,7 +333,7 @@ class Destination:
         but not its other checkpoints; what somebody added stays, and so does a card that somebody edited.
 
         Returns:
-            `url` of the repository; `kept`: whether the card is somebody's.
+            `url` of the repository; `kept`: whether the card is somebody's; `changed`: whether anything was new.
 
         Raises:
             Conflict: the repository holds what is not this run's, or what somebody changed.
@@ -360,8 +362,8 @@ class Destination:
         written = {path: file for path, file in files.items() if not (kept and path == CARD)}
         written[RECORD] = (json.dumps(new, indent=1) + "\n").encode()
         stale = sorted(replaced - sums.keys() - ({CARD} if kept else set()))
-        self.repository.commit(written, stale, message, content.head)
-        return {"url": self.repository.url, "kept": kept}
+        commit = self.repository.commit(written, stale, message, content.head)
+        return {"url": self.repository.url, "kept": kept, "changed": commit.oid != content.head}
 
     def command(self, folder: Path) -> str:
         """The command that pushes a finished run's folder by hand."""
@@ -406,6 +408,26 @@ def prepare(destination: Destination) -> str | None:
             "the same command pushes what is missing later."
         )
     return None
+
+
+def download_checkpoint(name: str) -> Path:
+    """
+    The last checkpoint that a run has pushed, as a folder here.
+
+    Raises:
+        InputError: there is none, or the Hub cannot be asked.
+    """
+    with understood("resume_from_checkpoint", name):
+        files = HfApi().list_repo_files(name)
+        folders = {path.split("/")[0] for path in files if "/" in path}
+        steps = {int(match[1]): match[0] for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder))}
+        chosen = LAST_CHECKPOINT if LAST_CHECKPOINT in folders else steps[max(steps)] if steps else None
+        if chosen is None:
+            raise InputError(
+                f"`resume_from_checkpoint`: {name} on the Hub holds no checkpoint, only the model. A run pushes its "
+                "checkpoints with `--hub_strategy checkpoint`; to start from the weights, give --finetune."
+            )
+        return Path(snapshot_download(name, allow_patterns=f"{chosen}/*")) / chosen
 
 
 def find_token(given: str | None) -> str:

@@ -124,6 +124,8 @@ def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
             f"{reports.summary(args.output_dir, plan.finished)}\n\n"
             "To train again, choose another --output_dir or move that folder away."
         )
+        if destination is not None:
+            _leave()  # The others need not wait.
         if destination is not None and args.process_index == 0:
             runs.write_record(settings, plan.finished, plan.identity)
             with Publisher(destination, args) as publisher:
@@ -223,6 +225,8 @@ def _train(
             publisher = stack.enter_context(Publisher(destination, args, reports.recipe(settings), card))
             trainer.add_callback(publisher)
         metrics = _train_and_report(settings, plan, data, trainer)
+        if destination is not None:
+            _leave()  # The others need not wait.
         if publisher is not None:
             publisher.finish()
     return metrics

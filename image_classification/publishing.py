@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PROJECT = Path(__file__).resolve().parent.parent
 # What the folder of a run or a checkpoint holds of the model itself.
-CODE = tuple(path.name for path in sorted((PROJECT / "modeling_karat_vit").glob("*.py")))
+CODE = tuple(sorted(path.name for path in (PROJECT / "modeling_karat_vit").glob("[a-z]*.py")))
 MODEL_FILES = ("config.json", *CODE, "preprocessor_config.json", "model*.safetensors", checkpoints.WEIGHTS_INDEX)
 # What a finished run's folder holds beside it, and what goes with it.
 REPORTS = (reports.CARD, reports.RECIPE, reports.RESULTS, reports.HISTORY, reports.CURVES)
@@ -108,6 +108,8 @@ class Publisher(TrainerCallback):
 
     def __exit__(self, *_) -> None:
         with self._ready:
+            if self._busy or self._queue:
+                logger.info("A push to the Hub was left off; the same command pushes what is missing.")
             self._closed = True
             abandoned = [*self._queue]
             self._queue.clear()
@@ -126,7 +128,7 @@ class Publisher(TrainerCallback):
         if self.strategy == HubStrategy.END:
             return
         checkpoint = checkpoints.checkpoint_folder(args.output_dir, state.global_step)
-        step = f"step {state.global_step} (epoch {state.epoch:.4g} of {args.num_train_epochs:g})"
+        step = f"step {state.global_step}, epoch {state.epoch:.4g} of {state.num_train_epochs}"
         log = list(state.log_history)
         metrics = next((entry for entry in log[::-1] if "eval_loss" in entry), {})
         weights, metrics = ema.better(metrics) if metrics.get("step") == state.global_step else (None, {})
@@ -157,7 +159,7 @@ class Publisher(TrainerCallback):
         Returns:
             Whether it is there. If not, the log says why, and what to do.
         """
-        logger.info(f"\nPushing to {self.destination.repository.url} ...")
+        logger.info("\nPushing to the Hub ...")
         steps = checkpoints.checkpoints(self.folder)
         try:
             push = self._stage(self.folder, (*MODEL_FILES, *REPORTS), "Finished training", "the finished run")
@@ -273,9 +275,10 @@ class Publisher(TrainerCallback):
             if "error" in outcome:
                 self._fail(f"{push.what}: {outcome['error'].rstrip('.')}", outcome["error"], final)
             elif final or self._told != "pushed":
-                every = "" if final else f"   ({push.what}; every save is pushed from now on)"
-                kept = " README.md there was edited by somebody, and stays as it is." if outcome["kept"] else ""
-                logger.info(f"Pushed  {outcome['url']}{every}{kept}")
+                done = "Pushed" if outcome["changed"] else "Up to date:"
+                every = "." if final else f" ({push.what}). Every save is pushed from now on."
+                kept = " README.md was edited there, and stays as it is." if outcome["kept"] else ""
+                logger.info(f"{done} {outcome['url']}{every}{kept}")
                 self._told = "pushed"
 
     def _fail(self, said: str, reason: str | None = None, final: bool = False) -> None:

@@ -2,6 +2,7 @@
 """What a finished run leaves beside its weights: metrics as JSON, curves, recipe, a sample image, the model card."""
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -142,9 +143,16 @@ def recipe(settings: Settings) -> str:
         f"# Add --{name} with its folder: it was {Path(value).name}, elsewhere." for name, value in folders.items()
     ]
     for group, title in ((ModelArguments, "Model"), (DataArguments, "Data"), (RunArguments, "Training")):
-        part = {name: kept[name] for name in group.__dataclass_fields__ if name in kept and name not in folders}
-        lines += ["", f"# {title}", yaml.safe_dump(part, sort_keys=False, default_flow_style=None, width=110).rstrip()]
+        part = [name for name in group.__dataclass_fields__ if name in kept and name not in folders]
+        lines += ["", f"# {title}", *(f"{name}: {_yaml(kept[name])}" for name in part)]
+    if settings.reported:
+        lines += ["", "# By the paper, in percent", f"reported: {_yaml(settings.reported)}"]
     return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").rstrip()
 
 
 def card(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints
+from . import checkpoints, hub
 from .arguments import Settings, to_json
 from .errors import InputError, more
 
@@ -129,15 +129,16 @@ def _progress(checkpoint: str) -> dict[str, Any]:
 _ELSEWHERE = "Choose another --output_dir, or move that folder away."
 
 
-def find_checkpoint(given: str) -> str:
-    """The checkpoint that `--resume_from_checkpoint` means: that folder, or the newest undamaged one in it."""
-    return str(_given(given)[0])
-
-
 def _given(given: str) -> tuple[Path, dict[Path, str]]:
+    """
+    The checkpoint that `--resume_from_checkpoint` means: that folder, or the newest undamaged one in it, or the last
+    one in a repository of the Hub; and the damaged ones.
+    """
     path = Path(given)
     if not path.is_dir():
-        raise InputError(f"`resume_from_checkpoint` is {given}: there is no such folder.")
+        if path.is_absolute() or given.startswith(".") or given.count("/") != 1:
+            raise InputError(f"`resume_from_checkpoint` is {given}: there is no such folder.")
+        path = hub.download_checkpoint(given)
     if checkpoints.is_checkpoint(path):
         if wrong := checkpoints.damage(path):
             raise InputError(

@@ -17,6 +17,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.hub_server import HubServer
+
 
 _hf_home = tempfile.mkdtemp(prefix="karat-vit-tests-")
 os.environ["HF_HOME"] = _hf_home
@@ -47,6 +49,30 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # Or extension modules take it for a leak.
     shutil.rmtree(_hf_home, ignore_errors=True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine, which the libraries here, and the interpreters that are started, take for the real one."""
+    import huggingface_hub
+    import transformers.utils.hub
+
+    with HubServer() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        for name, value in (
+            ("ENDPOINT", server.endpoint),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+            ("HF_HUB_CACHE", str(tmp_path / "hub-cache")),
+        ):
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        # Made once, for one address.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
 
 
 # Hides modules as if they were not installed: asked for, they are not found, which is what `is_..._available` looks at.
