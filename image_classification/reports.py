@@ -139,9 +139,7 @@ def recipe(settings: Settings) -> str:
         "# Every setting of a run of KArAt-ViT, which this repeats:",
         f"#   {command} run_image_classification.py {RECIPE} --output_dir outputs/again",
     ]
-    lines += [
-        f"# Add --{name} with its folder: it was {Path(value).name}, elsewhere." for name, value in folders.items()
-    ]
+    lines += [f"# Add --{name}: it was the folder {Path(value).name}, elsewhere." for name, value in folders.items()]
     for group, title in ((ModelArguments, "Model"), (DataArguments, "Data"), (RunArguments, "Training")):
         part = [name for name in group.__dataclass_fields__ if name in kept and name not in folders]
         lines += ["", f"# {title}", *(f"{name}: {_yaml(kept[name])}" for name in part)]

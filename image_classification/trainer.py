@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
@@ -275,8 +276,15 @@ class ImageClassificationTrainer(ResumableTrainer):
         if not self.args.should_save:
             return
         os.makedirs(output_dir, exist_ok=True)
-        # Transformers' default writes ViT's old parameter names, which `_load_from_checkpoint` does not know.
-        self.bare_model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+        model, kind = self.bare_model, type(self.bare_model)
+        if isinstance(model, FSDPModule):
+            # FSDP2 has made the model's class one of torch's, and its code and name would go with the checkpoint.
+            model.__class__ = kind.__bases__[1]
+        try:
+            # Transformers' default writes ViT's old parameter names, which `_load_from_checkpoint` does not know.
+            model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+        finally:
+            model.__class__ = kind
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 

@@ -42,13 +42,16 @@ def no_waits(monkeypatch):
 
 
 def words(folder, *more, push=True):
-    """A run of two epochs, four steps and a second."""
+    """A run of two epochs, of two steps and a second; `more` goes over it."""
     flags = "--model karat_digits --image_size 8 --patch_size 4 --eval_crop_ratio 1 --data_set digits --use_cpu "
     flags += "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --karat_rank 2 "
     flags += "--per_device_train_batch_size 16 --warmup_epochs 0 --cpu_threads 1 --disable_tqdm --seed 3 "
-    flags += "--dataloader_num_workers 0 --max_train_samples 32 --max_eval_samples 20 --num_train_epochs 2"
-    flags += " --learning_rate 0.01" + " --push_to_hub" * push
-    return [*flags.split(), "--output_dir", str(folder), *map(str, more)]
+    flags += "--dataloader_num_workers 0 --max_train_samples 32 --max_eval_samples 20 --num_train_epochs 2 "
+    flags += "--learning_rate 0.01" + " --push_to_hub" * push
+    more, found = [*map(str, more)], flags.split()
+    for name in (word for word in more if word.startswith("--") and word in found):
+        del found[found.index(name) : found.index(name) + 2]
+    return [*found, "--output_dir", str(folder), *more]
 
 
 def train(folder, *more, push=True) -> int:
@@ -319,7 +322,7 @@ def test_what_passes_is_tried_again(hub, finished, capsys, request_, status):
         ("POST .*/commit/main", 403, "your token may not write there: told so"),
         ("POST .*/commit/main", 500, "the Hub answers 500 (told so)"),
         ("POST .*/commit/main", 412, "somebody else wrote there at the same time (told so)"),
-        ("POST .*/commit/main", 400, "told so"),
+        ("POST .*/commit/main", 400, "the Hub refuses it (400: told so)"),
         ("POST .*/preupload/main", "drop", "the Hub cannot be reached"),
     ],
 )
@@ -556,8 +559,7 @@ def test_of_several_processes_one_pushes(hub, tmp_path, layout):
         content = yaml.safe_load((config.parent / "fsdp2.yaml").read_text())
         config, program = tmp_path / "config.yaml", tmp_path / "sharded.py"
         config.write_text(yaml.safe_dump({**content, "mixed_precision": "no", "num_processes": 2}))
-    argv = words(tmp_path / "digits", "--hub_strategy", "checkpoint")
-    argv[argv.index("--per_device_train_batch_size") + 1] = "8"
+    argv = words(tmp_path / "digits", "--hub_strategy", "checkpoint", "--per_device_train_batch_size", "8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [*launch, str(config), str(program), *argv]
     result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
