@@ -171,11 +171,8 @@ class Publisher(TrainerCallback):
         except OSError as error:
             self._fail(str(error), final=True)
             return False
-        if self.strategy != HubStrategy.ALL_CHECKPOINTS:
-            self._drop_waiting()
         self._add(push)
-        with self._ready:
-            self._ready.wait_for(lambda: not self._queue and not self._busy)
+        self._wait()
         last = self._outcomes[-1][1]
         self._tell(last=True)
         return "error" not in last
@@ -202,6 +199,10 @@ class Publisher(TrainerCallback):
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
             self._ready.notify_all()
+
+    def _wait(self) -> None:
+        with self._ready:
+            self._ready.wait_for(lambda: not self._queue and not self._busy)
 
     def _drop_waiting(self) -> None:
         with self._ready:
@@ -272,7 +273,11 @@ class Publisher(TrainerCallback):
         while self._outcomes:
             push, outcome = self._outcomes.popleft()
             final = last and not self._outcomes
-            if "error" in outcome:
+            if last and not final:
+                # What the last push has, or has not, in its place.
+                if "error" in outcome and self.strategy == HubStrategy.ALL_CHECKPOINTS:
+                    logger.warning(f"Not pushed: {push.what}: {outcome['error'].rstrip('.')}.")
+            elif "error" in outcome:
                 self._fail(f"{push.what}: {outcome['error'].rstrip('.')}", outcome["error"], final)
             elif final or self._told != "pushed":
                 done = "Pushed" if outcome["changed"] else "Up to date:"

@@ -363,10 +363,20 @@ def test_the_command_by_hand_pushes_the_same(hub, finished):
     assert set(repository(hub).files()) == FINISHED - {RECORD}
 
 
-def test_a_push_that_fails_in_training_is_told_once(hub, tmp_path, capsys):
+def test_a_push_that_fails_in_training_is_told_once(hub, tmp_path, capsys, monkeypatch):
+    """And the next ones are tried, where an epoch takes longer than a push."""
+    on_save = publishing.Publisher.on_save
+
+    def save_and_wait(self, *args, **kwargs):
+        on_save(self, *args, **kwargs)
+        self._wait()
+
+    monkeypatch.setattr(publishing.Publisher, "on_save", save_and_wait)
     hub.fail("POST .*/commit/main", 403, times=2)
-    assert train(tmp_path / "digits", "--num_train_epochs", "3", "--hub_always_push") == 0
+    assert train(tmp_path / "digits", "--num_train_epochs", "4") == 0
+    assert repository(hub).titles()[1] == "Training in progress: step 6, epoch 3 of 4"
     out = capsys.readouterr().out
+    assert f"Pushed {hub.endpoint}/me/digits (step 6, epoch 3 of 4). Every save is pushed from now on." in out
     assert out.count("Not pushed: ") == 1 and "Training goes on, and the next save is pushed again." in out
     assert set(repository(hub).files()) == FINISHED
 
@@ -522,7 +532,7 @@ def start(*argv, **environment):
 def test_stopped_run_goes_on_pushing(hub, tmp_path, number, capsys):
     """While a push hangs. The token of the command line is not in what is shown of it."""
     folder = tmp_path / "digits"
-    argv = words(folder, "--num_train_epochs", "300", "--save_strategy", "steps", "--save_steps", "100")
+    argv = words(folder, "--num_train_epochs", "150", "--save_strategy", "steps", "--save_steps", "20")
     argv += ["--eval_strategy", "no", "--hub_token", TOKEN]
     hub.add("me/digits")
     with hub.gate:
