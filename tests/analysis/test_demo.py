@@ -11,16 +11,11 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
-import httpx
 import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from PIL import ExifTags, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -28,6 +23,7 @@ from analysis import attention, demo, functions, space
 from analysis.__main__ import main
 from analysis.checkpoints import load_checkpoint
 from image_classification.errors import InputError
+from tests.hub_server import READ_TOKEN, TOKEN
 
 from .conftest import karat_model, save
 
@@ -358,62 +354,12 @@ def test_examples_are_the_runs_held_out_images(run_folder, karat, tmp_path, caps
 # The Space.
 
 
-class Hub:
-    """The Hub in memory, in place of `HfApi`: Spaces by name, each a dictionary of files."""
-
-    def __init__(self):
-        self.spaces, self.revision, self.created, self.failure = {}, 0, [], None
-
-    def whoami(self):
-        if self.failure is not None:
-            raise self.failure
-
-    def space_info(self, name):
-        if name not in self.spaces:
-            raise RepositoryNotFoundError("none", response=httpx.Response(404, request=httpx.Request("GET", "/")))
-        siblings = [SimpleNamespace(rfilename=file) for file in self.spaces[name]]
-        return SimpleNamespace(sha=f"r{self.revision}", siblings=siblings)
-
-    def hf_hub_download(self, name, file, repo_type, revision):
-        assert (repo_type, revision) == ("space", f"r{self.revision}")
-        path = self.folder / "download"
-        path.write_bytes(self.spaces[name][file])
-        return str(path)
-
-    def create_repo(self, name, repo_type, space_sdk, private):
-        assert (repo_type, space_sdk) == ("space", "gradio")
-        assert name not in self.spaces
-        self.spaces[name] = {".gitattributes": b""}
-        self.created.append((name, private))
-
-    def create_commit(self, name, operations, repo_type, commit_message, parent_commit):
-        assert repo_type == "space"
-        assert parent_commit in (None, f"r{self.revision}")
-        self.revision += 1
-        for operation in operations:
-            if isinstance(operation, CommitOperationAdd):
-                with operation.as_file() as file:
-                    self.spaces[name][operation.path_in_repo] = file.read()
-            else:
-                assert isinstance(operation, CommitOperationDelete)
-                del self.spaces[name][operation.path_in_repo]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    fake = Hub()
-    fake.folder = tmp_path
-    # Calls that the real one would not take fail.
-    api = mock.create_autospec(HfApi, instance=True)
-    api.endpoint = "https://hub"
-    for name in ("whoami", "space_info", "hf_hub_download", "create_repo", "create_commit"):
-        getattr(api, name).side_effect = getattr(fake, name)
-    monkeypatch.setattr(space, "HfApi", lambda: api)
-    return fake
-
-
 def push(*words) -> int:
     return main(["demo", "--push_to_space", "me/page", *map(str, words)])
+
+
+def pushed(hub):
+    return hub.repositories["space", "me/page"]
 
 
 def test_a_space_has_all_that_it_needs(hub, karat, softmax, photos, capsys):
@@ -421,9 +367,9 @@ def test_a_space_has_all_that_it_needs(hub, karat, softmax, photos, capsys):
     Path(karat, "optimizer.bin").write_bytes(b"large")
     words = ["--model", karat, "--compare", softmax, "--examples", photos]
     assert push(*words, "--private") == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.endswith("https://hub/spaces/me/page\n")
-    files = hub.spaces["me/page"]
-    assert hub.created == [("me/page", True)]
+    assert capsys.readouterr().out.endswith(f"{hub.endpoint}/spaces/me/page\n")
+    files = pushed(hub).files()
+    assert pushed(hub).private
     assert sorted(file for file in files if file.startswith("models/karat/")) == [
         "models/karat/config.json",
         "models/karat/model.safetensors",
@@ -443,15 +389,10 @@ def test_a_space_has_all_that_it_needs(hub, karat, softmax, photos, capsys):
     assert "gradio" not in pinned
 
 
-def test_a_space_of_models_on_the_hub_names_them(hub, karat, monkeypatch):
-    monkeypatch.setattr(demo, "load_checkpoint", lambda source, *_: on_hub(load_checkpoint(karat), source))
-
-    def on_hub(checkpoint, source):
-        checkpoint.source = source
-        return checkpoint
-
+def test_a_space_of_models_on_the_hub_names_them(hub, karat):
+    hub.add("somebody/karat", {path.name: path.read_bytes() for path in Path(karat).iterdir() if path.is_file()})
     assert push("--model", "somebody/karat") == 0
-    files = hub.spaces["me/page"]
+    files = pushed(hub).files()
     assert not [file for file in files if file.startswith("models/")]
     assert "'--model', 'somebody/karat'" in files["app.py"].decode()
     assert yaml.safe_load(files["README.md"].decode().split("---")[1])["models"] == ["somebody/karat"]
@@ -459,53 +400,68 @@ def test_a_space_of_models_on_the_hub_names_them(hub, karat, monkeypatch):
 
 def test_an_update_keeps_what_somebody_added_and_drops_what_is_not_needed(hub, karat, softmax):
     assert push("--model", karat, "--compare", softmax) == 0
-    hub.spaces["me/page"]["notes.md"] = b"mine"
+    hub.change("me/page", {"notes.md": b"mine"}, kind="space")
     assert push("--model", karat) == 0
-    files = hub.spaces["me/page"]
+    files = pushed(hub).files()
     assert files["notes.md"] == b"mine"
     assert "models/karat/config.json" in files
     assert "models/softmax/config.json" not in files
     assert "softmax" not in files["app.py"].decode()
-    assert len(hub.created) == 1
-    assert set(json.loads(files[space.RECORD])["files"]) == set(files) - {"notes.md", ".gitattributes", space.RECORD}
+    assert hub.count("POST /api/repos/create") == 1
+    assert set(json.loads(files[space.RECORD])["files"]) == set(files) - {"notes.md", space.RECORD}
 
 
 def test_another_space_is_not_overwritten_unasked(hub, karat, capsys):
-    hub.spaces["me/page"] = theirs = {".gitattributes": b"", "app.py": b"theirs", "data.csv": b"1"}
-    before = dict(theirs)
+    theirs = {"app.py": b"theirs", "data.csv": b"1"}
+    hub.add("me/page", theirs, kind="space")
     assert push("--model", "no-such-model") == 2  # said before any model is loaded
     error = capsys.readouterr().err
     assert "did not make it: it holds app.py, data.csv." in error
     assert "--overwrite" in error
-    assert theirs == before
+    assert pushed(hub).files() == theirs
     assert push("--model", karat, "--overwrite") == 0
-    assert theirs["data.csv"] == b"1"
-    assert theirs["app.py"] != b"theirs"
+    assert pushed(hub).files()["data.csv"] == b"1"
+    assert pushed(hub).files()["app.py"] != b"theirs"
 
 
 def test_a_new_empty_space_is_filled(hub, karat):
-    hub.spaces["me/page"] = {".gitattributes": b""}
+    hub.add("me/page", kind="space")
     assert push("--model", karat) == 0
-    assert "app.py" in hub.spaces["me/page"]
+    assert "app.py" in pushed(hub).files()
 
 
-def refused(status: int) -> HfHubHTTPError:
-    return HfHubHTTPError("told so", response=httpx.Response(status, request=httpx.Request("GET", "https://hub")))
+def test_nothing_that_somebody_pushed_in_the_meantime_is_overwritten(hub, karat, capsys, monkeypatch):
+    hub.add("me/page", kind="space")
+    files = space.files
+
+    def meanwhile(*args):
+        hub.change("me/page", {"app.py": b"theirs"}, kind="space")
+        return files(*args)
+
+    monkeypatch.setattr(space, "files", meanwhile)
+    assert push("--model", karat) == 2
+    assert "somebody else wrote there at the same time" in capsys.readouterr().err
+    assert pushed(hub).files() == {"app.py": b"theirs"}
 
 
 @pytest.mark.parametrize(
-    ("failure", "words"),
+    ("token", "status", "words"),
     [
-        (LocalTokenNotFoundError("no token"), "log in with `hf auth login`"),
-        (refused(401), "does not know your token"),
-        (refused(403), "your token may not write there: told so"),
-        (refused(500), "refuses: told so"),
-        (httpx.ConnectError("no route"), "cannot be reached, or refuses: no route"),
+        (None, None, "log in with `hf auth login`"),
+        ("hf_nobody", None, "does not know your token"),
+        (READ_TOKEN, None, "your token may not write there: Your token has not the permission to write"),
+        (TOKEN, 500, "the Hub answers 500 (told so)"),
+        (TOKEN, "drop", "the Hub cannot be reached ("),
     ],
 )
-def test_what_the_hub_refuses_is_said(hub, capsys, failure, words):
-    hub.failure = failure
-    assert push("--model", "no-such-model") == 2
+def test_what_the_hub_refuses_is_said(hub, karat, capsys, monkeypatch, token, status, words):
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    if status is not None:
+        hub.fail("GET /api/whoami-v2", status)
+    assert push("--model", karat) == 2
     assert words in capsys.readouterr().err
 
 
@@ -518,7 +474,7 @@ def test_the_space_runs(hub, karat, photos, tmp_path):
     """What was pushed serves the page by itself, away from this clone, at the address that a Space sets."""
     assert push("--model", karat, "--examples", photos) == 0
     folder = tmp_path / "space"
-    for name, content in hub.spaces["me/page"].items():
+    for name, content in pushed(hub).files().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
