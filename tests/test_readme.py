@@ -43,6 +43,7 @@ REPLACED = {
     "--data_set CIFAR10": "--data_path data/photos",
     "facebook/deit-tiny-patch16-224": "checkpoints/deit",
     "pretrained=True": "pretrained=False",
+    "USER/NAME": "me/readme",
     "--epochs 100": "--epochs 1",
     "--num_workers 8": "--num_workers 0",
 }
@@ -108,8 +109,8 @@ def tables() -> dict[str, list[list[str]]]:
 
 
 @pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """A folder that looks like the clone, with small data, a small DeiT, and a short default run in it."""
+def workspace(tmp_path, monkeypatch, hub):
+    """A folder that looks like the clone, with small data, a small DeiT, and a short default run in it; and a Hub."""
     for name in LINKED:
         (tmp_path / name).symlink_to(PROJECT / name)
     python = tmp_path / "bin" / "python"

@@ -75,14 +75,14 @@ def whole(tmp_path_factory):
 
 
 def content(path):
-    """What is in a file of a run, without what is different in every run: times."""
+    """What is in a file of a run, without what is different in every run: times, and its identity."""
 
     def timeless(value):
         if isinstance(value, dict):
             kept = {
                 k: timeless(v) for k, v in value.items() if not any(t in k for t in ("runtime", "second", "memory"))
             }
-            return {k: v for k, v in kept.items() if k != "output_dir"}
+            return {k: v for k, v in kept.items() if k not in ("output_dir", "id", "run")}
         return [timeless(item) for item in value] if isinstance(value, list) else value
 
     if path.suffix == ".json":
