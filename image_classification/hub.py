@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -205,8 +206,10 @@ class Repository:
         blobs = {file.rfilename: file.blob_id for file in info.siblings or [] if file.rfilename not in OF_THE_HUB}
         record = None
         if self._record in blobs:
-            path = self.api.hf_hub_download(**{**self._where, "revision": info.sha}, filename=self._record)
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            at = {**self._where, "revision": info.sha}
+            with tempfile.TemporaryDirectory() as folder:
+                path = self.api.hf_hub_download(**at, filename=self._record, local_dir=folder)
+                record = json.loads(Path(path).read_text(encoding="utf-8"))
         return Content(info.sha, bool(info.private), blobs, record)
 
     def changed(self, content: Content) -> set[str]:
@@ -410,15 +413,19 @@ def prepare(destination: Destination) -> str | None:
     return None
 
 
-def download_checkpoint(name: str) -> Path:
+def download_checkpoint(name: str, token: str | None = None) -> Path:
     """
     The last checkpoint that a run has pushed, as a folder here.
+
+    Args:
+        name: `USER/NAME`.
+        token: default that of `hf auth login`, or of the environment.
 
     Raises:
         InputError: there is none, or the Hub cannot be asked.
     """
     with understood("resume_from_checkpoint", name):
-        files = HfApi().list_repo_files(name)
+        files = HfApi(token=token).list_repo_files(name)
         folders = {path.split("/")[0] for path in files if "/" in path}
         steps = {int(match[1]): match[0] for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder))}
         chosen = LAST_CHECKPOINT if LAST_CHECKPOINT in folders else steps[max(steps)] if steps else None
@@ -427,7 +434,7 @@ def download_checkpoint(name: str) -> Path:
                 f"`resume_from_checkpoint`: {name} on the Hub holds no checkpoint, only the model. A run pushes its "
                 "checkpoints with `--hub_strategy checkpoint`; to start from the weights, give --finetune."
             )
-        return Path(snapshot_download(name, allow_patterns=f"{chosen}/*")) / chosen
+        return Path(snapshot_download(name, allow_patterns=f"{chosen}/*", token=token)) / chosen
 
 
 def find_token(given: str | None) -> str:
@@ -479,24 +486,23 @@ def _some(paths) -> str:
 
 
 def main() -> None:
-    """One push, described in JSON: to standard input it comes, and its result goes to standard output."""
+    """One push: a line of JSON on standard input describes it, and its result goes to standard output."""
     disable_progress_bars()
     logging.set_verbosity_error()
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())  # A data worker may have a copy of the pipe, so its end may not come.
     files = {path: Path(file) for path, file in job["files"].items()}
     json.dump(push_with_patience(Destination(**job["destination"]), files, job["message"], job["waits"]), sys.stdout)
 
 
 def describe(destination: Destination, files: dict[str, Path], message: str, waits: tuple[float, ...]) -> str:
     """A push as `main` reads it."""
-    return json.dumps(
-        {
-            "destination": dataclasses.asdict(destination),
-            "files": {path: str(file) for path, file in files.items()},
-            "message": message,
-            "waits": waits,
-        }
-    )
+    job = {
+        "destination": dataclasses.asdict(destination),
+        "files": {path: str(file) for path, file in files.items()},
+        "message": message,
+        "waits": waits,
+    }
+    return json.dumps(job) + "\n"
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(settings.training.output_dir) if settings and settings.training.do_train else None
         steps = checkpoints.checkpoints(folder) if folder else {}
         hint = f" The same command goes on from {steps[max(steps)]}." if steps else ""
+        if steps and settings.record["push_to_hub"] and (runs.read_record(folder) or {}).get("finished"):
+            hint = " The run is finished; the same command pushes it to the Hub."
         print(f"\nStopped.{hint}", file=sys.stderr)
         return 130
     _leave()

@@ -2,9 +2,10 @@
 """
 Pushing a run to the Hub while it trains and when it is finished; no failure of a push is one of the run.
 
-Each push is a process of its own. Threads would be at odds with the data workers: these are forked, and a lock that a
-thread holds at that moment stays locked in the worker. What is pushed is linked into a hidden folder first, so that
-checkpoints may be deleted meanwhile, and so that training waits for nothing but that.
+Each push is a process of its own, for which a thread waits. A push in the thread itself could hang data workers: they
+are forked, and huggingface_hub closes its connections in them, whose locks the thread may hold at that moment. What is
+pushed is linked into a hidden folder first, so that checkpoints may be deleted meanwhile, and so that training waits
+for nothing but that.
 """
 
 import collections

@@ -17,7 +17,7 @@ from accelerate.utils import recursively_apply
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
@@ -44,8 +44,8 @@ class ResumableTrainer(ParallelTrainer):
     """
 
     def __init__(self, *args, **kwargs):
-        given = kwargs.get("args")
-        if given is not None and given.push_to_hub:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
+        if any(value.push_to_hub for value in given):
             raise InputError(
                 "`push_to_hub` of the Trainer writes the token into a file and stops a run whose push fails. Leave it "
                 "out, and add a `publishing.Publisher` to the callbacks."

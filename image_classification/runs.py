@@ -90,7 +90,7 @@ def _plan(settings: Settings) -> Plan:
     if record is not None:
         checkpoints.tidy(folder)
     if resume is not None:
-        checkpoint, damaged = _given(resume)
+        checkpoint, damaged = _given(resume, settings.training.hub_token)
         if entries and record is None:
             raise InputError(f"`output_dir` {folder} holds files that are of no run ({_some(entries)}). {_ELSEWHERE}")
         if entries and checkpoint.resolve().parent != folder.resolve():
@@ -129,7 +129,7 @@ def _progress(checkpoint: str) -> dict[str, Any]:
 _ELSEWHERE = "Choose another --output_dir, or move that folder away."
 
 
-def _given(given: str) -> tuple[Path, dict[Path, str]]:
+def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
     """
     The checkpoint that `--resume_from_checkpoint` means: that folder, or the newest undamaged one in it, or the last
     one in a repository of the Hub; and the damaged ones.
@@ -138,7 +138,7 @@ def _given(given: str) -> tuple[Path, dict[Path, str]]:
     if not path.is_dir():
         if path.is_absolute() or given.startswith(".") or given.count("/") != 1:
             raise InputError(f"`resume_from_checkpoint` is {given}: there is no such folder.")
-        path = hub.download_checkpoint(given)
+        path = hub.download_checkpoint(given, token)
     if checkpoints.is_checkpoint(path):
         if wrong := checkpoints.damage(path):
             raise InputError(
