@@ -40,9 +40,10 @@ test: ## Lint, then run the tests with the pinned and with the lowest Transforme
 test-pinned: $(VENV)/.installed-test ## Run the tests with the versions of constraints.txt; ARGS go to pytest
 	$(python) -m pytest -n $(JOBS) $(ARGS)
 
-test-lowest: $(lowest)/.installed ## Run the tests of the model with the lowest Transformers
+test-lowest: $(lowest)/.installed ## Run the tests of the model, and one of the Hub, with the lowest Transformers
 	PYTHONPATH=$(lowest) $(python) -m pytest -n $(JOBS) \
-		tests/modeling_karat_vit tests/test_presets.py tests/test_remote_code.py tests/test_optional_packages.py
+		tests/modeling_karat_vit tests/test_presets.py tests/test_remote_code.py tests/test_optional_packages.py \
+		tests/image_classification/test_hub.py::test_from_the_shell_to_a_stranger
 
 lint: $(VENV)/.installed-test ## Check style and formatting
 	$(python) -m ruff check .

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,9 @@ class Publisher(TrainerCallback):
             abandoned = [*self._queue]
             self._queue.clear()
             self._ready.notify_all()
-            if self._process is not None:
-                self._process.kill()
+            process = self._process
+        if process is not None:
+            process.kill()
         if self._thread is not None:
             self._thread.join(timeout=10)
         for push in abandoned:
@@ -133,16 +134,19 @@ class Publisher(TrainerCallback):
         log = list(state.log_history)
         metrics = next((entry for entry in log[::-1] if "eval_loss" in entry), {})
         weights, metrics = ema.better(metrics) if metrics.get("step") == state.global_step else (None, {})
+        push = Push(f"Training in progress: {step}", step, self._new_folder())
         try:
-            push = self._stage(checkpoint, MODEL_FILES, f"Training in progress: {step}", step)
+            push.folder.mkdir()
+            _link_files(checkpoint, MODEL_FILES, push.folder)
             if self.strategy == HubStrategy.CHECKPOINT:
-                _link_folder(checkpoint, push.folder / hub.LAST_CHECKPOINT)
+                _link_files(checkpoint, ["**/*"], push.folder / hub.LAST_CHECKPOINT)
             elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
-                _link_folder(checkpoint, push.folder / checkpoint.name)
+                _link_files(checkpoint, ["**/*"], push.folder / checkpoint.name)
             if weights == "ema":
                 _link(checkpoint / ema.FILE, push.folder / f".{ema.FILE}")
             card = self.card(metrics, weights, step)
-        except OSError as error:
+        except Exception as error:  # Whatever it is, it is no reason to stop training.
+            shutil.rmtree(push.folder, ignore_errors=True)
             self._fail(f"{step}: {error}")
             return
         push.complete = lambda: _complete(push.folder, card, self.recipe, log, self.folder.resolve().name)
@@ -162,14 +166,17 @@ class Publisher(TrainerCallback):
         """
         logger.info("\nPushing to the Hub ...")
         steps = checkpoints.checkpoints(self.folder)
+        push = Push("Finished training", "the finished run", self._new_folder())
         try:
-            push = self._stage(self.folder, (*MODEL_FILES, *REPORTS), "Finished training", "the finished run")
+            push.folder.mkdir()
+            _link_files(self.folder, [*MODEL_FILES, *REPORTS], push.folder)
             if steps and self.strategy == HubStrategy.CHECKPOINT:
-                _link_folder(steps[max(steps)], push.folder / hub.LAST_CHECKPOINT)
+                _link_files(steps[max(steps)], ["**/*"], push.folder / hub.LAST_CHECKPOINT)
             elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
                 for checkpoint in steps.values():
-                    _link_folder(checkpoint, push.folder / checkpoint.name)
+                    _link_files(checkpoint, ["**/*"], push.folder / checkpoint.name)
         except OSError as error:
+            shutil.rmtree(push.folder, ignore_errors=True)
             self._fail(str(error), final=True)
             return False
         self._add(push)
@@ -180,15 +187,11 @@ class Publisher(TrainerCallback):
 
     # How.
 
-    def _stage(self, folder: Path, patterns: tuple[str, ...], message: str, what: str) -> Push:
+    def _new_folder(self) -> Path:
         number = 0
-        while (staged := self.folder / f".push-{number}").exists():
+        while (folder := self.folder / f".push-{number}").exists():
             number += 1
-        staged.mkdir()
-        for pattern in patterns:
-            for path in sorted(folder.glob(pattern)):
-                _link(path, staged / path.name)
-        return Push(message, what, staged)
+        return folder
 
     def _add(self, push: Push) -> None:
         if not self.always and self.strategy != HubStrategy.ALL_CHECKPOINTS:
@@ -254,7 +257,7 @@ class Publisher(TrainerCallback):
             if self._closed:
                 return {"error": "the run was stopped"}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", hub.__name__],
+                [sys.executable, "-P", "-m", hub.__name__],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -322,7 +325,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _link_folder(source: Path, target: Path) -> None:
-    for path in source.rglob("*"):
+def _link_files(source: Path, patterns: Iterable[str], target: Path) -> None:
+    """Those files of a folder that match, under the same paths."""
+    for path in {path for pattern in patterns for path in source.glob(pattern)}:
         if path.is_file():
             _link(path, target / path.relative_to(source))

@@ -378,6 +378,19 @@ def test_a_push_that_fails_in_training_is_told_once(hub, tmp_path, capsys, monke
     assert set(repository(hub).files()) == FINISHED
 
 
+def test_what_cannot_be_prepared_is_told(hub, tmp_path, capsys, monkeypatch):
+    """On a full disk, say."""
+
+    def link(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publishing, "_link", link)
+    assert train(tmp_path / "digits") == 0
+    out = capsys.readouterr().out
+    assert "Not pushed: step 2, epoch 1 of 2: [Errno 28] No space left on device. Training goes on" in out
+    assert "Not pushed to me/digits: [Errno 28]" in out and not list((tmp_path / "digits").glob(".push*"))
+
+
 def test_without_a_network(hub, tmp_path, capsys):
     """It is told at the start and at the end, and pushed when the same command finds the Hub."""
     folder, server = tmp_path / "digits", hub.server
