@@ -130,7 +130,7 @@ def understood(setting: str, name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # All of them come from huggingface_hub.
         raise InputError(f"`{setting}` {name}: {explain(error).reason}.") from error
 
 
@@ -289,28 +289,30 @@ class Destination:
         Raises:
             Conflict: it holds what is not this run's.
         """
-        repository = self.repository
+        repository, main = self.repository, Repository(self.name, RECORD, token=self.token)
         try:
             content = repository.look()
             if content is None:
                 repository.api.create_repo(self.name, private=self.private, exist_ok=True)
                 content = repository.look()
         except RevisionNotFoundError:
-            return self._branch()
-        if content is None:
+            content = None
+        there = content or main.look()
+        if there is None:
             raise Conflict(f"`push_to_hub`: {self.name} was made, and cannot be seen with your token.")
-        if self.private and not content.private:
+        if self.private and not there.private:
             raise Conflict(
-                f"`hub_private_repo`: {repository.url} is public. Make it private there ({repository.url}/settings), "
-                "choose another --hub_model_id, or leave the flag out."
+                f"`hub_private_repo`: {main.url} is public. Make it private there ({main.url}/settings), choose "
+                "another --hub_model_id, or leave the flag out."
             )
+        if content is None:
+            return self._branch(there)
         self._check(content)
         return content
 
-    def _branch(self) -> Content:
+    def _branch(self, main: Content) -> Content:
         """A new branch begins with the files of `main`, and is this run's from its first commit."""
         repository = self.repository
-        main = Repository(self.name, RECORD, token=self.token).look()
         repository.api.create_branch(self.name, branch=self.revision, exist_ok=True)
         record = json.dumps({"run": self.run, "files": dict.fromkeys(main.ours, "")})
         repository.commit({RECORD: record.encode()}, [], f"Begin {self.revision}", main.head)

@@ -465,6 +465,13 @@ def test_what_the_hub_refuses_is_said(hub, karat, capsys, monkeypatch, token, st
     assert words in capsys.readouterr().err
 
 
+def test_an_upload_that_the_hub_refuses_is_said(hub, karat, capsys):
+    hub.fail("PUT /lfs/", 403)
+    assert push("--model", karat) == 2
+    error = capsys.readouterr().err
+    assert "your token may not write there" in error and "Traceback" not in error
+
+
 def test_names_of_spaces(hub, capsys):
     assert main(["demo", "--model", "x", "--push_to_space", "page"]) == 2
     assert "expected USER/NAME" in capsys.readouterr().err

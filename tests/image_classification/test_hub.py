@@ -470,6 +470,8 @@ def test_nothing_of_anybody_is_overwritten_unasked(hub, finished, capsys, files)
 def test_private_run_does_not_go_public(hub, finished, capsys):
     hub.add("me/digits")
     assert "is public" in fails(capsys, *words(finished, "--hub_private_repo"))
+    assert "is public" in fails(capsys, *words(finished, "--hub_private_repo", "--hub_revision", "mine"))
+    assert set(repository(hub).branches) == {"main"}
 
 
 def test_another_run_in_another_folder(hub, finished, tmp_path, capsys):
