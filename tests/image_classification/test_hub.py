@@ -559,6 +559,7 @@ def test_stopped_run_goes_on_pushing(hub, tmp_path, number, capsys):
         assert "A push to the Hub was left off" in out and "--hub_token TOKEN" in out
     assert TOKEN not in out
     assert script.main(argv) == 0
+    assert not [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert set(repository(hub).files()) == FINISHED and not list(folder.glob(".push*"))
 
 
@@ -635,6 +636,9 @@ def test_recipe_as_resolved_gives_the_same_settings(path, tmp_path):
 
 
 def test_token_is_not_shown():
+    """Neither in a command that is printed, nor in the settings that trackers keep."""
+    args = RunArguments(output_dir="o", hub_token=TOKEN, use_cpu=True)
+    assert TOKEN not in args.to_json_string() and TOKEN not in str(args.to_sanitized_dict())
     hidden = ["python", "x.py", "--hub_token", "TOKEN", "--hub-token=TOKEN", "--seed", "1"]
     assert without_token(["python", "x.py", "--hub_token", "hf_a", "--hub-token=hf_b", "--seed", "1"]) == hidden
 
