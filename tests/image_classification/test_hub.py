@@ -29,6 +29,7 @@ from image_classification.hub import RECORD, Destination
 from image_classification.stopping import without_token
 from image_classification.trainer import ImageClassificationTrainer
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN
+from tests.image_classification import processes
 
 
 PROJECT = Path(__file__).parents[2]
@@ -532,35 +533,57 @@ def test_nothing_new_makes_no_commit(hub, finished, capsys):
 # Runs that are stopped, and several processes.
 
 
-def start(*argv, **environment):
-    command = [sys.executable, "run_image_classification.py", *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def long(folder):
+    """A run that can be stopped in its middle; the token is in its command line."""
+    words_ = words(folder, "--num_train_epochs", "40", "--save_strategy", "steps", "--save_steps", "10")
+    return [*words_, "--eval_strategy", "no", "--hub_token", TOKEN]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_run_goes_on_pushing(hub, tmp_path, number, capsys):
-    """While a push hangs. The token of the command line is not in what is shown of it."""
-    folder = tmp_path / "digits"
-    argv = words(folder, "--num_train_epochs", "150", "--save_strategy", "steps", "--save_steps", "20")
-    argv += ["--eval_strategy", "no", "--hub_token", TOKEN]
-    hub.add("me/digits")
-    with hub.gate:
-        process = start(*argv, HF_TOKEN="")
-        while not hub.count("POST .*/preupload"):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-        process.send_signal(number)
-        out = process.communicate(timeout=60)[0]
-    assert process.returncode == (143 if number == signal.SIGTERM else -9)
-    if number == signal.SIGTERM:
-        assert "A push to the Hub was left off" in out and "--hub_token TOKEN" in out
-    assert TOKEN not in out
-    assert script.main(argv) == 0
+def wait_for_a_push(folder, alive):
+    while not list(folder.glob(".push*")):
+        assert alive()
+        time.sleep(0.01)
+
+
+def goes_on(hub, folder):
+    assert script.main(long(folder)) == 0
     assert not [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert set(repository(hub).files()) == FINISHED and not list(folder.glob(".push*"))
+
+
+def test_stopped_run_goes_on_pushing(hub, tmp_path):
+    """The push under way is left off. The token is not in the command that is shown."""
+    folder = tmp_path / "digits"
+    command = [sys.executable, "run_image_classification.py", *long(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_TOKEN": ""}
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    with hub.gate:
+        hub.add("me/digits")
+        wait_for_a_push(folder, lambda: process.poll() is None)
+        process.send_signal(signal.SIGTERM)
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, out
+    assert "A push to the Hub was left off" in out and "--hub_token TOKEN" in out and TOKEN not in out
+    goes_on(hub, folder)
+
+
+def test_killed_run_goes_on_pushing(hub, tmp_path):
+    """Its push may still be under way."""
+    folder = tmp_path / "digits"
+    with hub.gate:
+        hub.add("me/digits")
+        process = os.fork()
+        if process == 0:
+            try:
+                script.main(long(folder))
+            finally:
+                os._exit(99)
+        wait_for_a_push(folder, lambda: os.waitpid(process, os.WNOHANG) == (0, 0))
+        os.kill(process, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    goes_on(hub, folder)
 
 
 def test_ctrl_c_in_the_last_push(hub, finished, capsys):
@@ -580,37 +603,32 @@ def test_ctrl_c_in_the_last_push(hub, finished, capsys):
     assert set(repository(hub).files()) == FINISHED
 
 
-SHARDED = """
-import sys
-from tests.image_classification.processes import shard_on_the_cpu
-shard_on_the_cpu()
-from image_classification.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_of_several_processes_one_pushes(hub, tmp_path, layout):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    config = PROJECT / "accelerate_configs" / "cpu_two_processes.yaml"
-    program = PROJECT / "run_image_classification.py"
-    if layout == "fsdp2":
-        content = yaml.safe_load((config.parent / "fsdp2.yaml").read_text())
-        config, program = tmp_path / "config.yaml", tmp_path / "sharded.py"
-        config.write_text(yaml.safe_dump({**content, "mixed_precision": "no", "num_processes": 2}))
+def test_of_several_processes_one_pushes(hub, tmp_path, layout, capfd):
     argv = words(tmp_path / "digits", "--hub_strategy", "checkpoint", "--per_device_train_batch_size", "8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*launch, str(config), str(program), *argv]
-    result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+
+    def run():
+        if layout == "fsdp2":
+            config = yaml.safe_load((PROJECT / "accelerate_configs" / "fsdp2.yaml").read_text())
+            settings = {key.upper(): str(value) for key, value in config["fsdp_config"].items()}
+            os.environ.update(settings | {"ACCELERATE_USE_FSDP": "true"})
+            processes.shard_on_the_cpu()
+            gather = ImageClassificationTrainer._whole_weights
+            ImageClassificationTrainer._whole_weights = lambda self: print("gathered", flush=True) or gather(self)
+        return script.main(argv)
+
+    statuses = processes.in_two_forks(run)
+    out, errors = capfd.readouterr()
+    assert statuses == [0, 0], out + errors
     assert hub.count("GET /api/whoami-v2") == 1
-    assert result.stdout.count(f"Pushed {hub.endpoint}/me/digits.\n") == 1
+    assert "2 processes" in out and ("gathered" in out) == (layout == "fsdp2")
+    assert out.count(f"Pushed {hub.endpoint}/me/digits.\n") == 1
     files = repository(hub).files()
     assert {path for path in files if "/" not in path} == FINISHED
     assert "accelerate launch --num_processes 2" in files["recipe.yaml"].decode()
     weights, here = load(files["model.safetensors"]), load_file(tmp_path / "digits" / "model.safetensors")
     assert weights.keys() == here.keys() and all(weights[name].equal(here[name]) for name in here)
+    assert load(files["last-checkpoint/model.safetensors"]).keys() == here.keys()
 
 
 # The pieces.
