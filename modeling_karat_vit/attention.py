@@ -319,8 +319,8 @@ def why_not_fused(config, device_type: str, dtype: torch.dtype | None = None) ->
 
 
 def _budget(device: torch.device) -> int:
-    """Floats that a chunk of the portable path may hold: near the cache on a CPU, filling the machine on a GPU."""
-    return 2**23 if device.type == "cpu" else 2**28
+    """Floats that a chunk of the portable path may hold: within the caches of a CPU, filling the machine on a GPU."""
+    return 2**21 if device.type == "cpu" else 2**28
 
 
 class _ChunkedRecompute(torch.autograd.Function):

@@ -235,7 +235,7 @@ class FourierEdges(LinearEdgeFunctions):
         twice = 2 * cos[0] if self.grid_size > 1 else None
         for m in range(1, self.grid_size):
             cos.append(twice * cos[m - 1] - (cos[m - 2] if m > 1 else 1))
-            sin.append(twice * sin[m - 1] - (sin[m - 2] if m > 1 else 0))
+            sin.append(twice * sin[m - 1] - sin[m - 2] if m > 1 else twice * sin[m - 1])
         return cos + sin
 
     def features_and_derivatives(self, x):

@@ -1361,8 +1361,8 @@ def _tiles(form: Form, tokens: int) -> dict[str, dict]:
     """
     What measured best on an H100 at 197 tokens and heads of 64: mostly one warp per 16 rows.
 
-    In the backward pass the last tile of 64 rows is as small as the rest of the tokens allows. In the forward pass that
-    does not pay: the warps would repeat each other's features.
+    In the backward pass of many features the last tile of 64 rows is as small as the rest of the tokens allows. With
+    few of them, and in the forward pass, where the warps would repeat each other's features, that does not pay.
     """
     if form.family >= FAMILIES["wavelet"]:
         forward, queries, keys = (32, 16, 1, 2), (32, 32, 2, 2), (32, 16, 1, 2)
@@ -1376,7 +1376,7 @@ def _tiles(form: Form, tokens: int) -> dict[str, dict]:
     tiles = {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
     rest = max(16, triton.next_power_of_2((tokens - 1) % 64 + 1))
     for name, side in (("_backward_queries", "BM"), ("_backward_keys", "BN")):
-        tiles[name]["TAIL"] = rest if tiles[name][side] == 64 else tiles[name][side]
+        tiles[name]["TAIL"] = rest if form.features > 2 and tiles[name][side] == 64 else tiles[name][side]
     tiles["_backward_queries"]["TAIL_BN"] = 64
     return tiles
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The rows of benchmarks/results/cuda.csv as a picture: training steps over softmax's, in GPU time and in peak memory.
+
+    python -m benchmarks.plots [rows.csv] [picture.png]
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = {"karat_triton": "fused", "karat_portable": "portable", "eager": "reference", "naive": "einsums"}
+SIZES = {"tiny": "Tiny", "small": "Small", "base": "Base"}
+TIME, MEMORY = "#0072b2", "#e69f00"  # Okabe and Ito's, which the colour-blind can tell apart.
+
+
+def latest(path: Path) -> list[dict]:
+    """The last row measured of each training step of the eager mode, in the order of the file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["what"] == "train" and row["mode"] == "eager"]
+    found = {}
+    for row in rows:
+        if row["provider"] != "softmax" and row["ratio_gpu"]:
+            key = tuple(row[name] for name in ("model", "provider", "basis", "batch", "tokens"))
+            found[key] = row
+    return list(found.values())
+
+
+def label(row: dict) -> str:
+    tokens = "" if row["tokens"] == "197" else f", {int(row['tokens']):,} tokens"
+    basis = (
+        row["basis"]
+        .replace("fourier G=", "G")
+        .replace("_", " ")
+        .replace("mexican", "Mexican")
+        .replace("morlet", "Morlet")
+    )
+    return f"{SIZES[row['model']]} {basis}, {NAMES[row['provider']]}, batch {row['batch']}{tokens}"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """A bar of time and one of memory for each row, fastest first; a logarithmic axis, and a line where softmax is."""
+    rows = sorted(rows, key=lambda row: float(row["ratio_gpu"]), reverse=True)
+    figure = Figure(figsize=(7.2, 0.6 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    for name, color, shift in (("ratio_gpu", TIME, 0.19), ("ratio_memory", MEMORY, -0.19)):
+        values = [float(row[name]) for row in rows]
+        bars = axes.barh([place + shift for place in places], [value - 1 for value in values], 0.36, 1, color=color)
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=7)
+        bars.set_label("GPU time of a training step" if name == "ratio_gpu" else "peak memory")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(0.85, 1.5 * max(float(row[name]) for row in rows for name in ("ratio_gpu", "ratio_memory")))
+    ticks = [1, 1.5, 2, 3, 5, 10, 20]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(places, [label(row) for row in rows], fontsize=8)
+    cards = ", ".join(sorted({row["hardware"].removeprefix("NVIDIA ") for row in rows}))
+    axes.set_xlabel(f"over the same ViT with PyTorch's fused softmax attention\n(bfloat16; {cards})", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    arguments = [Path(argument) for argument in sys.argv[1:]]
+    rows = arguments[0] if arguments else RESULTS / "cuda.csv"
+    picture = arguments[1] if len(arguments) > 1 else rows.with_suffix(".png")
+    matplotlib.use("Agg")
+    draw(latest(rows), picture)
+    print(f"Written to {picture}")
+
+
+if __name__ == "__main__":
+    main()
