@@ -19,9 +19,13 @@ GALLERY = Path(__file__).parents[2] / "docs" / "gallery"
 
 
 def test_every_picture_of_runs(run_folder, tmp_path, analyse, monkeypatch):
-    quick = "landscape --model MODEL --compare COMPARE --grid 3 --num-images 8 --workers 1 --no-hessian"
+    quick = {
+        "landscape": "landscape --model MODEL --compare COMPARE --grid 3 --num-images 8 --workers 1 --no-hessian",
+        "faithfulness": "faithfulness --model MODEL --compare COMPARE --num-images 4 --steps 3",
+        "compare": "compare --model MODEL COMPARE --names KArAt softmax --batch-size 2",
+    }
     pictures = [
-        dataclasses.replace(picture, command=quick) if picture.name.startswith("landscape") else picture
+        dataclasses.replace(picture, command=quick.get(picture.command.split()[0], picture.command))
         for picture in gallery.PICTURES
     ]
     monkeypatch.setattr(gallery, "PICTURES", pictures)
