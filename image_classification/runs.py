@@ -216,14 +216,24 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "settings" in record else None
 
 
-def write_record(settings: Settings, finished: dict[str, Any] | None = None) -> None:
-    """Write the record, in one step, so that a run killed meanwhile keeps the old one."""
+def write_record(settings: Settings, finished: dict[str, Any] | None = None, start: float | None = None) -> None:
+    """
+    Write the record, in one step, so that a run killed meanwhile keeps the old one.
+
+    Args:
+        settings: of the run.
+        finished: what a finished run records.
+        start: the `models.sum_of_weights` that it began with; what is recorded already stays.
+    """
     folder = Path(settings.training.output_dir)
+    start = (read_record(folder) or {}).get("start", start)
     part = folder / f".{RECORD}.part"
     with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
         folder.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"settings": _settings(settings), "finished": finished}, indent=2) + "\n")
+            file.write(
+                json.dumps({"settings": _settings(settings), "finished": finished, "start": start}, indent=2) + "\n"
+            )
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, folder / RECORD)

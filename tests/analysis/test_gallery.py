@@ -74,6 +74,6 @@ def test_the_galleries_here_have_every_picture(name):
     assert [line.split(":")[0] for line in described] == ["KArAt", "softmax"]
     assert all("held-out images right" in line for line in described)
     note = re.search(r"right\.\n\n(?!For checkpoints)(.*)\n", text)
-    assert text == gallery.page(list(gallery.PICTURES), described, note and note[1])
+    assert text == gallery.page(gallery.pictures_of(name), described, note and note[1])
     for picture in re.findall(r"!\[\w+\]\((.*)\)", text):
         assert (GALLERY / name / picture).read_bytes().startswith(b"\x89PNG")
