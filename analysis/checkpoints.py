@@ -194,7 +194,7 @@ class Moment:
     A point of a run.
 
     Args:
-        folder: of the checkpoint; `None` for the start, which is not saved.
+        folder: of the checkpoint; `None` for the start where no checkpoint-0 holds it.
         epoch, step: how far the run was.
     """
 
@@ -216,7 +216,7 @@ def moments(source: str) -> list[Moment]:
     found = [Moment(entry, read_state(entry)["epoch"], step) for step, entry in saved.checkpoints(folder).items()]
     if not found:
         raise InputError(f"{folder} keeps no checkpoints. Train with --save_total_limit 0 to keep one of every epoch.")
-    return [Moment(None, 0.0, 0), *found]
+    return found if found[0].step == 0 else [Moment(None, 0.0, 0), *found]
 
 
 def load_moment(source: str, moment: Moment, device: torch.device | str = "cpu") -> Checkpoint:
@@ -228,19 +228,29 @@ def load_moment(source: str, moment: Moment, device: torch.device | str = "cpu")
 
 def load_start(source: str, device: torch.device | str = "cpu") -> Checkpoint:
     """
-    The model of a run before its first step: rebuilt as the run built it, from the settings and the seed in run.json
-    (the same numbers wherever PyTorch draws the same random numbers), or from the weights that it fine-tuned.
+    The model of a run before its first step: its checkpoint-0 if it has one, else rebuilt as the run built it, from the
+    settings and the seed in run.json, or from the weights that it fine-tuned.
 
     Raises:
-        InputError: `source` is of no run, or what the run started from is not there any more.
+        InputError: `source` is of no run, what the run started from is not there any more, or other random numbers are
+            drawn here than where it ran: `trunc_normal_` of PyTorch 2.11 is not that of 2.15.
     """
     run, folder = read_run(source), run_folder(source)
     if run is None:
         raise InputError(f"{source} is no folder of a run: it holds no {runs.RECORD} to rebuild the start from.")
+    if (first := saved.checkpoints(folder).get(0)) is not None:
+        return dataclasses.replace(load_checkpoint(str(first), device=device), source=str(folder), name="start")
     final = load_checkpoint(source, device=device)
     fields = {field.name for field in dataclasses.fields(ModelArguments)}
     args = ModelArguments(**{key: value for key, value in run["settings"].items() if key in fields})
     args.attn_implementation = "eager"
     set_seed(run["settings"]["seed"])
     model = models.build_model(args, final.labels)
+    size = sum(parameter.detach().abs().sum().item() for parameter in model.parameters())
+    if run.get("start") is not None and abs(models.sum_of_weights(model) - run["start"]) > 1e-7 * size:
+        raise InputError(
+            f"The start of {folder} cannot be rebuilt: its seed gives other weights here than where it ran, as under "
+            "another version of PyTorch or Transformers. Use the versions that it ran with, or its checkpoints alone "
+            "(functions: --before CHECKPOINT; landscape, weights: --no-start)."
+        )
     return dataclasses.replace(final, source=str(folder), name="start", model=model.eval().to(device))

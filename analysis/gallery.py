@@ -12,6 +12,7 @@ the PNGs and a page that shows them (README.md) in --output.
 """
 
 import argparse
+import dataclasses
 import importlib
 import shlex
 from dataclasses import dataclass
@@ -19,19 +20,25 @@ from pathlib import Path
 
 import torch
 
-from image_classification import models
+from image_classification import models, reports
 from image_classification.arguments import CONFIGURATION
 from image_classification.errors import InputError
 from image_classification.main import main as train
 
 from . import style
-from .checkpoints import Checkpoint, load_checkpoint, run_folder
+from .checkpoints import Checkpoint, load_checkpoint, read_state, run_folder
 from .compare import accuracy
 from .output import Output
 
 
 # Data sets with a recipe for both models, configuration/gallery/NAME_karat.yaml and NAME_softmax.yaml.
 DATA_SETS = {"digits": "digits", "CIFAR10": "cifar10"}
+# How many images and points are worth waiting for on a CPU: ViT-Tiny costs a hundred times the digits' models.
+FAITHFULNESS = {"digits": "--num-images 100 --batch-size 50", "cifar10": "--num-images 40 --steps 10"}
+LANDSCAPE = {
+    "digits": "--grid 25 --num-images 128 --batch-size 64",
+    "cifar10": "--grid 13 --num-images 32 --batch-size 32 --no-hessian",
+}
 
 
 @dataclass
@@ -86,7 +93,7 @@ PICTURES = (
     ),
     Picture(
         "faithfulness",
-        "faithfulness --model MODEL --compare COMPARE --num-images 100 --batch-size 50",
+        "faithfulness --model MODEL --compare COMPARE FAITHFULNESS",
         "faithfulness",
         "What the maps are worth: the probability of the predicted class while patches vanish, the map's strongest "
         "first, and while they appear in the blurred image; bands are 95 % intervals of the mean over the images. A "
@@ -115,7 +122,7 @@ PICTURES = (
     ),
     Picture(
         "landscape",
-        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
+        "landscape --model MODEL --compare COMPARE LANDSCAPE --log",
         "landscape",
         "The held-out loss over the two principal directions of each run, with its path from the start to the trained "
         "weights (star). The epsilon-sharpness is the highest rise within the dashed square.",
@@ -123,7 +130,7 @@ PICTURES = (
     ),
     Picture(
         "landscape_3d",
-        "landscape --model MODEL --compare COMPARE --grid 25 --num-images 128 --batch-size 64 --log",
+        "landscape --model MODEL --compare COMPARE LANDSCAPE --log",
         "landscape_3d",
         "The same surfaces in three dimensions.",
         runs=True,
@@ -162,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
     name = DATA_SETS[args.data_set]
     work = Path(args.work or f"outputs/gallery/{name}")
     are_runs = args.model is None or None not in (run_folder(args.model), run_folder(args.compare))
-    pictures = [picture for picture in PICTURES if are_runs or not picture.runs]
+    pictures = [picture for picture in pictures_of(name) if are_runs or not picture.runs]
     files = [*(f"{picture.name}.png" for picture in pictures), "README.md"]
     output = Output(args.output or f"docs/gallery/{name}", files, args.overwrite)
     figures = work / "figures"
@@ -185,9 +192,18 @@ def run(args: argparse.Namespace) -> None:
         output.copy(figures / f"{picture.file.replace('LAST', last)}.png", f"{picture.name}.png")
     output.text("README.md", page(pictures, [describe(checkpoint) for checkpoint in checkpoints], args.note))
     output.report()
-    left_out = [picture.name for picture in PICTURES if picture not in pictures]
+    left_out = [picture.name for picture in PICTURES if picture.runs and not are_runs]
     if left_out:
         print(f"Left out, since they need folders of runs: {', '.join(left_out)}.")
+
+
+def pictures_of(name: str) -> list[Picture]:
+    """`PICTURES` with what is worth waiting for with a data set, by its name in recipes."""
+    scale = {"FAITHFULNESS": FAITHFULNESS[name], "LANDSCAPE": LANDSCAPE[name]}
+    return [
+        dataclasses.replace(picture, command=" ".join(scale.get(word, word) for word in picture.command.split()))
+        for picture in PICTURES
+    ]
 
 
 def train_both(name: str, work: Path, data_path: str | None = None) -> tuple[str, str]:
@@ -210,10 +226,14 @@ def describe(checkpoint: Checkpoint) -> str:
     if checkpoint.run is not None:
         settings, finished = checkpoint.run["settings"], checkpoint.run.get("finished") or {}
         data = settings["data_set"] or settings["dataset_name"] or Path(settings["data_path"]).name
-        said += f"; {settings['num_train_epochs']:g} epochs of {data}"
-        right = accuracy(checkpoint.source).get("accuracy")
-        if right is not None and "eval_images" in finished:
-            said += f", {100 * right:.1f} % of {finished['eval_images']:,} held-out images right"
+        epochs = f"{settings['num_train_epochs']:g} epochs of {data}"
+        if finished:
+            right, images = accuracy(checkpoint.source).get("accuracy"), f"{finished['eval_images']:,} "
+        else:  # stopped, perhaps in the middle of an epoch
+            state = read_state(Path(checkpoint.source))
+            epochs = f"{state['epoch']:.1f} of {epochs}"
+            right, images = reports.history(state["log_history"])[-1]["eval_accuracy"], ""
+        said += f"; {epochs}" + ("" if right is None else f", {100 * right:.1f} % of {images}held-out images right")
     return f"{said}."
 
 

@@ -563,7 +563,7 @@ def _planes(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> list[Pla
         return [random_plane(each.model, args.seed, args.normalise or "filter") for each in checkpoints]
     planes = []
     for checkpoint, path in zip(checkpoints, paths):
-        path = [moment for moment in path if moment.folder is not None or not args.no_start]
+        path = [moment for moment in path if moment.step > 0 or not args.no_start]
         if len(path) < 3:
             raise InputError(
                 f"`--directions pca` needs a run that kept its checkpoints (--save_total_limit 0), at least 3 moments "

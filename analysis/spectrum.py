@@ -195,9 +195,9 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
                 f"$r={data.rank}$",
                 (1, data.rank),
                 xycoords=("axes fraction", "data"),
-                xytext=(0, 1.5),
+                xytext=(2, 0),
                 textcoords="offset points",
-                ha="right",
+                va="center",
                 color=colour,
                 fontsize=7,
             )

@@ -174,6 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COUNT",
         help="how many moments of the run: the start, the end, and others evenly between (default: 4)",
     )
+    parser.add_argument("--no-start", action="store_true", help="leave out the start, which is rebuilt from the seed")
     parser.add_argument("--block", type=int, help="coefficients and W of this block only (default: all together)")
     parser.add_argument("--head", type=int, help="coefficients and W of this head only (default: all together)")
     options.add_output(parser)
@@ -182,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     device = options.device_of(args.device)
     output = Output(args.output, [*figure_names("weights"), "weights.csv"], args.overwrite)
-    found = moments(args.model)
+    found = [moment for moment in moments(args.model) if moment.step > 0 or not args.no_start]
     if args.moments < 2:
         raise InputError("`--moments` is 1, expected 2 or more: the start and the end.")
     places = np.linspace(0, len(found) - 1, min(args.moments, len(found))).round().astype(int)
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
             (head,) = options.numbers([head], checkpoint.heads, "--head", "head")
         values.append(groups(checkpoint, block, head))
     data = compute(values)
-    labels = ["start" if moment.folder is None else f"epoch {moment.epoch:g}" for moment in found]
+    labels = ["start" if moment.step == 0 else f"epoch {moment.epoch:g}" for moment in found]
     with style.context():
         columns = style.columns_of(len(data))
         rows = -(-len(data) // columns)

@@ -210,7 +210,7 @@ def _train(
             logger.info("What was seen of the epoch is read again, without decoding it, before training goes on.")
     with args.main_process_first(desc="writing the image processor"):
         if args.should_save:
-            runs.write_record(settings, identity=plan.identity)
+            runs.write_record(settings, identity=plan.identity, start=models.sum_of_weights(model))
             lock.take(args.output_dir)
             trackers.choose_run(args)
             checkpoint = models.load_image_processor(settings.model.finetune) if settings.model.finetune else None

@@ -213,6 +213,11 @@ def check_labels(config: PreTrainedConfig, labels: list[str], folder: str) -> No
         )
 
 
+def sum_of_weights(model: PreTrainedModel) -> float:
+    """A number by which to tell one draw of the same initial weights from another."""
+    return sum(parameter.detach().double().sum().item() for parameter in model.parameters())
+
+
 def describe_model(model: PreTrainedModel) -> str:
     """One line for the log and the card: which attention, how large."""
     config = model.config

@@ -234,15 +234,33 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "settings" in record else None
 
 
-def write_record(settings: Settings, finished: dict[str, Any] | None = None, identity: str | None = None) -> None:
-    """Write the record, in one step, so that a run killed meanwhile keeps the old one; also its identity."""
+def write_record(
+    settings: Settings,
+    finished: dict[str, Any] | None = None,
+    identity: str | None = None,
+    start: float | None = None,
+) -> None:
+    """
+    Write the record, in one step, so that a run killed meanwhile keeps the old one.
+
+    Args:
+        settings: of the run.
+        finished: what a finished run records.
+        identity: of the run; unset, what is recorded already stays.
+        start: the `models.sum_of_weights` that it began with; what is recorded already stays.
+    """
     folder = Path(settings.training.output_dir)
-    identity = identity or (read_record(folder) or {}).get("id")
+    before = read_record(folder) or {}
+    record = {
+        "id": identity or before.get("id"),
+        "settings": _settings(settings),
+        "finished": finished,
+        "start": before.get("start", start),
+    }
     part = folder / f".{RECORD}.part"
     with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
         folder.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as file:
-            record = {"id": identity, "settings": _settings(settings), "finished": finished}
             file.write(json.dumps(record, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from analysis import style
 from analysis.__main__ import main
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 from tests.images import own_library_settings  # noqa: F401
@@ -15,6 +16,12 @@ from tests.images import own_library_settings  # noqa: F401
 @pytest.fixture(autouse=True)
 def _own_library_settings(own_library_settings):  # noqa: F811
     pass
+
+
+@pytest.fixture(autouse=True)
+def _coarse_pictures(monkeypatch):
+    """Drawing a figure at the resolution of print takes longer than what it shows."""
+    monkeypatch.setitem(style._RC, "savefig.dpi", 60)
 
 
 SIZES = {

@@ -3,6 +3,7 @@
 
 import csv
 import importlib
+import json
 import shutil
 from pathlib import Path
 
@@ -236,3 +237,20 @@ def test_recorded_attention_of_softmax(softmax):
         torch.testing.assert_close(attention.scores.softmax(-1), attention.maps, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(attention.maps.float(), expected[1])
     assert all(torch.equal(tensor, before[name]) for name, tensor in checkpoint.model.state_dict().items())
+
+
+def test_a_start_that_is_drawn_otherwise_is_refused(run_folder, tmp_path):
+    """As by another version of PyTorch: what is shown as the start would never have been any."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["start"] += 1e-2
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="cannot be rebuilt: its seed gives other weights"):
+        load_start(str(tmp_path / "run"))
+    # One that was kept needs no rebuilding.
+    last = sorted((tmp_path / "run").glob("checkpoint-*"))[-1]
+    shutil.copytree(last, tmp_path / "run" / "checkpoint-0")
+    first = load_start(str(tmp_path / "run"))
+    assert first.name == "start" and first.run["settings"] == record["settings"]
+    assert moments(str(tmp_path / "run"))[0].step == 0
+    assert None not in [moment.folder for moment in moments(str(tmp_path / "run"))]

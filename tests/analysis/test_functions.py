@@ -13,6 +13,10 @@ from analysis.images import load_images
 from .conftest import karat_model, save
 
 
+# Of the columns of W of the head below.
+LENGTHS = torch.tensor([2.0, 1, 3, 1])
+
+
 def fixed(tmp_path, **fields) -> str:
     """A model of which block 1, head 1 has phi_pq(x) = 0 but for edges 2,3: 3 cos(2x) + silu(x)/2, and 0,5: sin(x)."""
     model = karat_model(grid_size=2, base_fn="silu", **fields)
@@ -24,7 +28,7 @@ def fixed(tmp_path, **fields) -> str:
         step.cos_coef[1, 1, 2, 3] = 1.5
         step.scale_base[1, 2, 3] = 0.5
         step.sin_coef[1, 0, 0, 5] = 0.5
-        model.vit.layers[1].attention.operator.projector[1] = torch.eye(10, 4)
+        model.vit.layers[1].attention.operator.projector[1] = torch.eye(10, 4) * LENGTHS
     return save(model, tmp_path / "fixed")
 
 
@@ -57,8 +61,8 @@ def test_range_density_and_strength_are_those_of_the_scores_that_occur(tmp_path,
     counts, _ = np.histogram(scores[inside], bins=data.bins)
     np.testing.assert_allclose(data.density, counts / counts.sum() / np.diff(data.bins), atol=0.05)
     assert np.isclose((data.density * np.diff(data.bins)).sum(), 1)
-    # 60 rows in all: every one counts. Columns of W have length 1.
-    expected = phi_2_3(scores[:, :, 3]).std(), np.sin(scores[:, :, 5]).std()
+    # 60 rows in all: every one counts.
+    expected = 3 * phi_2_3(scores[:, :, 3]).std(), 2 * np.sin(scores[:, :, 5]).std()
     np.testing.assert_allclose([data.strength[2, 3], data.strength[0, 5]], expected, rtol=1e-4)
     assert np.count_nonzero(data.strength > 1e-6) == 2
 

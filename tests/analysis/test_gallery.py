@@ -19,9 +19,13 @@ GALLERY = Path(__file__).parents[2] / "docs" / "gallery"
 
 
 def test_every_picture_of_runs(run_folder, tmp_path, analyse, monkeypatch):
-    quick = "landscape --model MODEL --compare COMPARE --grid 3 --num-images 8 --workers 1 --no-hessian"
+    quick = {
+        "landscape": "landscape --model MODEL --compare COMPARE --grid 3 --num-images 8 --workers 1 --no-hessian",
+        "faithfulness": "faithfulness --model MODEL --compare COMPARE --num-images 4 --steps 3",
+        "compare": "compare --model MODEL COMPARE --names KArAt softmax --batch-size 2",
+    }
     pictures = [
-        dataclasses.replace(picture, command=quick) if picture.name.startswith("landscape") else picture
+        dataclasses.replace(picture, command=quick.get(picture.command.split()[0], picture.command))
         for picture in gallery.PICTURES
     ]
     monkeypatch.setattr(gallery, "PICTURES", pictures)
@@ -70,6 +74,6 @@ def test_the_galleries_here_have_every_picture(name):
     assert [line.split(":")[0] for line in described] == ["KArAt", "softmax"]
     assert all("held-out images right" in line for line in described)
     note = re.search(r"right\.\n\n(?!For checkpoints)(.*)\n", text)
-    assert text == gallery.page(list(gallery.PICTURES), described, note and note[1])
+    assert text == gallery.page(gallery.pictures_of(name), described, note and note[1])
     for picture in re.findall(r"!\[\w+\]\((.*)\)", text):
         assert (GALLERY / name / picture).read_bytes().startswith(b"\x89PNG")

@@ -20,13 +20,15 @@ def test_effective_rank():
 
 
 def test_the_spectrum_of_known_matrices(karat, monkeypatch):
-    """Scores and maps of known singular values, rotated at random."""
+    """Scores and maps of known singular values, rotated at random; larger from image to image, with this mean."""
     checkpoint = load_checkpoint(karat)
     known = {"scores": torch.tensor([5.0, 2, 1] + [0.0] * 7), "maps": torch.tensor([4.0, 4] + [0.0] * 8)}
 
+    factors = [0.5, 1.0, 1.5] * 2
+
     def of(values):
         turn = torch.linalg.qr(torch.randn(2, 3, 2, 10, 10, dtype=torch.float64)).Q
-        return turn[0] @ torch.diag(values.double()) @ turn[1]
+        return turn[0] @ torch.diag(values.double()) @ turn[1] * torch.tensor(factors[:3]).view(3, 1, 1, 1)
 
     def record(checkpoint, pixels, blocks, batch_size, dtype):
         return {block: Attention(of(known["scores"]), of(known["maps"])) for block in blocks}
@@ -34,8 +36,9 @@ def test_the_spectrum_of_known_matrices(karat, monkeypatch):
     monkeypatch.setattr(spectrum, "record", record)
     data = spectrum.compute(checkpoint, torch.zeros(6, 3, 12, 12), block=1, batch_size=3)
     assert data.before.shape == data.after.shape == (6, 2, 10)
-    np.testing.assert_allclose(data.before, np.broadcast_to(known["scores"], (6, 2, 10)), atol=1e-12)
-    np.testing.assert_allclose(data.after, np.broadcast_to(known["maps"], (6, 2, 10)), atol=1e-12)
+    for found, values in ((data.before, known["scores"]), (data.after, known["maps"])):
+        expected = np.multiply.outer(factors, np.broadcast_to(values, (2, 10)))
+        np.testing.assert_allclose(found, expected, atol=1e-12)
     assert data.effective_after.shape == (2, 6, 2)
     np.testing.assert_allclose(data.effective_after, 2)
     with style.context():
@@ -44,6 +47,8 @@ def test_the_spectrum_of_known_matrices(karat, monkeypatch):
     # Lines end where the rank does.
     np.testing.assert_allclose(lines[to_rgb(style.GREY)].get_xydata(), [[1, 5], [2, 2], [3, 1]])
     np.testing.assert_allclose(lines[to_rgb(style.BLUE)].get_xydata(), [[1, 4], [2, 4]])
+    bands = [band.get_datalim(axes.transData).extents for band in axes.collections]
+    np.testing.assert_allclose(bands, [[1, 0.5, 3, 7.5], [1, 2, 2, 6]])
 
 
 def test_the_bounds_hold_for_a_model(tmp_path):
