@@ -217,6 +217,33 @@ def test_a_model_trains_alike_on_every_path(options):
     assert losses["karat_triton"] == pytest.approx(losses["eager"], rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.parametrize("way", ["gradient checkpointing", "offload"])
+def test_gradients_are_equal_where_activations_are_not_kept(way):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = KArAtViTConfig(**sizes, image_size=4, patch_size=1, num_labels=3, karat_rank=2, grid_size=1)
+    torch.manual_seed(0)
+    model = KArAtViTForImageClassification(config).to(DEVICE)
+    model.set_attn_implementation("karat_triton")
+    images, labels = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([0, 2], device=DEVICE)
+
+    def gradients():
+        model.zero_grad()
+        model(images, labels=labels).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    if way == "offload":
+        with torch.autograd.graph.save_on_cpu():
+            found = gradients()
+    else:
+        model.train()
+        model.gradient_checkpointing_enable()
+        found = gradients()
+    assert len(found) == len(expected)
+    for actual, wanted in zip(found, expected):
+        torch.testing.assert_close(actual, wanted)
+
+
 def test_compile_takes_the_kernels_whole():
     operator = make_operator(4, 4, 2, karat_rank=2, grid_size=1)
     inputs = [torch.randn(1, 2, 17, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
