@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
             (head,) = options.numbers([head], checkpoint.heads, "--head", "head")
         values.append(groups(checkpoint, block, head))
     data = compute(values)
-    labels = ["start" if moment.step == 0 else f"epoch {moment.epoch:g}" for moment in found]
+    labels = ["start" if moment.step == 0 else f"epoch {round(moment.epoch, 1):g}" for moment in found]
     with style.context():
         columns = style.columns_of(len(data))
         rows = -(-len(data) // columns)
