@@ -278,13 +278,15 @@ def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids
     The same output by the fused kernels: memory linear in N, no N x N tensor in device memory, forward or backward.
 
     Args:
-        keep: boolean (B, N), or `None`.
+        keep: boolean (B or 1, N), or `None`.
         grids: patch grids (own, wanted) to resample the parameters between, or `None`.
 
     Returns:
         Output (B, h, N, d) in the dtype of `query`.
     """
     (step,) = operator.edges
+    # The kernels take one dtype, and would read another one as it.
+    key, value = key.to(query.dtype), value.to(query.dtype)
     if grids is None:
         own, projector = step(torch.float32), operator.projector.to(torch.float32)
     else:

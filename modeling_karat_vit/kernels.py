@@ -1316,6 +1316,9 @@ def _reduce(
             total = _total(partial_ptr, M + NUMERATOR + j, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
             # The scale is in these sums already.
             tl.store(d_second_ptr + (head * DENOMINATOR + j) * size + edge, total, mask=inside)
+    if M == K:
+        # There is no base function, and its scale may be trainable all the same.
+        tl.store(d_base_ptr + head * size + edge, tl.zeros_like(scale), mask=inside)
     total = _total(partial_ptr, COUNT - 1, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
     tl.store(d_w_ptr + head * size + n * R + r, total, mask=inside)
     tl.store(d_scale_ptr + head * size + edge, d_scale, mask=inside)
@@ -1736,7 +1739,7 @@ def fused_attention(q, k, v, parameters, keep, scaling: float, form: Form) -> to
         q, k, v: (B, h, N, d), of one dtype, fp32, fp16 or bf16; any strides.
         parameters: three tensors of the basis, the absent ones empty, scale_basis, scale_base, (h, r, N) each with what
             a family needs between h and r, and the projector (h, N, r).
-        keep: boolean (B, N), or `None`: keys that are False contribute nothing.
+        keep: boolean (B or 1, N), or `None`: keys that are False contribute nothing.
         scaling: factor of the scores.
         form: of the step, from `form_of`.
 
@@ -1744,9 +1747,12 @@ def fused_attention(q, k, v, parameters, keep, scaling: float, form: Form) -> to
         (B, h, N, d), laid out as (B, N, h, d), in the dtype of `q`.
     """
     parameters = [parameter.contiguous() for parameter in parameters]
-    keep = keep if keep is None else keep.contiguous()
+    keep = keep if keep is None else keep.expand(q.shape[0], -1).contiguous()
     if torch.compiler.is_compiling():
         out = _attention(q, k, v, parameters, keep, scaling, form.to_list(), torch.is_grad_enabled())[0]
+    elif not torch.is_grad_enabled():
+        # An autograd function cannot tell, and would save H.
+        out = _run_forward(q, k, v, parameters, keep, scaling, form, False)[0]
     else:
         out = _FusedAttention.apply(form, scaling, keep, q, k, v, *parameters)
     return out.transpose(1, 2)

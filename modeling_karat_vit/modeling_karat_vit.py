@@ -153,8 +153,12 @@ class KArAtViTAttention(ViTAttention):
         self.is_karat = config.is_karat_layer(layer_index)
         self.karat_heads = (config.num_karat_heads or config.num_attention_heads) if self.is_karat else 0
         self.operator = KArAtOperator(config) if self.is_karat and config.sharing == "blockwise" else None
-        # Why the fused kernels do not apply, by device and dtype: asked at every call.
+        # Why the fused kernels do not apply, by all that may change between calls: asked at every call.
         self._obstacles = {}
+
+    def __getstate__(self):
+        # A copy may get another configuration, and a pickle another machine.
+        return {**self.__dict__, "_obstacles": {}}
 
     def forward(
         self,
@@ -211,12 +215,13 @@ class KArAtViTAttention(ViTAttention):
         """How KArAt heads are computed under `implementation`: what it names, or else the fastest that applies."""
         if implementation in ("eager", "karat_portable"):
             return implementation
-        kind = query.device.type, query.dtype
+        device, dtype = query.device.type, query.dtype
         if torch.compiler.is_compiling():
-            obstacle = why_not_fused(self.config, *kind)
+            obstacle = why_not_fused(self.config, device, dtype)
         else:
+            kind = device, dtype, self.config.project_l1
             if kind not in self._obstacles:
-                self._obstacles[kind] = why_not_fused(self.config, *kind)
+                self._obstacles[kind] = why_not_fused(self.config, device, dtype)
             obstacle = self._obstacles[kind]
         if obstacle is None and query.shape[0] > 0:
             return "karat_triton"
