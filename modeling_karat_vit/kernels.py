@@ -1421,7 +1421,7 @@ class _Plan:
             "DP": self.head_size_padded,
         }
         self.tiles = _tiles(form, tokens)
-        self._fit(2 if dtype != torch.float32 else 4)
+        self._fit(dtype.itemsize)
         own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_reduce": {"BLOCK": 64, "ROWS": 16}}
         self.options = {}
         for kernel in (_prepare, _forward, _backward_queries, _backward_keys, _reduce):
@@ -1430,20 +1430,22 @@ class _Plan:
             self.options[name] = known | own[name]
 
     def _fit(self, itemsize: int) -> None:
-        """Fewer stages, and no smaller last tile, where the shared memory (227 KiB) would not hold what is loaded."""
+        """
+        Fewer stages, and no smaller last tile of queries, where the shared memory (227 KiB on an H100) would not hold
+        what is loaded.
+        """
         rows, columns = self.features * self.rank_padded, self.head_size_padded
-        for name in ("_forward", "_backward_queries"):
-            tile = self.tiles[name]
+        queries, keys = self.tiles["_backward_queries"], self.tiles["_backward_keys"]
+        for tile in (self.tiles["_forward"], queries):
             while tile["num_stages"] > 1 and tile["num_stages"] * tile["BN"] * (rows + columns) * itemsize > _SHARED:
                 tile["num_stages"] -= 1
-        if tile["num_stages"] * tile["TAIL_BN"] * (rows + columns) * itemsize > _SHARED:
-            tile["TAIL"] = tile["BM"]
-        tile = self.tiles["_backward_keys"]
-        kept = tile["BN"] * rows * itemsize
-        tile["KEPT"] = kept <= _SHARED
-        moved = tile["BM"] * (self.rank_padded + columns) * itemsize + (0 if tile["KEPT"] else kept)
-        while tile["num_stages"] > 1 and tile["num_stages"] * moved > _SHARED:
-            tile["num_stages"] -= 1
+        if queries["num_stages"] * queries["TAIL_BN"] * (rows + columns) * itemsize > _SHARED:
+            queries["TAIL"] = queries["BM"]
+        kept = keys["BN"] * rows * itemsize
+        keys["KEPT"] = kept <= _SHARED
+        moved = keys["BM"] * (self.rank_padded + columns) * itemsize + (0 if keys["KEPT"] else kept)
+        while keys["num_stages"] > 1 and keys["num_stages"] * moved > _SHARED:
+            keys["num_stages"] -= 1
 
 
 def _kind(tensors, *sizes):
@@ -1456,7 +1458,7 @@ _compiled = {}
 
 def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments) -> None:
     """
-    Launch a kernel on the current device.
+    Launch a kernel on the current device. All that it gets follows from its plan and `kind`.
 
     Triton binds and hashes some forty arguments at each launch, which takes longer than the kernels of a small batch
     run. Here a compiled kernel is kept for each kind of arguments, and launched directly.

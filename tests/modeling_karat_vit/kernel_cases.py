@@ -43,14 +43,11 @@ def make_operator(rows: int, columns: int, heads: int, **options) -> KArAtOperat
 def attend(operator, way, query, key, value, keep, dtype):
     tensors = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
     parameters = dict(operator.named_parameters())
-    if operator.edges[0].base is None:
-        del parameters["edges.0.scale_base"]
     scaling = query.shape[-1] ** -0.5
     if way == "reference":
         double = {name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()}
         tensors = [x.double().detach().requires_grad_() for x in tensors]
         leaves = [*tensors, *double.values()]
-        double.setdefault("edges.0.scale_base", operator.edges[0].scale_base.detach().double())
         mask = None if keep is None else keep[:, None, None, :]
         output, _, _ = eager_karat_attention(operator, *tensors, scaling, double, mask)
     else:
@@ -186,6 +183,28 @@ def test_work_on_keys_is_shared_out(tokens, tiles, has_tail):
         assert tokens <= covered < tokens + 64
 
 
+def test_without_gradients_nothing_is_saved(monkeypatch):
+    saved = []
+    run = kernels._run_forward
+    monkeypatch.setattr(kernels, "_run_forward", lambda *args: saved.append(args[-1]) or run(*args))
+    operator = make_operator(2, 2, 1, karat_rank=2, grid_size=1)
+    inputs = [torch.randn(2, 1, 5, 16, device=DEVICE) for _ in range(3)]
+    with_gradients, _, _ = operator(*inputs, 0.25, "karat_triton")
+    with torch.no_grad():
+        without, _, _ = operator(*inputs, 0.25, "karat_triton")
+    assert saved == [True, False]
+    torch.testing.assert_close(without, with_gradients)
+
+
+def test_a_mask_for_all_images_and_inputs_of_two_dtypes():
+    operator = make_operator(2, 2, 1, karat_rank=2, grid_size=1)
+    query, key, value = (torch.randn(3, 1, 5, 16, device=DEVICE) for _ in range(3))
+    keep = torch.tensor([[True, False, True, True, False]], device=DEVICE)
+    found, _, _ = operator(query, key.half(), value.half(), 0.25, "karat_triton", keep)
+    expected, _, _ = operator(query, key.half(), value.half(), 0.25, "karat_portable", keep)
+    torch.testing.assert_close(found, expected)
+
+
 def test_two_runs_give_equal_bits():
     operator = make_operator(4, 4, 2, karat_rank=4)
     inputs = [torch.randn(3, 2, 17, 16, device=DEVICE) for _ in range(3)]
@@ -247,7 +266,7 @@ def test_gradients_are_equal_where_activations_are_not_kept(way):
 def test_compile_takes_the_kernels_whole():
     operator = make_operator(4, 4, 2, karat_rank=2, grid_size=1)
     inputs = [torch.randn(1, 2, 17, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
-    leaves = [*inputs, *(x for name, x in operator.named_parameters() if not name.endswith("scale_base"))]
+    leaves = [*inputs, *operator.parameters()]
 
     def run(function):
         output, _, _ = function(*inputs, 0.25, "karat_triton")
@@ -260,7 +279,7 @@ def test_compile_takes_the_kernels_whole():
 
 @pytest.mark.parametrize("options", BASES, ids=str)
 def test_fp16(options):
-    """Sums of rows take another way in half precision; bf16 is more than the interpreter can."""
+    """Half precision where there is no GPU; bf16 is more than the interpreter can."""
     check(dtype=torch.float16, karat_rank=3, images=1, grid=(3, 5), masked=True, **options)
 
 

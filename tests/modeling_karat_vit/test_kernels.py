@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which path runs, and the fused kernels in Triton's interpreter."""
 
+import copy
 import logging
 import os
 import subprocess
@@ -81,6 +82,19 @@ def test_what_the_kernels_apply_to(monkeypatch, options, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     obstacle = attention_module.why_not_fused(KArAtViTConfig(**(TINY | options)), "cuda")
     assert obstacle is None if reason is None else reason in obstacle
+
+
+def test_what_was_found_out_about_the_kernels_holds_for_this_configuration_and_machine(monkeypatch):
+    where = "modeling_karat_vit.modeling_karat_vit.why_not_fused"
+    monkeypatch.setattr(where, lambda config, *_: "project_l1" if config.project_l1 else None)
+    network, query = model(), torch.zeros(1, 2, 5, 16)
+    attention = next(module for module in network.modules() if hasattr(module, "karat_way"))
+    assert attention.karat_way("sdpa", query) == "karat_triton"
+    monkeypatch.setattr(where, lambda *_: "another machine")
+    assert attention.karat_way("sdpa", query) == "karat_triton"
+    assert copy.deepcopy(attention).karat_way("sdpa", query) == "karat_portable"
+    network.config.project_l1 = True
+    assert attention.karat_way("sdpa", query) == "karat_portable"
 
 
 def test_fused_without_triton_is_an_error_that_says_what_to_do(monkeypatch):
