@@ -133,7 +133,7 @@ def main() -> None:
                 part(tables[kind])
     finally:
         for kind, table in tables.items():
-            table.write(output.with_name(f"{output.stem}{kind}.csv"))
+            table.write(output.with_stem(f"{output.stem}{kind}"))
 
 
 if __name__ == "__main__":

@@ -156,12 +156,15 @@ class Table:
         )
         if "median_ms" in row and "median_ms" in baseline:
             row["ratio_time"] = row["median_ms"] / baseline["median_ms"]
-            row["ratio_memory"] = row["peak_gib"] / baseline["peak_gib"]
+            if "peak_gib" in row:
+                row["ratio_memory"] = row["peak_gib"] / baseline["peak_gib"]
             if "gpu_ms" in row:
                 row["ratio_gpu"] = row["gpu_ms"] / baseline["gpu_ms"]
         self.rows.append({**row, **self.constant})
         if "median_ms" in row:
-            numbers = f"{row['median_ms']:9.3f} ms  x{row['ratio_time']:.2f}   memory x{row['ratio_memory']:.2f}"
+            numbers = f"{row['median_ms']:9.3f} ms  x{row['ratio_time']:.2f}"
+            if "peak_gib" in row:
+                numbers += f"   memory x{row['ratio_memory']:.2f}"
             if "gpu_ms" in row:
                 numbers += f"   GPU {row['gpu_ms']:9.3f} ms  x{row['ratio_gpu']:.2f}"
         else:

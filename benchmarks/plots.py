@@ -9,7 +9,6 @@ import csv
 import sys
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 
@@ -72,7 +71,6 @@ def main() -> None:
     arguments = [Path(argument) for argument in sys.argv[1:]]
     rows = arguments[0] if arguments else RESULTS / "cuda.csv"
     picture = arguments[1] if len(arguments) > 1 else rows.with_suffix(".png")
-    matplotlib.use("Agg")
     draw(latest(rows), picture)
     print(f"Written to {picture}")
 
