@@ -1389,7 +1389,15 @@ class _Plan:
     """How to compile the kernels for one kind of attention: `options` are their compile-time arguments by name."""
 
     def __init__(
-        self, form: Form, rank: int, head_size: int, dtype: torch.dtype, masked: bool, save: bool, tokens: int
+        self,
+        form: Form,
+        rank: int,
+        head_size: int,
+        dtype: torch.dtype,
+        masked: bool,
+        save: bool,
+        tokens: int,
+        device: torch.device,
     ):
         full = dtype == torch.float32
         self.features = form.features + (form.base != 0)
@@ -1421,7 +1429,7 @@ class _Plan:
             "DP": self.head_size_padded,
         }
         self.tiles = _tiles(form, tokens)
-        self._fit(dtype.itemsize)
+        self._fit(dtype.itemsize, _loadable(device))
         own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_reduce": {"BLOCK": 64, "ROWS": 16}}
         self.options = {}
         for kernel in (_prepare, _forward, _backward_queries, _backward_keys, _reduce):
@@ -1429,22 +1437,19 @@ class _Plan:
             known = {key: value for key, value in constants.items() if key in kernel.arg_names}
             self.options[name] = known | own[name]
 
-    def _fit(self, itemsize: int) -> None:
-        """
-        Fewer stages, and no smaller last tile of queries, where the shared memory (227 KiB on an H100) would not hold
-        what is loaded.
-        """
+    def _fit(self, itemsize: int, room: int) -> None:
+        """Fewer stages, and no smaller last tile of queries, where what is loaded would take more than `room` bytes."""
         rows, columns = self.features * self.rank_padded, self.head_size_padded
         queries, keys = self.tiles["_backward_queries"], self.tiles["_backward_keys"]
         for tile in (self.tiles["_forward"], queries):
-            while tile["num_stages"] > 1 and tile["num_stages"] * tile["BN"] * (rows + columns) * itemsize > _SHARED:
+            while tile["num_stages"] > 1 and tile["num_stages"] * tile["BN"] * (rows + columns) * itemsize > room:
                 tile["num_stages"] -= 1
-        if queries["num_stages"] * queries["TAIL_BN"] * (rows + columns) * itemsize > _SHARED:
+        if queries["num_stages"] * queries["TAIL_BN"] * (rows + columns) * itemsize > room:
             queries["TAIL"] = queries["BM"]
         kept = keys["BN"] * rows * itemsize
-        keys["KEPT"] = kept <= _SHARED
+        keys["KEPT"] = kept <= room
         moved = keys["BM"] * (self.rank_padded + columns) * itemsize + (0 if keys["KEPT"] else kept)
-        while keys["num_stages"] > 1 and keys["num_stages"] * moved > _SHARED:
+        while keys["num_stages"] > 1 and keys["num_stages"] * moved > room:
             keys["num_stages"] -= 1
 
 
@@ -1485,8 +1490,12 @@ def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments) -> None
 _WARPS = 1056
 
 
-# Bytes of shared memory for what a kernel loads again and again; as much again is left for the rest.
-_SHARED = 100 * 2**10
+@cache
+def _loadable(device: torch.device) -> int:
+    """Bytes of shared memory for what a kernel loads again and again: a little less than half, the rest is for others."""
+    if device.type != "cuda":
+        return 100 * 2**10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin * 100 // 227
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -1540,7 +1549,7 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     """
     images, heads, tokens, head_size = q.shape
     padded = _padded(tokens)
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens)
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens, q.device)
     rp = plan.rank_padded
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     packed = q.new_empty(heads, 2 * plan.features + 1, padded, rp)
@@ -1564,7 +1573,7 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
 def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form):
     """Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty."""
     images, heads, tokens, head_size = q.shape
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True, tokens)
+    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True, tokens, q.device)
     rp, dp = plan.rank_padded, plan.head_size_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
@@ -1675,7 +1684,9 @@ def _register_operators():
     def _(q, k, v, parameters, keep, scaling, form, save):
         images, heads, tokens, head_size = q.shape
         padded = _padded(tokens)
-        plan = _Plan(Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens)
+        plan = _Plan(
+            Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens, q.device
+        )
         rp = plan.rank_padded
         edges = (heads, plan.edges, plan.rank, padded)
         return (
