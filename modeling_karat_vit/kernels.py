@@ -1492,7 +1492,7 @@ _WARPS = 1056
 
 @cache
 def _loadable(device: torch.device) -> int:
-    """Bytes of shared memory for what a kernel loads again and again: a little less than half, the rest is for others."""
+    """Bytes of shared memory for what a kernel loads again and again: a little less than half of all."""
     if device.type != "cuda":
         return 100 * 2**10
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin * 100 // 227
