@@ -517,10 +517,60 @@ def test_changed_files_are_not_overwritten(hub, finished, capsys):
     assert train(finished) == 0
     hub.change("me/digits", {"config.json": b"{}", "history.json": None})
     assert train(finished) == 0
-    assert "somebody changed config.json, history.json after the last push" in capsys.readouterr().out
+    assert "somebody changed or added config.json, history.json after the last push" in capsys.readouterr().out
     assert repository(hub).files()["config.json"] == b"{}"
     assert train(finished, "--hub_overwrite") == 0
     assert set(repository(hub).files()) == FINISHED
+
+
+def test_added_files_are_not_overwritten(hub, finished, tmp_path, capsys):
+    """Those of a name that the run comes to only later, also where it has pushed other files meanwhile."""
+    destination = Destination("me/digits", run=runs.read_record(finished)["id"], token=TOKEN)
+    destination.push({"config.json": finished / "config.json"}, "First")
+    hub.change("me/digits", {"all_results.json": b"mine"})
+    destination.push({"config.json": finished / "history.json"}, "Second")
+    assert train(finished) == 0
+    assert "somebody changed or added all_results.json" in capsys.readouterr().out
+    assert repository(hub).files()["all_results.json"] == b"mine"
+    assert train(finished, "--hub_overwrite") == 0
+    assert set(repository(hub).files()) == FINISHED
+
+
+def test_checkpoints_may_be_deleted_and_changed_there(hub, finished, tmp_path):
+    """The next push goes on, and does not write over what was changed."""
+    destination = Destination("me/digits", run=runs.read_record(finished)["id"], token=TOKEN)
+    config, history = finished / "config.json", finished / "history.json"
+    destination.push({"checkpoint-1/a": config, "checkpoint-2/a": config, "config.json": config}, "First")
+    hub.change("me/digits", {"checkpoint-1/a": None, "checkpoint-2/a": b"mine"})
+    destination.push({"config.json": history}, "Second")
+    files = repository(hub).files()
+    assert files["config.json"] == history.read_bytes() and "checkpoint-1/a" not in files
+    with pytest.raises(InputError, match="changed or added checkpoint-2/a"):
+        destination.push({"checkpoint-2/a": config}, "Third")
+
+
+def test_branch_of_files_that_no_run_pushed(hub, finished):
+    """They may be replaced there, since `main` keeps them; the others stay."""
+    there = hub.add("me/digits", {"config.json": b"{}", "notes.md": b"mine", "README.md": b"# Mine"})
+    for _ in range(2):
+        assert train(finished, "--hub_revision", "ours") == 0
+    files = there.files("ours")
+    assert set(files) == FINISHED | {"notes.md"} and files["config.json"] == (finished / "config.json").read_bytes()
+    assert there.files()["config.json"] == b"{}"
+
+
+@pytest.mark.parametrize("record", [b"{", b"[]", b'{"run": "x"}'])
+def test_record_that_somebody_damaged(hub, finished, capsys, record):
+    hub.add("me/digits", {RECORD: record, "config.json": b"{}"})
+    assert "holds files that no run pushed" in fails(capsys, *words(finished))
+    assert train(finished, "--hub_overwrite") == 0
+    assert set(repository(hub).files()) == FINISHED
+
+
+def test_private_repository_by_hand(tmp_path):
+    """Where there is no repository, `hf upload` makes a public one unless told otherwise."""
+    assert "--private" in Destination("me/x", run="a", token=TOKEN, private=True).command(tmp_path)
+    assert "--private" not in Destination("me/x", run="a", token=TOKEN).command(tmp_path)
 
 
 def test_nothing_new_makes_no_commit(hub, finished, capsys):
