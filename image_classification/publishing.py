@@ -262,7 +262,8 @@ class Publisher(TrainerCallback):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
             )
         out, err = self._process.communicate(hub.describe(self.destination, files, message, self.waits))
