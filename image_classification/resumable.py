@@ -17,6 +17,7 @@ from accelerate.utils import recursively_apply
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -55,7 +56,8 @@ class ResumableTrainer(ParallelTrainer):
         self.identity: str | None = None  # Which run its checkpoints are of.
         self._may_stop = False  # Where `_Asked` is caught.
         self._training = False
-        self._loaders: list[torch.utils.data.DataLoader] = []
+        self._loaders: list[DataLoader] = []  # Whose data workers outlive an epoch.
+        self._evaluated = None  # The data set that was evaluated last, if it has no name.
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """
@@ -107,15 +109,25 @@ class ResumableTrainer(ParallelTrainer):
         # It draws when workers start, which is at each epoch or not: training must not depend on it.
         inner.generator = torch.Generator()
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
-        self._loaders.append(inner)
+        if inner.persistent_workers:
+            self._loaders.append(inner)
         return loader
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        # Where its workers persist, Transformers keeps the first loader for whatever data set is evaluated after it.
+        asked = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(asked, str) and asked is not self._evaluated:
+            if (before := getattr(self, "_eval_dataloaders", {}).pop("eval", None)) is not None:
+                before = getattr(before, "base_dataloader", before)
+                self._loaders.remove(before)
+                _end_workers(before)
+            self._evaluated = asked
+        return super().get_eval_dataloader(eval_dataset)
 
     def _end_data_workers(self) -> None:
         """Those that outlive an epoch: at the process's end they would be killed, which PyTorch takes for a failure."""
         for loader in self._loaders:
-            if (iterator := loader._iterator) is not None:
-                loader._iterator = None
-                iterator._shutdown_workers()
+            _end_workers(loader)
 
     # Going on
 
@@ -352,6 +364,12 @@ class _Asked(Exception):
 
     def __init__(self, number: int):
         self.number = number
+
+
+def _end_workers(loader: DataLoader) -> None:
+    if (iterator := loader._iterator) is not None:
+        loader._iterator = None
+        iterator._shutdown_workers()
 
 
 def _start_worker(then, worker: int) -> None:
