@@ -7,8 +7,10 @@ when it was written, so that logs and evaluations are neither lost nor done twic
 process, DDP and FSDP2, so a run may go on under another layout. (DeepSpeed writes its own, for its own.)
 """
 
+import dataclasses
 import functools
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from .errors import InputError
 from .parallel import ParallelTrainer
 from .stopping import Stopped, StopSignals, outlive_signals
 
+
+logger = logging.getLogger(__name__)
 
 ACTIONS = ("log", "evaluate", "save")
 
@@ -134,8 +138,29 @@ class ResumableTrainer(ParallelTrainer):
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         self._epoch_steps = num_update_steps_per_epoch
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        if self.resumed_from is not None and self.args.load_best_model_at_end:
+            self.state.best_model_checkpoint = self._find_best()
         # Transformers would train one step more where `max_steps` ends within an epoch.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
+
+    def _find_best(self) -> str | None:
+        """The folder of the best checkpoint so far, whose name the one that the run goes on from has."""
+        state = json.loads((self.resumed_from / checkpoints.STATE).read_text(encoding="utf-8"))
+        if not (best := state["best_model_checkpoint"]):
+            return None
+        name = Path(best).name
+        places = [Path(self.args.output_dir) / name, self.resumed_from.with_name(name)]
+        if name == checkpoints.checkpoint_folder("", self.state.global_step).name:
+            places.append(self.resumed_from)  # Under the name that it has on the Hub.
+        for place in places:
+            if place.is_dir():
+                return str(place)
+        logger.warning(
+            f"`load_best_model_at_end`: {name}, the best so far (`{self.args.metric_for_best_model}` "
+            f"{state['best_metric']:.4g}), is not here. The run ends with a later checkpoint if that is better, else "
+            "with its last weights."
+        )
+        return None
 
     def _catch_up(self) -> None:
         """When training begins: go back to where the checkpoint was saved, and do what was due there."""
@@ -313,7 +338,11 @@ class ResumableTrainer(ParallelTrainer):
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(part / checkpoints.STATE))
+            state = dataclasses.replace(self.state)
+            if state.best_model_checkpoint is not None:
+                # No folder of this machine: it may be moved, or pushed to the Hub.
+                state.best_model_checkpoint = Path(state.best_model_checkpoint).name
+            state.save_to_json(str(part / checkpoints.STATE))
 
     def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Further safetensors files of a checkpoint, by name: a subclass's. All processes call it."""

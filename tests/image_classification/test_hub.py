@@ -262,6 +262,27 @@ def test_another_machine_goes_on_from_the_last_checkpoint(hub, trained, tmp_path
     }
 
 
+def test_another_machine_ends_with_the_best_checkpoint(hub, tmp_path, capsys):
+    """Though that is the pushed one; no checkpoint has a folder of the machine that it comes from."""
+    first, second, third = (tmp_path / name / "digits" for name in ("first", "second", "third"))
+    words = ("--hub_strategy", "checkpoint", "--hub_always_push", "--load_best_model_at_end")
+    assert train(first, *words) == 0
+    there = repository(hub)
+    assert all(str(tmp_path).encode() not in content for content in there.files().values())
+    final, commits = there.files()["model.safetensors"], history(there.branches["main"])
+    assert json.loads(there.files()["last-checkpoint/trainer_state.json"])["best_model_checkpoint"] == "checkpoint-2"
+    end, half = (next(c for c in commits if c.title.endswith(f"epoch {epoch} of 2")) for epoch in (2, 1))
+    shutil.rmtree(first)
+    there.branches["main"] = half
+    assert train(second, *words, "--resume_from_checkpoint", "me/digits") == 0
+    assert there.files()["model.safetensors"] == final
+    assert "is not here" not in capsys.readouterr().out
+    # One that is neither here nor there is told.
+    there.branches["main"] = end
+    assert train(third, *words, "--resume_from_checkpoint", "me/digits", "--num_train_epochs", "3") == 0
+    assert "checkpoint-2, the best so far (`accuracy` 0.05), is not here" in capsys.readouterr().out
+
+
 def test_all_checkpoints(hub, tmp_path):
     """Those that `save_total_limit` deletes here, too; a run that goes on adds to them."""
     words = ("--hub_strategy", "all_checkpoints", "--save_total_limit", "1", "--metric_for_best_model", "loss")
