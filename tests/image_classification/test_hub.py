@@ -500,6 +500,10 @@ def test_another_run_in_another_folder(hub, finished, tmp_path, capsys):
     """The same name is no reason to replace the model there."""
     assert train(finished) == 0
     assert "the model of another run" in fails(capsys, *words(tmp_path / "elsewhere" / "digits", "--seed", "4"))
+    # Nor is a checkpoint that it goes on from, under other settings.
+    on = (tmp_path / "on" / "digits", "--resume_from_checkpoint", finished / "checkpoint-2")
+    assert "the model of another run" in fails(capsys, *words(*on, "--weight_decay", "0.1"))
+    assert train(*on) == 0
 
 
 def test_branch(hub, finished, tmp_path):
