@@ -479,7 +479,8 @@ def push_with_patience(
     Push, and try again after each of the waits (in seconds) where that may help. Without files, only complete the name.
 
     Returns:
-        `name` of the repository, and what `Destination.push` returns; or `error`, why it was not pushed.
+        `name` of the repository, and what `Destination.push` returns; or `error`, why it was not pushed, and whether
+        that is a `conflict`.
     """
     for wait in (*waits, None):
         try:
@@ -490,7 +491,7 @@ def push_with_patience(
         except Exception as error:
             trouble = explain(error)
             if wait is None or not trouble.passing:
-                return {"error": trouble.reason}
+                return {"error": trouble.reason, "conflict": isinstance(error, Conflict)}
             time.sleep(wait)
 
 

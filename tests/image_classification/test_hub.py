@@ -542,7 +542,9 @@ def test_changed_files_are_not_overwritten(hub, finished, capsys):
     assert train(finished) == 0
     hub.change("me/digits", {"config.json": b"{}", "history.json": None})
     assert train(finished) == 0
-    assert "somebody changed or added config.json, history.json after the last push" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "somebody changed or added config.json, history.json after the last push" in out
+    assert "hf upload" not in out  # Which would overwrite them.
     assert repository(hub).files()["config.json"] == b"{}"
     assert train(finished, "--hub_overwrite") == 0
     assert set(repository(hub).files()) == FINISHED
