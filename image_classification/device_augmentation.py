@@ -348,9 +348,7 @@ class DrawnBatch:
 
     def pin_memory(self) -> "DrawnBatch":
         """Called by PyTorch's data loader in a thread of its own: what is to be decoded is, while a step trains."""
-        if not torch.cuda.is_available():
-            return dataclasses.replace(self, data=self.data.pin_memory())
-        if self.lengths:
+        if self.lengths and torch.cuda.is_available():
             return self._decoded(torch.device("cuda", torch.cuda.current_device()))
         return dataclasses.replace(self, data=self.data.pin_memory())
 
@@ -504,7 +502,8 @@ class CollateDrawn:
             data = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,), (1,))
         for place, image in zip(data[:pixels].view(len(images), *self.size, 3), images, strict=True):
             place.copy_(image.permute(1, 2, 0))
-        torch.cat([file.content for file in files], out=data[pixels:]) if files else None
+        if files:
+            torch.cat([file.content for file in files], out=data[pixels:])
         return data
 
 

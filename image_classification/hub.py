@@ -154,7 +154,7 @@ class Content:
         head: its last commit.
         private: whether only its owners see it.
         blobs: the git oid of each file, without what the Hub itself puts there.
-        record: what was pushed from here, if anything was.
+        record: what was pushed from here, if anything was; `None` also where somebody made it unreadable.
     """
 
     head: str
@@ -166,6 +166,14 @@ class Content:
     def ours(self) -> list[str]:
         """The files in it that were pushed from here."""
         return [path for path in (self.record or {}).get("files", []) if path in self.blobs]
+
+
+def _read_record(content: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("files"), (dict, list)) else None
 
 
 class Repository:
@@ -209,7 +217,7 @@ class Repository:
             at = {**self._where, "revision": info.sha}
             with tempfile.TemporaryDirectory() as folder:
                 path = self.api.hf_hub_download(**at, filename=self._record, local_dir=folder)
-                record = json.loads(Path(path).read_text(encoding="utf-8"))
+                record = _read_record(Path(path).read_bytes())
         return Content(info.sha, bool(info.private), blobs, record)
 
     def changed(self, content: Content) -> set[str]:
@@ -311,10 +319,11 @@ class Destination:
         return content
 
     def _branch(self, main: Content) -> Content:
-        """A new branch begins with the files of `main`, and is this run's from its first commit."""
+        """A new branch begins with the files of `main`, which keeps them, and is this run's from its first commit."""
         repository = self.repository
         repository.api.create_branch(self.name, branch=self.revision, exist_ok=True)
-        record = json.dumps({"run": self.run, "files": dict.fromkeys(main.ours, "")})
+        began = sorted(main.blobs.keys() - set(main.ours))
+        record = json.dumps({"run": self.run, "files": dict.fromkeys(main.ours, ""), "began_with": began})
         repository.commit({RECORD: record.encode()}, [], f"Begin {self.revision}", main.head)
         return repository.look()
 
@@ -341,38 +350,46 @@ class Destination:
             `url` of the repository; `kept`: whether the card is somebody's; `changed`: whether anything was new.
 
         Raises:
-            Conflict: the repository holds what is not this run's, or what somebody changed.
+            Conflict: the repository holds what is not this run's, or what somebody changed or added in its way.
         """
         content = self.claim()
         record = content.record if content.record and content.record.get("run") == self.run else {}
-        kept = False
-        if record and not self.overwrite:
-            changed = self.repository.changed(content)
-            kept = CARD in changed or bool(record.get("card_kept"))
-            if others := sorted(changed - {CARD}):
-                raise Conflict(
-                    f"`push_to_hub`: in {self.repository.url}, somebody changed {_some(others)} after the last push. "
-                    "Choose another repository with --hub_model_id, or replace them with --hub_overwrite (the "
-                    "repository's history keeps them)."
-                )
-        sums = {path: _sha256(file) for path, file in files.items()}
         last = any(path.startswith(f"{LAST_CHECKPOINT}/") for path in files)
         replaced = {
             path
             for path in content.ours
             if not record or "/" not in path or (last and path.startswith(f"{LAST_CHECKPOINT}/"))
         }
-        stays = {path: record["files"][path] for path in content.ours if path not in replaced}
+        changed, kept = set(), False
+        if record and not self.overwrite:
+            changed = self.repository.changed(content) | self._in_the_way(files, content)
+            kept = CARD in changed or bool(record.get("card_kept"))
+            if others := sorted(changed & (files.keys() | replaced) - {CARD}):
+                raise Conflict(
+                    f"`push_to_hub`: in {self.repository.url}, somebody changed or added {_some(others)} after the "
+                    "last push. Choose another repository with --hub_model_id, or replace them with --hub_overwrite "
+                    "(the repository's history keeps them)."
+                )
+        sums = {path: _sha256(file) for path, file in files.items()}
+        # What somebody changed of earlier checkpoints is theirs from now on.
+        stays = {path: record["files"][path] for path in content.ours if path not in replaced | changed}
         new = {"run": self.run, "files": dict(sorted((stays | sums).items()))} | ({"card_kept": True} if kept else {})
+        if began := record.get("began_with"):
+            new["began_with"] = began
         written = {path: file for path, file in files.items() if not (kept and path == CARD)}
         written[RECORD] = (json.dumps(new, indent=1) + "\n").encode()
         stale = sorted(replaced - sums.keys() - ({CARD} if kept else set()))
         commit = self.repository.commit(written, stale, message, content.head)
         return {"url": self.repository.url, "kept": kept, "changed": commit.oid != content.head}
 
+    def _in_the_way(self, files: dict[str, Path], content: Content) -> set[str]:
+        """Of the files to be pushed, those that somebody else has put there, though this run has pushed others."""
+        return (files.keys() & content.blobs.keys()) - set(content.ours) - set(content.record.get("began_with", ()))
+
     def command(self, folder: Path) -> str:
         """The command that pushes a finished run's folder by hand."""
         words = ["hf", "upload", self.name, str(folder), ".", *(["--revision", self.revision] if self.revision else [])]
+        words += ["--private"] if self.private else []  # Else it would make a public repository, where there is none.
         return shlex.join([*words, *(word for pattern in NOT_PUSHED for word in ("--exclude", pattern))])
 
 
@@ -426,7 +443,7 @@ def download_checkpoint(name: str, token: str | None = None) -> Path:
     Raises:
         InputError: there is none, or the Hub cannot be asked.
     """
-    with understood("resume_from_checkpoint", name):
+    with understood("resume_from_checkpoint", name), patience(PATIENCE):
         files = HfApi(token=token).list_repo_files(name)
         folders = {path.split("/")[0] for path in files if "/" in path}
         steps = {int(match[1]): match[0] for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder))}
@@ -462,7 +479,8 @@ def push_with_patience(
     Push, and try again after each of the waits (in seconds) where that may help. Without files, only complete the name.
 
     Returns:
-        `name` of the repository, and what `Destination.push` returns; or `error`, why it was not pushed.
+        `name` of the repository, and what `Destination.push` returns; or `error`, why it was not pushed, and whether
+        that is a `conflict`.
     """
     for wait in (*waits, None):
         try:
@@ -473,7 +491,7 @@ def push_with_patience(
         except Exception as error:
             trouble = explain(error)
             if wait is None or not trouble.passing:
-                return {"error": trouble.reason}
+                return {"error": trouble.reason, "conflict": isinstance(error, Conflict)}
             time.sleep(wait)
 
 
@@ -493,7 +511,9 @@ def main() -> None:
     logging.set_verbosity_error()
     job = json.loads(sys.stdin.readline())  # A data worker may have a copy of the pipe, so its end may not come.
     files = {path: Path(file) for path, file in job["files"].items()}
-    json.dump(push_with_patience(Destination(**job["destination"]), files, job["message"], job["waits"]), sys.stdout)
+    with contextlib.redirect_stdout(sys.stderr):  # Whatever a library prints is not the result.
+        result = push_with_patience(Destination(**job["destination"]), files, job["message"], job["waits"])
+    json.dump(result, sys.stdout)
 
 
 def describe(destination: Destination, files: dict[str, Path], message: str, waits: tuple[float, ...]) -> str:

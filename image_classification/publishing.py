@@ -262,7 +262,8 @@ class Publisher(TrainerCallback):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
             )
         out, err = self._process.communicate(hub.describe(self.destination, files, message, self.waits))
@@ -282,7 +283,8 @@ class Publisher(TrainerCallback):
                 if "error" in outcome and self.strategy == HubStrategy.ALL_CHECKPOINTS:
                     logger.warning(f"Not pushed: {push.what}: {outcome['error'].rstrip('.')}.")
             elif "error" in outcome:
-                self._fail(f"{push.what}: {outcome['error'].rstrip('.')}", outcome["error"], final)
+                said = f"{push.what}: {outcome['error'].rstrip('.')}"
+                self._fail(said, outcome["error"], final, outcome.get("conflict", False))
             elif final or self._told != "pushed":
                 done = "Pushed" if outcome["changed"] else "Up to date:"
                 every = "." if final else f" ({push.what}). Every save is pushed from now on."
@@ -290,11 +292,12 @@ class Publisher(TrainerCallback):
                 logger.info(f"{done} {outcome['url']}{every}{kept}")
                 self._told = "pushed"
 
-    def _fail(self, said: str, reason: str | None = None, final: bool = False) -> None:
+    def _fail(self, said: str, reason: str | None = None, final: bool = False, conflict: bool = False) -> None:
         if final:
+            how = f" The same command again pushes it; or, by hand:\n  {self.destination.command(self.folder)}"
+            how = "" if conflict else how  # By hand, it would overwrite what the push left alone.
             logger.warning(
-                f"Not pushed to {self.destination.name}: {said}.\nNothing is lost: {self.folder} has all of it. The "
-                f"same command again pushes it; or, by hand:\n  {self.destination.command(self.folder)}"
+                f"Not pushed to {self.destination.name}: {said}.\nNothing is lost: {self.folder} has all of it.{how}"
             )
         elif reason is None or reason != self._told:
             logger.warning(f"Not pushed: {said}. Training goes on, and the next save is pushed again.")

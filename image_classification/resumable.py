@@ -7,8 +7,10 @@ when it was written, so that logs and evaluations are neither lost nor done twic
 process, DDP and FSDP2, so a run may go on under another layout. (DeepSpeed writes its own, for its own.)
 """
 
+import dataclasses
 import functools
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from accelerate.utils import recursively_apply
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -25,6 +28,8 @@ from .errors import InputError
 from .parallel import ParallelTrainer
 from .stopping import Stopped, StopSignals, outlive_signals
 
+
+logger = logging.getLogger(__name__)
 
 ACTIONS = ("log", "evaluate", "save")
 
@@ -55,7 +60,8 @@ class ResumableTrainer(ParallelTrainer):
         self.identity: str | None = None  # Which run its checkpoints are of.
         self._may_stop = False  # Where `_Asked` is caught.
         self._training = False
-        self._loaders: list[torch.utils.data.DataLoader] = []
+        self._loaders: list[DataLoader] = []  # Whose data workers outlive an epoch.
+        self._evaluated = None  # The data set that was evaluated last, if it has no name.
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """
@@ -107,23 +113,54 @@ class ResumableTrainer(ParallelTrainer):
         # It draws when workers start, which is at each epoch or not: training must not depend on it.
         inner.generator = torch.Generator()
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
-        self._loaders.append(inner)
+        if inner.persistent_workers:
+            self._loaders.append(inner)
         return loader
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        # Where its workers persist, Transformers keeps the first loader for whatever data set is evaluated after it.
+        asked = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(asked, str) and asked is not self._evaluated:
+            if (before := getattr(self, "_eval_dataloaders", {}).pop("eval", None)) is not None:
+                before = getattr(before, "base_dataloader", before)
+                self._loaders.remove(before)
+                _end_workers(before)
+            self._evaluated = asked
+        return super().get_eval_dataloader(eval_dataset)
 
     def _end_data_workers(self) -> None:
         """Those that outlive an epoch: at the process's end they would be killed, which PyTorch takes for a failure."""
         for loader in self._loaders:
-            if (iterator := loader._iterator) is not None:
-                loader._iterator = None
-                iterator._shutdown_workers()
+            _end_workers(loader)
 
     # Going on
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         self._epoch_steps = num_update_steps_per_epoch
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        if self.resumed_from is not None and self.args.load_best_model_at_end:
+            self.state.best_model_checkpoint = self._find_best()
         # Transformers would train one step more where `max_steps` ends within an epoch.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
+
+    def _find_best(self) -> str | None:
+        """The folder of the best checkpoint so far, whose name the one that the run goes on from has."""
+        state = json.loads((self.resumed_from / checkpoints.STATE).read_text(encoding="utf-8"))
+        if not (best := state["best_model_checkpoint"]):
+            return None
+        name = Path(best).name
+        places = [Path(self.args.output_dir) / name, self.resumed_from.with_name(name)]
+        if name == checkpoints.checkpoint_folder("", self.state.global_step).name:
+            places.append(self.resumed_from)  # Under the name that it has on the Hub.
+        for place in places:
+            if place.is_dir():
+                return str(place)
+        logger.warning(
+            f"`load_best_model_at_end`: {name}, the best so far (`{self.args.metric_for_best_model}` "
+            f"{state['best_metric']:.4g}), is not here. The run ends with a later checkpoint if that is better, else "
+            "with its last weights."
+        )
+        return None
 
     def _catch_up(self) -> None:
         """When training begins: go back to where the checkpoint was saved, and do what was due there."""
@@ -301,7 +338,11 @@ class ResumableTrainer(ParallelTrainer):
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(part / checkpoints.STATE))
+            state = dataclasses.replace(self.state)
+            if state.best_model_checkpoint is not None:
+                # No folder of this machine: it may be moved, or pushed to the Hub.
+                state.best_model_checkpoint = Path(state.best_model_checkpoint).name
+            state.save_to_json(str(part / checkpoints.STATE))
 
     def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Further safetensors files of a checkpoint, by name: a subclass's. All processes call it."""
@@ -352,6 +393,12 @@ class _Asked(Exception):
 
     def __init__(self, number: int):
         self.number = number
+
+
+def _end_workers(loader: DataLoader) -> None:
+    if (iterator := loader._iterator) is not None:
+        loader._iterator = None
+        iterator._shutdown_workers()
 
 
 def _start_worker(then, worker: int) -> None:

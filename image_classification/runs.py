@@ -56,7 +56,7 @@ class Plan:
         checkpoint: folder to resume from, or `None` to start anew.
         finished: what a finished run recorded, if this command has nothing left to do.
         message: what to tell the user.
-        identity: of the run: a new one's own, else that which its folder or its checkpoint has.
+        identity: of the run: a new one's own, else that of its folder or, under the same settings, of its checkpoint.
     """
 
     checkpoint: str | None = None
@@ -75,7 +75,7 @@ def plan(settings: Settings) -> Plan:
     """
     found = _plan(settings)
     record = read_record(Path(settings.training.output_dir)) or {}
-    known = record.get("id") or (_progress(found.checkpoint).get("run") if found.checkpoint else None)
+    known = record.get("id") or (_continued(Path(found.checkpoint), settings) if found.checkpoint else None)
     found.identity = known or found.identity
     return found
 
@@ -121,9 +121,12 @@ def _plan(settings: Settings) -> Plan:
     return Plan(str(checkpoint), message=message)
 
 
-def _progress(checkpoint: str) -> dict[str, Any]:
-    path = Path(checkpoint) / checkpoints.PROGRESS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _continued(checkpoint: Path, settings: Settings) -> str | None:
+    """The identity of the run that goes on from a checkpoint in a new folder; `None` where it becomes another one."""
+    record, path = read_record(checkpoint.parent), checkpoint / checkpoints.PROGRESS
+    if not path.is_file() or (record is not None and differences(record["settings"], _settings(settings))):
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("run")
 
 
 _ELSEWHERE = "Choose another --output_dir, or move that folder away."

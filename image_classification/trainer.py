@@ -59,9 +59,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             )
         self.average: ema.WeightAverage | None = None
         self._guard: DivergenceGuard | None = None
-        # Images trained on, by all processes, and seconds that this took: in all, and at the last log.
-        self._images, self._images_logged = 0, 0
-        self._began, self._apart_seconds, self._seconds_logged = 0.0, 0.0, 0.0
+        self._forget_speed()
         self.add_callback(_Hooks(self))
 
     @property
@@ -78,7 +76,13 @@ class ImageClassificationTrainer(ResumableTrainer):
         self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
+        self._forget_speed()
         self._began = time.perf_counter()
+
+    def _forget_speed(self) -> None:
+        # Images trained on, by all processes, and seconds that this took: in all, and at the last log.
+        self._images, self._images_logged = 0, 0
+        self._began, self._apart_seconds, self._seconds_logged = 0.0, 0.0, 0.0
 
     def make_average(self, checkpoint: str | Path | None = None) -> None:
         """Begin an average of the weights, or go on with that of a checkpoint."""

@@ -262,6 +262,27 @@ def test_another_machine_goes_on_from_the_last_checkpoint(hub, trained, tmp_path
     }
 
 
+def test_another_machine_ends_with_the_best_checkpoint(hub, tmp_path, capsys):
+    """Though that is the pushed one; no checkpoint has a folder of the machine that it comes from."""
+    first, second, third = (tmp_path / name / "digits" for name in ("first", "second", "third"))
+    words = ("--hub_strategy", "checkpoint", "--hub_always_push", "--load_best_model_at_end")
+    assert train(first, *words) == 0
+    there = repository(hub)
+    assert all(str(tmp_path).encode() not in content for content in there.files().values())
+    final, commits = there.files()["model.safetensors"], history(there.branches["main"])
+    assert json.loads(there.files()["last-checkpoint/trainer_state.json"])["best_model_checkpoint"] == "checkpoint-2"
+    end, half = (next(c for c in commits if c.title.endswith(f"epoch {epoch} of 2")) for epoch in (2, 1))
+    shutil.rmtree(first)
+    there.branches["main"] = half
+    assert train(second, *words, "--resume_from_checkpoint", "me/digits") == 0
+    assert there.files()["model.safetensors"] == final
+    assert "is not here" not in capsys.readouterr().out
+    # One that is neither here nor there is told.
+    there.branches["main"] = end
+    assert train(third, *words, "--resume_from_checkpoint", "me/digits", "--num_train_epochs", "3") == 0
+    assert "checkpoint-2, the best so far (`accuracy` 0.05), is not here" in capsys.readouterr().out
+
+
 def test_all_checkpoints(hub, tmp_path):
     """Those that `save_total_limit` deletes here, too; a run that goes on adds to them."""
     words = ("--hub_strategy", "all_checkpoints", "--save_total_limit", "1", "--metric_for_best_model", "loss")
@@ -479,6 +500,10 @@ def test_another_run_in_another_folder(hub, finished, tmp_path, capsys):
     """The same name is no reason to replace the model there."""
     assert train(finished) == 0
     assert "the model of another run" in fails(capsys, *words(tmp_path / "elsewhere" / "digits", "--seed", "4"))
+    # Nor is a checkpoint that it goes on from, under other settings.
+    on = (tmp_path / "on" / "digits", "--resume_from_checkpoint", finished / "checkpoint-2")
+    assert "the model of another run" in fails(capsys, *words(*on, "--weight_decay", "0.1"))
+    assert train(*on) == 0
 
 
 def test_branch(hub, finished, tmp_path):
@@ -517,10 +542,62 @@ def test_changed_files_are_not_overwritten(hub, finished, capsys):
     assert train(finished) == 0
     hub.change("me/digits", {"config.json": b"{}", "history.json": None})
     assert train(finished) == 0
-    assert "somebody changed config.json, history.json after the last push" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "somebody changed or added config.json, history.json after the last push" in out
+    assert "hf upload" not in out  # Which would overwrite them.
     assert repository(hub).files()["config.json"] == b"{}"
     assert train(finished, "--hub_overwrite") == 0
     assert set(repository(hub).files()) == FINISHED
+
+
+def test_added_files_are_not_overwritten(hub, finished, tmp_path, capsys):
+    """Those of a name that the run comes to only later, also where it has pushed other files meanwhile."""
+    destination = Destination("me/digits", run=runs.read_record(finished)["id"], token=TOKEN)
+    destination.push({"config.json": finished / "config.json"}, "First")
+    hub.change("me/digits", {"all_results.json": b"mine"})
+    destination.push({"config.json": finished / "history.json"}, "Second")
+    assert train(finished) == 0
+    assert "somebody changed or added all_results.json" in capsys.readouterr().out
+    assert repository(hub).files()["all_results.json"] == b"mine"
+    assert train(finished, "--hub_overwrite") == 0
+    assert set(repository(hub).files()) == FINISHED
+
+
+def test_checkpoints_may_be_deleted_and_changed_there(hub, finished, tmp_path):
+    """The next push goes on, and does not write over what was changed."""
+    destination = Destination("me/digits", run=runs.read_record(finished)["id"], token=TOKEN)
+    config, history = finished / "config.json", finished / "history.json"
+    destination.push({"checkpoint-1/a": config, "checkpoint-2/a": config, "config.json": config}, "First")
+    hub.change("me/digits", {"checkpoint-1/a": None, "checkpoint-2/a": b"mine"})
+    destination.push({"config.json": history}, "Second")
+    files = repository(hub).files()
+    assert files["config.json"] == history.read_bytes() and "checkpoint-1/a" not in files
+    with pytest.raises(InputError, match="changed or added checkpoint-2/a"):
+        destination.push({"checkpoint-2/a": config}, "Third")
+
+
+def test_branch_of_files_that_no_run_pushed(hub, finished):
+    """They may be replaced there, since `main` keeps them; the others stay."""
+    there = hub.add("me/digits", {"config.json": b"{}", "notes.md": b"mine", "README.md": b"# Mine"})
+    for _ in range(2):
+        assert train(finished, "--hub_revision", "ours") == 0
+    files = there.files("ours")
+    assert set(files) == FINISHED | {"notes.md"} and files["config.json"] == (finished / "config.json").read_bytes()
+    assert there.files()["config.json"] == b"{}"
+
+
+@pytest.mark.parametrize("record", [b"{", b"[]", b'{"run": "x"}'])
+def test_record_that_somebody_damaged(hub, finished, capsys, record):
+    hub.add("me/digits", {RECORD: record, "config.json": b"{}"})
+    assert "holds files that no run pushed" in fails(capsys, *words(finished))
+    assert train(finished, "--hub_overwrite") == 0
+    assert set(repository(hub).files()) == FINISHED
+
+
+def test_private_repository_by_hand(tmp_path):
+    """Where there is no repository, `hf upload` makes a public one unless told otherwise."""
+    assert "--private" in Destination("me/x", run="a", token=TOKEN, private=True).command(tmp_path)
+    assert "--private" not in Destination("me/x", run="a", token=TOKEN).command(tmp_path)
 
 
 def test_nothing_new_makes_no_commit(hub, finished, capsys):

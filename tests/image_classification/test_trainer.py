@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Trainer: gradients under accumulation, parameter groups, schedules, and resuming that loses nothing."""
 
+import itertools
 import json
 import math
+import multiprocessing
 import shutil
 import time
 
@@ -333,6 +335,31 @@ def test_broken_gradient_is_named(tmp_path, where, clip):
         trainer.train()
     # Not every gradient is broken: clipping would have made them so.
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
+
+
+def test_evaluation_of_another_data_set(tmp_path):
+    """Also with data workers that persist, which end with the data set that they read."""
+    few, many, seen, workers = rows_of(4), rows_of(6), [], []
+
+    class Evaluations(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            for data in (None, many, None, few):
+                trainer.evaluate(data)
+
+        def on_prediction_step(self, *_, eval_dataloader, **__):
+            seen.append(len(eval_dataloader.dataset))
+            workers.append(len(multiprocessing.active_children()))
+
+    args = run_arguments(tmp_path, dataloader_num_workers=1, max_steps=1, save_strategy="no")
+    assert args.dataloader_persistent_workers
+    trainer = ImageClassificationTrainer(
+        model=make_model("softmax"), args=args, train_dataset=few, eval_dataset=few, callbacks=[Evaluations()]
+    )
+    trainer.train()
+    assert [images for images, _ in itertools.groupby(seen)] == [4, 6, 4]
+    assert set(workers) == {1} and not multiprocessing.active_children()
+    # What came before the first step is not counted as training.
+    assert trainer.state.log_history[-1]["train_images_per_second"] > 0
 
 
 def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
