@@ -189,7 +189,8 @@ def load_config(folder: str, setting: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"`{setting}` is {folder}, neither a folder here nor loaded from the Hub: {reason}") from error
+        what = "whose config.json cannot be read" if path.is_dir() else "neither a folder here nor loaded from the Hub"
+        raise InputError(f"`{setting}` is {folder}, {what}: {reason}") from error
 
 
 def check_same_model(wanted: PreTrainedConfig, found: PreTrainedConfig, folder: str) -> None:
