@@ -14,7 +14,7 @@ from transformers import (
 
 from image_classification.arguments import ModelArguments
 from image_classification.errors import InputError
-from image_classification.models import build_config, build_model, load_trained, presets
+from image_classification.models import build_config, build_model, load_config, load_trained, presets
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
 
@@ -234,3 +234,9 @@ def test_official_weight_files_are_refused_with_the_way_out(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(InputError, match="convert_timm_state_dict"):
         build_model(ModelArguments(finetune=str(path)), LABELS)
+
+
+def test_a_damaged_configuration_is_called_that(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "karat_vit"', encoding="utf-8")
+    with pytest.raises(InputError, match=r"`finetune` is .*, whose config\.json cannot be read"):
+        load_config(str(tmp_path), "finetune")
