@@ -456,6 +456,11 @@ def download_checkpoint(name: str, token: str | None = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=f"{chosen}/*", token=token)) / chosen
 
 
+def is_name(given: str) -> bool:
+    """Whether this may be a repository, `USER/NAME`, and is not plainly a folder."""
+    return given.count("/") == 1 and not given.startswith(".") and not Path(given).is_absolute()
+
+
 def find_token(given: str | None) -> str:
     """
     The token to write with.

@@ -23,6 +23,7 @@ from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 from modeling_karat_vit.configuration_karat_vit import STRUCTURAL_FIELDS
 from modeling_karat_vit.modeling_karat_vit import drop_path
 
+from . import hub
 from .arguments import CONFIGURATION, NOT_OF_THE_CONFIG, ModelArguments
 from .errors import InputError, did_you_mean, more
 from .transforms import height_and_width
@@ -182,7 +183,7 @@ def load_config(folder: str, setting: str) -> PreTrainedConfig:
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"`{setting}` is {folder}, which holds no config.json: it is no checkpoint folder.")
-    if not path.is_dir() and (path.is_absolute() or folder.startswith(".") or folder.count("/") != 1):
+    if not path.is_dir() and not hub.is_name(folder):
         raise InputError(f"`{setting}` is {folder}: there is no such folder.")
     try:
         # KArAt's code is here; nothing else that a checkpoint brings along is run.

@@ -139,7 +139,7 @@ def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
     """
     path = Path(given)
     if not path.is_dir():
-        if path.is_absolute() or given.startswith(".") or given.count("/") != 1:
+        if not hub.is_name(given):
             raise InputError(f"`resume_from_checkpoint` is {given}: there is no such folder.")
         path = hub.download_checkpoint(given, token)
     if checkpoints.is_checkpoint(path):
