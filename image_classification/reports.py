@@ -31,6 +31,9 @@ HISTORY, RESULTS, CURVES, RECIPE, SAMPLE, CARD = (
 )
 
 _LOCAL = "`model` is this folder, or its name on the Hub. "
+# How a run is repeated, behind what starts the script.
+_AGAIN = f"run_image_classification.py {RECIPE} --output_dir outputs/again"
+_REPEAT = f"python {_AGAIN}"
 # What a reader of the card wants to know first; the rest is in the recipe.
 _HYPERPARAMETERS = (
     "num_train_epochs",
@@ -137,7 +140,7 @@ def recipe(settings: Settings) -> str:
     command = "python" if args.world_size == 1 else f"accelerate launch --num_processes {args.world_size}"
     lines = [
         "# Every setting of a run of KArAt-ViT, which this repeats:",
-        f"#   {command} run_image_classification.py {RECIPE} --output_dir outputs/again",
+        f"#   {command} {_AGAIN}",
     ]
     lines += [f"# Add --{name}: it was the folder {Path(value).name}, elsewhere." for name, value in folders.items()]
     for group, title in ((ModelArguments, "Model"), (DataArguments, "Data"), (RunArguments, "Training")):
@@ -299,9 +302,6 @@ gives wrong answers without a warning. This evaluates it:
 ```
 """
     return str(ModelCard(text))
-
-
-_REPEAT = f"python run_image_classification.py {RECIPE} --output_dir outputs/again"
 
 
 def card_on_hub(text: str, folder: Path, repository: str) -> str:
