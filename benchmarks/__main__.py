@@ -107,6 +107,13 @@ PARTS = {
     },
 }
 
+# Parts whose rows are of another kind, by what their file's name ends in.
+KINDS = {
+    "input-pipeline": "_input_pipeline",
+    "input-pipeline-compiled": "_input_pipeline",
+    "devices": "_devices",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,8 +136,7 @@ def main() -> None:
     try:
         for name, part in PARTS[device].items():
             if arguments.only is None or name in arguments.only:
-                kind = next((kind for kind in tables if kind and name.startswith(kind[1:].replace("_", "-"))), "")
-                part(tables[kind])
+                part(tables[KINDS.get(name, "")])
     finally:
         for kind, table in tables.items():
             table.write(output.with_stem(f"{output.stem}{kind}"))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"karat_triton": "fused", "karat_portable": "portable", "eager": "reference", "naive": "einsums"}
-SIZES = {"tiny": "Tiny", "small": "Small", "base": "Base"}
+WAVELETS = {"mexican_hat": "Mexican hat", "morlet": "Morlet"}
 TIME, MEMORY = "#0072b2", "#e69f00"  # Okabe and Ito's, which the colour-blind can tell apart.
 
 
@@ -32,14 +32,8 @@ def latest(path: Path) -> list[dict]:
 
 def label(row: dict) -> str:
     tokens = "" if row["tokens"] == "197" else f", {int(row['tokens']):,} tokens"
-    basis = (
-        row["basis"]
-        .replace("fourier G=", "G")
-        .replace("_", " ")
-        .replace("mexican", "Mexican")
-        .replace("morlet", "Morlet")
-    )
-    return f"{SIZES[row['model']]} {basis}, {NAMES[row['provider']]}, batch {row['batch']}{tokens}"
+    basis = WAVELETS.get(row["basis"], row["basis"].replace("fourier G=", "G"))
+    return f"{row['model'].capitalize()} {basis}, {NAMES[row['provider']]}, batch {row['batch']}{tokens}"
 
 
 def draw(rows: list[dict], path: Path) -> None:
