@@ -55,6 +55,10 @@ BASE_FUNCTIONS = {
 MAX_HEAD_SIZE = 128
 MAX_RANK = 64
 
+# Numbers that change from batch to batch are no reason to compile anew, as Triton would for 1 and for multiples of 16.
+_COUNTS = ("B", "H", "N", "PARTS", "CHUNK", "FIRST", "TILES", "END", "CHUNKS", "REST_CHUNKS", "W_CHUNKS", "REST")
+_kernel = triton.jit(do_not_specialize=_COUNTS)
+
 
 @triton.jit
 def _sin(x, FAST: tl.constexpr):
@@ -107,6 +111,25 @@ def _power(x, n: tl.constexpr):
 
 
 @triton.jit
+def _flipped(x, sign):
+    """x, negated where `sign` is negative."""
+    bits = x.to(tl.int32, bitcast=True) ^ (sign.to(tl.int32, bitcast=True) & -2147483648)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _signed(x, sign):
+    """x times -1, 0 or 1, as `sign` is negative, zero or positive: |sign| has derivative 0 at 0, as in PyTorch."""
+    return tl.where(sign == 0.0, 0.0, _flipped(x, sign))
+
+
+@triton.constexpr_function
+def _root(j, order):
+    """What the j-th truncated power of a cardinal B-spline is of: its binomial / order!, to the power 1 / order."""
+    return (math.comb(order + 1, j) / math.factorial(order)) ** (1 / order)
+
+
+@triton.jit
 def _spline(x, i: tl.constexpr, ORDER: tl.constexpr, LOW: tl.constexpr, SLOPE: tl.constexpr):
     """
     B_i(x) and its derivative: the cardinal B-spline as a sum of truncated powers, from the nearer end of its support,
@@ -117,25 +140,26 @@ def _spline(x, i: tl.constexpr, ORDER: tl.constexpr, LOW: tl.constexpr, SLOPE: t
         value = tl.where((u >= 0.0) & (u < 1.0), 1.0, 0.0)
         derivative = tl.zeros_like(x)
     else:
-        t = x * SLOPE + (ORDER - i - LOW * SLOPE)
-        falling = t > (ORDER + 1) / 2
-        t = tl.minimum(t, ORDER + 1 - t)
-        value = tl.zeros_like(x)
-        derivative = tl.zeros_like(x)
-        factor = 1.0
-        for j in tl.static_range(1, ORDER + 1):
-            factor = factor / j
-        # t is at most (ORDER + 1) / 2 now: later terms are zero.
+        # How far from the middle of its support, in intervals; positive where it rises.
+        z = (i + LOW * SLOPE - (ORDER - 1) / 2) - x * SLOPE
+        # Beyond the middle all further terms are zero.
         for j in tl.static_range((ORDER + 2) // 2):
-            rest = tl.maximum(t - j, 0.0)
-            power = factor * _power(rest, ORDER - 1)
-            value += power * rest
+            rest = tl.maximum(_root(j, ORDER) * ((ORDER + 1) / 2 - j) - _root(j, ORDER) * tl.abs(z), 0.0)
+            power = _power(rest, ORDER - 1)
+            slope = (_root(j, ORDER) * ORDER * SLOPE) * power
             if ORDER == 1:
                 # The derivative of a ramp is a step, also where rest^0 is 1.
-                power = tl.where(rest > 0.0, power, 0.0)
-            derivative += power
-            factor = -factor * (ORDER + 1 - j) / (j + 1)
-        derivative = derivative * tl.where(falling, -SLOPE * ORDER, SLOPE * ORDER)
+                slope = tl.where(rest > 0.0, slope, 0.0)
+            if j == 0:
+                value = power * rest
+                derivative = slope
+            elif j % 2 == 1:
+                value -= power * rest
+                derivative -= slope
+            else:
+                value += power * rest
+                derivative += slope
+        derivative = _flipped(derivative, z)
     return value, derivative
 
 
@@ -227,9 +251,15 @@ def _feature(
 def _unit(WAVELET: tl.constexpr):
     """
     What x~ is multiplied by before `_wavelet` sees it: for the wavelets with a bell the square root of log2(e) / 2, so
-    that exp(-x~^2 / 2) = 2^(-t^2) takes one instruction after the square.
+    that exp(-x~^2 / 2) = 2^(-t^2) takes one instruction after the square; for Meyer's, of sin(pi x~), pi.
     """
-    return 0.8493218002880191 if WAVELET <= 2 else 1.0
+    if WAVELET <= 2:
+        unit: tl.constexpr = 0.8493218002880191
+    elif WAVELET == 3:
+        unit: tl.constexpr = 3.141592653589793
+    else:
+        unit: tl.constexpr = 1.0
+    return unit
 
 
 @triton.jit
@@ -247,28 +277,28 @@ def _wavelet(t, WAVELET: tl.constexpr, FAST: tl.constexpr):
     elif WAVELET == 2:  # dog: x~ bell
         bell = 1.1774100225154747 * _exp2(-t * t, FAST)
         return t * bell, bell - 1.3862943611198906 * (t * t) * bell
-    elif WAVELET == 3:  # meyer
+    elif WAVELET == 3:  # meyer: sin(pi |x~|) cos(nu(2 |x~| - 1)), of which nothing is left beyond 1, where nu is pi / 2
         a = tl.abs(t)
-        v = tl.minimum(tl.maximum(2.0 * a - 1.0, 0.0), 1.0)
-        cube = v * v * v
-        nu = 1.5707963267948966 * cube * v * (35.0 + v * (-84.0 + v * (70.0 - 20.0 * v)))
-        rest = 1.0 - v
-        slope = 1.5707963267948966 * 280.0 * cube * rest * rest * rest
-        sin = _sin(3.141592653589793 * a, FAST)
+        v = tl.minimum(tl.maximum(0.6366197723675814 * a - 1.0, 0.0), 1.0)
+        square = v * v
+        # The derivative of nu by t is 140 (v (1 - v))^3.
+        nu = 1.5707963267948966 * (square * square) * (35.0 + v * (-84.0 + v * (70.0 - 20.0 * v)))
+        w = v - square
+        sin = _sin(a, FAST)
         cos_nu = _cos(nu, FAST)
-        derivative = 3.141592653589793 * _cos(3.141592653589793 * a, FAST) * cos_nu - sin * _sin(nu, FAST) * slope
-        inside = a < 1.0
-        # |t| has derivative 0 at 0, as in PyTorch.
-        sign = tl.where(t > 0.0, 1.0, tl.where(t < 0.0, -1.0, 0.0))
-        return tl.where(inside, sin * cos_nu, 0.0), tl.where(inside, sign * derivative, 0.0)
+        derivative = _cos(a, FAST) * cos_nu - (sin * _sin(nu, FAST)) * (140.0 * w * w * w)
+        return sin * cos_nu, _signed(derivative, t)
     else:  # shannon
         y = t * t
         near = y < 0.0625
-        far = tl.where(near, 1.0, t)
-        value = _sin(far, FAST) / far
-        derivative = (_cos(far, FAST) - value) / far
-        series = 1.0 - y / 6.0 * (1.0 - y / 20.0 * (1.0 - y / 42.0))
-        slope = -t / 3.0 * (1.0 - y / 10.0 * (1.0 - y / 28.0 * (1.0 - y / 54.0)))
+        # The fast instruction may divide by zero: nobody sees the outcome.
+        inverse = _reciprocal(t if FAST else tl.where(near, 1.0, t), FAST)
+        value = _sin(t, FAST) * inverse
+        derivative = (_cos(t, FAST) - value) * inverse
+        series = 1.0 - y * (0.16666666666666666 - y * (0.008333333333333333 - y * 0.0001984126984126984))
+        slope = t * (
+            -0.3333333333333333 + y * (0.03333333333333333 - y * (0.0011904761904761906 - y * 2.2045855379188714e-05))
+        )
         return tl.where(near, series, value), tl.where(near, slope, derivative)
 
 
@@ -309,8 +339,7 @@ def _rational(x, ptr, step, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, 
         q = q * x
         reciprocal = _reciprocal(1.0 + tl.abs(q), FAST)
         value = p * reciprocal
-        signed = tl.where(q > 0.0, value, tl.where(q < 0.0, -value, 0.0))
-        return value, reciprocal, signed, p_slope, q_slope
+        return value, reciprocal, _signed(value, q), p_slope, q_slope
 
 
 @triton.jit
@@ -436,7 +465,7 @@ def _pack(
             tl.store(packed_ptr + (M + 1) * NP * RP + at, value.to(dtype))
 
 
-@triton.jit
+@_kernel
 def _prepare(
     first_ptr,
     second_ptr,
@@ -455,6 +484,7 @@ def _prepare(
     B,
     H,
     N,
+    PARTS,
     NP: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
@@ -471,8 +501,8 @@ def _prepare(
     BLOCK: tl.constexpr,
 ):
     """
-    U = W^T v of one image and head, (RP, DP), or, beyond the B x H programs for that, the parameters as the other
-    kernels read them, zero beyond N and R:
+    U = W^T v of one image, head and part of the keys, (RP, DP), or, beyond the B x H x PARTS programs for that, the
+    parameters as the other kernels read them, zero beyond N and R:
 
     * `packed` (h, 2M + 1, NP, RP), in the dtype of the scores: the M coefficients with their scales, W, and the M
       coefficients of the derivative;
@@ -480,8 +510,8 @@ def _prepare(
       `_unit`; of rational functions numerators with their scales, and denominators.
     """
     pid = tl.program_id(0)
-    if pid >= B * H:
-        pid -= B * H
+    if pid >= B * H * PARTS:
+        pid -= B * H * PARTS
         blocks: tl.constexpr = NP // BLOCK
         parts: tl.constexpr = M + 1 + EDGES
         _pack(
@@ -510,23 +540,26 @@ def _prepare(
         )
     else:
         dtype = v_ptr.dtype.element_ty
-        head = pid // B
-        b = (pid % B).to(tl.int64)
+        part = pid % PARTS
+        head = pid // (B * PARTS)
+        b = (pid // PARTS % B).to(tl.int64)
         columns = tl.arange(0, DP)
         r = tl.arange(0, RP)
         u = tl.zeros([RP, DP], tl.float32)
-        for start in range(0, N, BLOCK):
-            keys = start + tl.arange(0, BLOCK)
+        blocks_of_all = tl.cdiv(N, BLOCK)
+        for block in range(part * blocks_of_all // PARTS, (part + 1) * blocks_of_all // PARTS):
+            keys = block * BLOCK + tl.arange(0, BLOCK)
             v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
             if HAS_KEEP:
                 v = tl.where(_visible(keep_ptr, b, keys, N)[:, None], v, 0.0).to(dtype)
             inside = (keys[:, None] < N) & (r[None, :] < R)
             w = tl.load(w_ptr + (head * N + keys[:, None]) * R + r[None, :], mask=inside, other=0.0)
             u = tl.dot(tl.trans(w.to(dtype)), v, u, input_precision=PRECISION)
-        tl.store(u_ptr + ((b * H + head) * RP + r[:, None]) * DP + columns[None, :], u.to(dtype))
+        at = (((b * H + head) * PARTS + part) * RP + r[:, None]) * DP + columns[None, :]
+        tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty))
 
 
-@triton.jit
+@_kernel
 def _forward(
     q_ptr,
     k_ptr,
@@ -546,6 +579,8 @@ def _forward(
     H,
     N,
     scaling,
+    FIRST,
+    TILES,
     NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -569,15 +604,16 @@ def _forward(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Output of BM queries of one image and head; with SAVE also H, which the backward pass wants."""
+    """
+    Output of BM queries of one image and head, of TILES tiles that begin with query FIRST; with SAVE also H, which the
+    backward pass wants.
+    """
     dtype = q_ptr.dtype.element_ty
     # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
-    tiles = tl.cdiv(N, BM)
     pid = tl.program_id(0)
-    head = pid // (B * tiles)
-    b = ((pid // tiles) % B).to(tl.int64)
-    tile = pid % tiles
-    rows = tile * BM + tl.arange(0, BM)
+    head = pid // (B * TILES)
+    b = ((pid // TILES) % B).to(tl.int64)
+    rows = FIRST + (pid % TILES) * BM + tl.arange(0, BM)
     columns = tl.arange(0, DP)
     r = tl.arange(0, RP)
     own = b * H + head
@@ -602,7 +638,7 @@ def _forward(
                 coefficients = tl.where(visible[:, None], coefficients, 0.0).to(dtype)
             hidden = tl.dot(feature.to(dtype), coefficients, hidden, input_precision=PRECISION)
         if FAMILY >= 2:
-            for p in range(R):
+            for p in tl.range(0, R, loop_unroll_factor=2):
                 own_edges = edges_ptr + p * NP + keys[None, :]
                 values, _ = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
                 if HAS_KEEP:
@@ -617,37 +653,71 @@ def _forward(
         tl.store(hidden_ptr + (own * N + rows[:, None]) * RP + r[None, :], hidden.to(dtype), mask=inside)
 
 
-@triton.jit
-def _backward_queries_tile(
-    q_ptr,
-    k_ptr,
-    packed_ptr,
-    edges_ptr,
-    keep_ptr,
+@_kernel
+def _backward_hidden(
     d_out_ptr,
     hidden_ptr,
     u_ptr,
-    d_q_ptr,
     d_hidden_ptr,
     d_u_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
     o_b,
     o_h,
     o_n,
     B,
     H,
     N,
+    PARTS,
+    PRECISION: tl.constexpr,
+    RP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dH = d_out U^T, and dU = H^T d_out, of a part of the queries of one image and head."""
+    dtype = u_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    part = pid % PARTS
+    own = (pid // PARTS).to(tl.int64)
+    columns = tl.arange(0, DP)
+    r = tl.arange(0, RP)
+    d_out_ptr += (own // H) * o_b + (own % H) * o_h
+    square = r[:, None] * DP + columns[None, :]
+    u = tl.load(u_ptr + own * RP * DP + square)
+    d_u = tl.zeros([RP, DP], tl.float32)
+    blocks = tl.cdiv(N, BLOCK)
+    for block in range(part * blocks // PARTS, (part + 1) * blocks // PARTS):
+        rows = block * BLOCK + tl.arange(0, BLOCK)
+        inside = rows[:, None] < N
+        at = (own * N + rows[:, None]) * RP + r[None, :]
+        d_out = _tile(d_out_ptr, rows, o_n, columns, N, D, DP)
+        hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
+        d_hidden = tl.dot(d_out, tl.trans(u), input_precision=PRECISION)
+        tl.store(d_hidden_ptr + at, d_hidden.to(dtype), mask=inside)
+        d_u = tl.dot(tl.trans(hidden), d_out, d_u, input_precision=PRECISION)
+    tl.store(d_u_ptr + (own * PARTS + part) * RP * DP + square, d_u.to(d_u_ptr.dtype.element_ty))
+
+
+@_kernel
+def _backward_queries(
+    q_ptr,
+    k_ptr,
+    packed_ptr,
+    edges_ptr,
+    keep_ptr,
+    d_hidden_ptr,
+    d_q_ptr,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    B,
+    H,
+    N,
     scaling,
-    b,
-    head,
-    tile,
-    tiles,
-    first,
+    FIRST,
+    TILES,
     NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -670,9 +740,13 @@ def _backward_queries_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq and dH of one tile of queries, and its share of dU."""
+    """dq of BM queries, as in `_forward`."""
     dtype = q_ptr.dtype.element_ty
-    rows = first + tl.arange(0, BM)
+    # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
+    pid = tl.program_id(0)
+    head = pid // (B * TILES)
+    b = ((pid // TILES) % B).to(tl.int64)
+    rows = FIRST + (pid % TILES) * BM + tl.arange(0, BM)
     columns = tl.arange(0, DP)
     r = tl.arange(0, RP)
     own = b * H + head
@@ -680,14 +754,8 @@ def _backward_queries_tile(
     edges_ptr += head * EDGES * R * NP
     inside = rows[:, None] < N
     q = _tile(q_ptr + b * q_b + head * q_h, rows, q_n, columns, N, D, DP)
-    d_out = _tile(d_out_ptr + b * o_b + head * o_h, rows, o_n, columns, N, D, DP)
-    u = tl.load(u_ptr + (own * RP + r[:, None]) * DP + columns[None, :])
-    d_hidden = tl.dot(d_out, tl.trans(u), input_precision=PRECISION).to(dtype)
     at = (own * N + rows[:, None]) * RP + r[None, :]
-    tl.store(d_hidden_ptr + at, d_hidden, mask=inside)
-    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
-    d_u = tl.dot(tl.trans(hidden), d_out, input_precision=PRECISION)
-    tl.store(d_u_ptr + ((own * tiles + tile) * RP + r[:, None]) * DP + columns[None, :], d_u)
+    d_hidden = tl.load(d_hidden_ptr + at, mask=inside, other=0.0)
     d_q = tl.zeros([BM, DP], tl.float32)
     for start in range(0, N, BN):
         keys = start + tl.arange(0, BN)
@@ -704,7 +772,7 @@ def _backward_queries_tile(
             coefficients = tl.load(packed_ptr + m * NP * RP + edge)
             d_x += derivative * tl.dot(d_hidden, tl.trans(coefficients), input_precision=PRECISION)
         if FAMILY >= 2:
-            for p in range(R):
+            for p in tl.range(0, R, loop_unroll_factor=2):
                 own_edges = edges_ptr + p * NP + keys[None, :]
                 _, derivatives = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
                 d_x += _column(d_hidden, p, r) * derivatives
@@ -713,183 +781,15 @@ def _backward_queries_tile(
     tl.store(d_q_ptr, (d_q * scaling).to(dtype), mask=inside & (columns[None, :] < D))
 
 
-@triton.jit
-def _backward_queries(
+@_kernel
+def _backward_keys(
     q_ptr,
     k_ptr,
     packed_ptr,
     edges_ptr,
     keep_ptr,
-    d_out_ptr,
-    hidden_ptr,
-    u_ptr,
-    d_q_ptr,
     d_hidden_ptr,
-    d_u_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    o_b,
-    o_h,
-    o_n,
-    B,
-    H,
-    N,
-    scaling,
-    NP: tl.constexpr,
-    R: tl.constexpr,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ORDER: tl.constexpr,
-    LOW: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    TAIL: tl.constexpr,
-    TAIL_BN: tl.constexpr,
-):
-    """dq and dH of BM queries, and their share of dU = H^T d_out."""
-    # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
-    tiles = tl.cdiv(N, BM)
-    pid = tl.program_id(0)
-    head = pid // (B * tiles)
-    b = ((pid // tiles) % B).to(tl.int64)
-    tile = pid % tiles
-    if TAIL < BM and tile == tiles - 1:
-        _backward_queries_tile(
-            q_ptr,
-            k_ptr,
-            packed_ptr,
-            edges_ptr,
-            keep_ptr,
-            d_out_ptr,
-            hidden_ptr,
-            u_ptr,
-            d_q_ptr,
-            d_hidden_ptr,
-            d_u_ptr,
-            q_b,
-            q_h,
-            q_n,
-            k_b,
-            k_h,
-            k_n,
-            o_b,
-            o_h,
-            o_n,
-            B,
-            H,
-            N,
-            scaling,
-            b,
-            head,
-            tile,
-            tiles,
-            tile * BM,
-            NP,
-            R,
-            FAMILY,
-            K,
-            M,
-            ORDER,
-            LOW,
-            WAVELET,
-            NUMERATOR,
-            DENOMINATOR,
-            EDGES,
-            SLOPE,
-            BASE,
-            FAST,
-            PRECISION,
-            HAS_KEEP,
-            RP,
-            D,
-            DP,
-            TAIL,
-            TAIL_BN,
-        )
-    else:
-        _backward_queries_tile(
-            q_ptr,
-            k_ptr,
-            packed_ptr,
-            edges_ptr,
-            keep_ptr,
-            d_out_ptr,
-            hidden_ptr,
-            u_ptr,
-            d_q_ptr,
-            d_hidden_ptr,
-            d_u_ptr,
-            q_b,
-            q_h,
-            q_n,
-            k_b,
-            k_h,
-            k_n,
-            o_b,
-            o_h,
-            o_n,
-            B,
-            H,
-            N,
-            scaling,
-            b,
-            head,
-            tile,
-            tiles,
-            tile * BM,
-            NP,
-            R,
-            FAMILY,
-            K,
-            M,
-            ORDER,
-            LOW,
-            WAVELET,
-            NUMERATOR,
-            DENOMINATOR,
-            EDGES,
-            SLOPE,
-            BASE,
-            FAST,
-            PRECISION,
-            HAS_KEEP,
-            RP,
-            D,
-            DP,
-            BM,
-            BN,
-        )
-
-
-@triton.jit
-def _backward_keys_tile(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    packed_ptr,
-    edges_ptr,
-    keep_ptr,
-    d_hidden_ptr,
-    d_u_ptr,
     d_k_ptr,
-    d_v_ptr,
     partial_ptr,
     q_b,
     q_h,
@@ -897,18 +797,14 @@ def _backward_keys_tile(
     k_b,
     k_h,
     k_n,
-    v_b,
-    v_h,
-    v_n,
     B,
     H,
     N,
     scaling,
     CHUNK,
-    U_TILES,
-    head,
-    chunk,
-    first,
+    FIRST,
+    TILES,
+    END,
     NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -932,17 +828,23 @@ def _backward_keys_tile(
     BN: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """dk and dv of one tile of keys in a chunk of images, and the chunk's sums for these keys."""
+    """
+    dk of BN keys, of TILES tiles from key FIRST to END, in a chunk of images, and the chunk's sums for the coefficients
+    of these keys: `partial` is (chunks, H, M + EDGES, END - FIRST, RP).
+    """
     dtype = q_ptr.dtype.element_ty
-    keys = first + tl.arange(0, BN)
+    pid = tl.program_id(0)
+    chunks = tl.cdiv(B, CHUNK)
+    head = pid // (chunks * TILES)
+    chunk = (pid // TILES) % chunks
+    keys = FIRST + (pid % TILES) * BN + tl.arange(0, BN)
     columns = tl.arange(0, DP)
     r = tl.arange(0, RP)
     edge = keys[:, None] * RP + r[None, :]
-    inside = keys[:, None] < N
+    inside = keys[:, None] < END
     packed_ptr += head * (2 * M + 1) * NP * RP
     edges_ptr += head * EDGES * R * NP + keys[:, None]
-    partial_ptr += (chunk * H + head).to(tl.int64) * (M + EDGES + 1) * N * RP
-    w = tl.load(packed_ptr + M * NP * RP + edge)
+    partial_ptr += ((chunk * H + head).to(tl.int64) * (M + EDGES) * (END - FIRST) - FIRST) * RP
     slopes = ()
     if KEPT:
         for m in tl.static_range(M):
@@ -951,22 +853,13 @@ def _backward_keys_tile(
     # M sums for the features, and one for each parameter of wavelets and rational functions.
     for _ in tl.static_range(M + EDGES):
         sums = sums + (tl.zeros([BN, RP], tl.float32),)
-    d_w = tl.zeros([BN, RP], tl.float32)
     for image in range(chunk * CHUNK, tl.minimum(B, (chunk + 1) * CHUNK)):
         b = tl.cast(image, tl.int64)
         own = b * H + head
         k = _tile(k_ptr + b * k_b + head * k_h, keys, k_n, columns, N, D, DP)
-        v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
         if HAS_KEEP:
             visible = _visible(keep_ptr, b, keys, N)
             k = tl.where(visible[:, None], k, 0.0).to(dtype)
-            v = tl.where(visible[:, None], v, 0.0).to(dtype)
-        d_u = tl.zeros([RP, DP], tl.float32)
-        for part in range(U_TILES):
-            d_u += tl.load(d_u_ptr + ((own * U_TILES + part) * RP + r[:, None]) * DP + columns[None, :])
-        d_u = d_u.to(dtype)
-        d_v = tl.dot(w, d_u, input_precision=PRECISION)
-        d_w = tl.dot(v, tl.trans(d_u), d_w, input_precision=PRECISION)
         d_k = tl.zeros([BN, DP], tl.float32)
         for start in range(0, N, BM):
             rows = start + tl.arange(0, BM)
@@ -988,7 +881,7 @@ def _backward_keys_tile(
                 edge_sums = ()
                 for j in tl.static_range(EDGES):
                     edge_sums = edge_sums + (sums[M + j],)
-                for p in range(R):
+                for p in tl.range(0, R, loop_unroll_factor=2):
                     column = tl.load(d_hidden_ptr + (own * N + rows) * RP + p, mask=rows < N, other=0.0)
                     gradient = column.to(tl.float32)[None, :]
                     if HAS_KEEP:
@@ -1028,218 +921,94 @@ def _backward_keys_tile(
         store = inside & (columns[None, :] < D)
         if HAS_KEEP:
             d_k = tl.where(visible[:, None], d_k, 0.0)
-            d_v = tl.where(visible[:, None], d_v, 0.0)
-        tl.store(d_v_ptr + at, d_v.to(dtype), mask=store)
         tl.store(d_k_ptr + at, (d_k * scaling).to(dtype), mask=store)
     for m in tl.static_range(M + EDGES):
-        tl.store(partial_ptr + m * N * RP + edge, sums[m], mask=inside)
-    tl.store(partial_ptr + (M + EDGES) * N * RP + edge, d_w, mask=inside)
+        tl.store(partial_ptr + m * (END - FIRST) * RP + edge, sums[m], mask=inside)
 
 
-@triton.jit
-def _backward_keys(
-    q_ptr,
-    k_ptr,
+@_kernel
+def _backward_values(
     v_ptr,
     packed_ptr,
-    edges_ptr,
     keep_ptr,
-    d_hidden_ptr,
     d_u_ptr,
-    d_k_ptr,
     d_v_ptr,
     partial_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
     v_b,
     v_h,
     v_n,
     B,
     H,
     N,
-    scaling,
     CHUNK,
-    U_TILES,
-    TAIL_CHUNK,
-    TILES,
     NP: tl.constexpr,
-    R: tl.constexpr,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
     M: tl.constexpr,
-    ORDER: tl.constexpr,
-    LOW: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     RP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    TAIL: tl.constexpr,
-    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """dk and dv of BN keys in a chunk of images, and the chunk's sums for the coefficients and W of these keys."""
+    """dv = W dU of a block of keys in a chunk of images, and the chunk's sum dW = v dU^T: (chunks, H, N, RP)."""
+    dtype = v_ptr.dtype.element_ty
+    tiles = tl.cdiv(N, BLOCK)
     pid = tl.program_id(0)
     chunks = tl.cdiv(B, CHUNK)
-    programs = H * chunks * TILES
-    if pid < programs:
-        head = pid // (chunks * TILES)
-        chunk = (pid // TILES) % chunks
-        first = (pid % TILES) * BN
-        _backward_keys_tile(
-            q_ptr,
-            k_ptr,
-            v_ptr,
-            packed_ptr,
-            edges_ptr,
-            keep_ptr,
-            d_hidden_ptr,
-            d_u_ptr,
-            d_k_ptr,
-            d_v_ptr,
-            partial_ptr,
-            q_b,
-            q_h,
-            q_n,
-            k_b,
-            k_h,
-            k_n,
-            v_b,
-            v_h,
-            v_n,
-            B,
-            H,
-            N,
-            scaling,
-            CHUNK,
-            U_TILES,
-            head,
-            chunk,
-            first,
-            NP,
-            R,
-            FAMILY,
-            K,
-            M,
-            ORDER,
-            LOW,
-            WAVELET,
-            NUMERATOR,
-            DENOMINATOR,
-            EDGES,
-            SLOPE,
-            BASE,
-            FAST,
-            PRECISION,
-            HAS_KEEP,
-            RP,
-            D,
-            DP,
-            BM,
-            BN,
-            KEPT,
-        )
-    elif TAIL < BN:
-        # The last tile of keys is smaller, and takes more images for that.
-        chunks = tl.cdiv(B, TAIL_CHUNK)
-        head = (pid - programs) // chunks
-        chunk = (pid - programs) % chunks
-        first = TILES * BN
-        _backward_keys_tile(
-            q_ptr,
-            k_ptr,
-            v_ptr,
-            packed_ptr,
-            edges_ptr,
-            keep_ptr,
-            d_hidden_ptr,
-            d_u_ptr,
-            d_k_ptr,
-            d_v_ptr,
-            partial_ptr,
-            q_b,
-            q_h,
-            q_n,
-            k_b,
-            k_h,
-            k_n,
-            v_b,
-            v_h,
-            v_n,
-            B,
-            H,
-            N,
-            scaling,
-            TAIL_CHUNK,
-            U_TILES,
-            head,
-            chunk,
-            first,
-            NP,
-            R,
-            FAMILY,
-            K,
-            M,
-            ORDER,
-            LOW,
-            WAVELET,
-            NUMERATOR,
-            DENOMINATOR,
-            EDGES,
-            SLOPE,
-            BASE,
-            FAST,
-            PRECISION,
-            HAS_KEEP,
-            RP,
-            D,
-            DP,
-            BM,
-            TAIL,
-            KEPT,
-        )
+    head = pid // (chunks * tiles)
+    chunk = (pid // tiles) % chunks
+    keys = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, DP)
+    r = tl.arange(0, RP)
+    edge = keys[:, None] * RP + r[None, :]
+    square = r[:, None] * DP + columns[None, :]
+    inside = keys[:, None] < N
+    store = inside & (columns[None, :] < D)
+    w = tl.load(packed_ptr + (head * (2 * M + 1) + M) * NP * RP + edge)
+    d_w = tl.zeros([BLOCK, RP], tl.float32)
+    for image in range(chunk * CHUNK, tl.minimum(B, (chunk + 1) * CHUNK)):
+        b = tl.cast(image, tl.int64)
+        own = b * H + head
+        v = _tile(v_ptr + b * v_b + head * v_h, keys, v_n, columns, N, D, DP)
+        d_u = tl.load(d_u_ptr + own * RP * DP + square)
+        d_v = tl.dot(w, d_u, input_precision=PRECISION)
+        if HAS_KEEP:
+            visible = _visible(keep_ptr, b, keys, N)[:, None]
+            v = tl.where(visible, v, 0.0).to(dtype)
+            d_v = tl.where(visible, d_v, 0.0)
+        d_w = tl.dot(v, tl.trans(d_u), d_w, input_precision=PRECISION)
+        tl.store(d_v_ptr + ((b * N + keys[:, None]) * H + head) * D + columns[None, :], d_v.to(dtype), mask=store)
+    tl.store(partial_ptr + (chunk * H + head).to(tl.int64) * N * RP + edge, d_w, mask=inside)
 
 
 @triton.jit
 def _total(
     partial_ptr,
-    m,
-    head,
-    at,
+    first,
+    step,
     chunks,
-    SLOTS,
-    H,
-    N,
-    COUNT: tl.constexpr,
-    RP: tl.constexpr,
+    most,
+    inside,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum m of COUNT over the chunks, of which each entry of `at` has its own number, `chunks`."""
+    """
+    The sum over the chunks of what lies at `first`, `first + step`, ..., for each of a block of entries, which have
+    their own steps and numbers of chunks, at most `most`.
+    """
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, SLOTS, ROWS):
+    for start in range(0, most, ROWS):
         chunk = start + tl.arange(0, ROWS)
-        begin = ((chunk * H + head).to(tl.int64) * COUNT + m) * N * RP
-        mask = chunk[:, None] < chunks[None, :]
-        total += tl.sum(tl.load(partial_ptr + begin[:, None] + at[None, :], mask=mask, other=0.0), axis=0)
+        mask = (chunk[:, None] < chunks[None, :]) & inside[None, :]
+        at = first[None, :] + chunk[:, None].to(tl.int64) * step[None, :]
+        total += tl.sum(tl.load(partial_ptr + at, mask=mask, other=0.0), axis=0)
     return total
 
 
-@triton.jit
+@_kernel
 def _reduce(
     partial_ptr,
+    w_partial_ptr,
     first_ptr,
     second_ptr,
     third_ptr,
@@ -1250,10 +1019,10 @@ def _reduce(
     d_scale_ptr,
     d_base_ptr,
     d_w_ptr,
-    SLOTS,
     CHUNKS,
-    TAIL_CHUNKS,
-    TAIL_FIRST,
+    REST_CHUNKS,
+    W_CHUNKS,
+    REST,
     H,
     N,
     FAMILY: tl.constexpr,
@@ -1268,21 +1037,29 @@ def _reduce(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum the chunks, and hand the gradient on to coefficients, scales and W."""
-    COUNT: tl.constexpr = M + EDGES + 1
+    """
+    Sum the chunks, and hand the gradient on to coefficients, scales and W. `partial` holds the sums of the keys below
+    REST, and behind them those of the other keys, which have a number of chunks of their own.
+    """
+    COUNT: tl.constexpr = M + EDGES
     blocks = tl.cdiv(N * RP, BLOCK)
     head = tl.program_id(0) // blocks
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     n = at // RP
     r = at % RP
     inside = (n < N) & (r < R)
-    chunks = tl.where(inside, tl.where(n < TAIL_FIRST, CHUNKS, TAIL_CHUNKS), 0)
     edge = r * N + n
+    rest = n >= REST
+    span = tl.where(rest, N - REST, REST).to(tl.int64) * RP
+    first = at + head * COUNT * span + tl.where(rest, CHUNKS.to(tl.int64) * H * COUNT * REST - REST, 0) * RP
+    step = H * COUNT * span
+    chunks = tl.where(rest, REST_CHUNKS, CHUNKS)
+    most = tl.max(tl.where(inside, chunks, 0), axis=0)
     size = R * N
     scale = tl.load(scale_ptr + head * size + edge, mask=inside, other=0.0).to(tl.float32)
     d_scale = tl.zeros([BLOCK], tl.float32)
     for m in tl.static_range(M):
-        total = _total(partial_ptr, m, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = _total(partial_ptr, first + m * span, step, chunks, most, inside, BLOCK, ROWS)
         if m == K:
             tl.store(d_base_ptr + head * size + edge, total, mask=inside)
         elif FAMILY == 0 and m % 2 == 1:
@@ -1296,30 +1073,33 @@ def _reduce(
     if FAMILY == 2:
         own = head * size + edge
         window = _window(n, N, WAVELET)
-        total = window * _total(partial_ptr, M, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = window * _total(partial_ptr, first + M * span, step, chunks, most, inside, BLOCK, ROWS)
         amplitude = tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_first_ptr + own, total * scale, mask=inside)
         d_scale += total * amplitude
         # x~ = (x - tau) / s moves with tau as -1/s, and with s as -x~/s; the sums are in units of `_unit`.
         inner = -scale * amplitude * window / tl.load(third_ptr + own, mask=inside, other=1.0).to(tl.float32)
-        total = _total(partial_ptr, M + 1, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = _total(partial_ptr, first + (M + 1) * span, step, chunks, most, inside, BLOCK, ROWS)
         tl.store(d_second_ptr + own, total * inner * _unit(WAVELET), mask=inside)
-        total = _total(partial_ptr, M + 2, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
+        total = _total(partial_ptr, first + (M + 2) * span, step, chunks, most, inside, BLOCK, ROWS)
         tl.store(d_third_ptr + own, total * inner, mask=inside)
     elif FAMILY == 3:
         for j in tl.static_range(NUMERATOR):
-            total = _total(partial_ptr, M + j, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
+            total = _total(partial_ptr, first + (M + j) * span, step, chunks, most, inside, BLOCK, ROWS)
             own = (head * NUMERATOR + j) * size + edge
             d_scale += total * tl.load(first_ptr + own, mask=inside, other=0.0).to(tl.float32)
             tl.store(d_first_ptr + own, total * scale, mask=inside)
         for j in tl.static_range(DENOMINATOR):
-            total = _total(partial_ptr, M + NUMERATOR + j, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
+            total = _total(partial_ptr, first + (M + NUMERATOR + j) * span, step, chunks, most, inside, BLOCK, ROWS)
             # The scale is in these sums already.
             tl.store(d_second_ptr + (head * DENOMINATOR + j) * size + edge, total, mask=inside)
     if M == K:
         # There is no base function, and its scale may be trainable all the same.
         tl.store(d_base_ptr + head * size + edge, tl.zeros_like(scale), mask=inside)
-    total = _total(partial_ptr, COUNT - 1, head, at, chunks, SLOTS, H, N, COUNT, RP, BLOCK, ROWS)
+    chunks = tl.full([BLOCK], 0, tl.int32) + W_CHUNKS
+    step = tl.full([BLOCK], 0, tl.int64) + H * N * RP
+    first = at + head.to(tl.int64) * N * RP
+    total = _total(w_partial_ptr, first, step, chunks, W_CHUNKS, inside, BLOCK, ROWS)
     tl.store(d_w_ptr + head * size + n * R + r, total, mask=inside)
     tl.store(d_scale_ptr + head * size + edge, d_scale, mask=inside)
 
@@ -1360,28 +1140,46 @@ class Form:
 _FORM_FIELDS = tuple(field.name for field in fields(Form))
 
 
-def _tiles(form: Form, tokens: int) -> dict[str, dict]:
+def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
     """
-    What measured best on an H100 at 197 tokens and heads of 64: mostly one warp per 16 rows.
-
-    In the backward pass of many features the last tile of 64 rows is as small as the rest of the tokens allows. With
-    few of them, and in the forward pass, where the warps would repeat each other's features, that does not pay.
+    What measured best on an H100 at 197 tokens and heads of 64: rows, columns, warps and stages of a tile, for tiles
+    that are full and, where that pays, for the small ones of a rest; and how many programs sum gradients over images,
+    as many as run at a time.
     """
+    programs = {"_backward_keys": 264, "_backward_keys_rest": 1056, "_backward_values": 1056}
     if form.family >= FAMILIES["wavelet"]:
-        forward, queries, keys = (32, 16, 1, 2), (32, 32, 2, 2), (32, 16, 1, 2)
-    elif form.features <= 2:
-        forward, queries, keys = (64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)
-    elif form.family == FAMILIES["fourier"]:
-        forward, queries, keys = (64, 16, 4, 3), (64, 16, 4, 3), (32, 64, 4, 3)
+        tiles = {
+            "_forward": (64, 32, 2, 2),
+            "_forward_rest": (16, 64, 1, 2),
+            "_backward_queries": (32, 32, 2, 2),
+            "_backward_keys": (32, 16, 1, 2),
+        }
+        # The special functions of a score are a limit of their own.
+        wavelet = form.wavelet if form.family == FAMILIES["wavelet"] else None
+        if wavelet in (WAVELETS["morlet"], WAVELETS["meyer"], WAVELETS["shannon"]):
+            tiles["_backward_queries"] = (32, 16, 2, 2)
+        if wavelet in (WAVELETS["meyer"], WAVELETS["shannon"]):
+            tiles |= {"_forward": (64, 32, 4, 2), "_backward_keys": (16, 16, 1, 2)}
+        programs["_backward_keys"] = 1056
     else:
-        forward, queries, keys = (64, 16, 4, 3), (64, 16, 4, 3), (16, 64, 4, 2)
-    tiles = {"_forward": forward, "_backward_queries": queries, "_backward_keys": keys}
+        tiles = {
+            "_forward": (64, 16, 4, 3),
+            "_forward_rest": (16, 16, 1, 3),
+            "_backward_queries": (64, 32, 4, 3),
+            "_backward_queries_rest": (16, 16, 1, 3),
+            "_backward_keys": (32, 64, 4, 3),
+            "_backward_keys_rest": (16, 16, 1, 2),
+        }
+        if form.family == FAMILIES["spline"]:
+            tiles |= {"_backward_queries": (64, 16, 4, 3), "_backward_keys": (16, 64, 4, 3)}
+        elif form.features <= 2:
+            tiles |= {"_forward": (64, 32, 4, 4), "_backward_queries": (64, 32, 4, 4), "_backward_keys": (16, 64, 4, 4)}
+            programs["_backward_keys"] = 396
     tiles = {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
-    rest = max(16, triton.next_power_of_2((tokens - 1) % 64 + 1))
-    for name, side in (("_backward_queries", "BM"), ("_backward_keys", "BN")):
-        tiles[name]["TAIL"] = rest if form.features > 2 and tiles[name][side] == 64 else tiles[name][side]
-    tiles["_backward_queries"]["TAIL_BN"] = 64
-    return tiles
+    return tiles | {
+        "_backward_values": {"BLOCK": 32, "num_warps": 2},
+        "_reduce": {"BLOCK": 16, "ROWS": 128, "num_warps": 2},
+    }, programs
 
 
 @cache
@@ -1428,29 +1226,41 @@ class _Plan:
             "D": head_size,
             "DP": self.head_size_padded,
         }
-        self.tiles = _tiles(form, tokens)
+        self.tiles, self.programs = _tiles(form)
         self._fit(dtype.itemsize, _loadable(device))
-        own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_reduce": {"BLOCK": 64, "ROWS": 16}}
+        own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_backward_hidden": {"BLOCK": _PADDING}}
         self.options = {}
-        for kernel in (_prepare, _forward, _backward_queries, _backward_keys, _reduce):
-            name = kernel.fn.__name__
-            known = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            self.options[name] = known | own[name]
+        for name, options in own.items():
+            names = globals()[name.removesuffix("_rest")].arg_names
+            self.options[name] = {key: value for key, value in constants.items() if key in names} | options
+
+    def launches(self, name: str, side: str, tokens: int, whole: bool) -> list[tuple[str, int, int]]:
+        """
+        How `tokens` are shared out among tiles: (name of the options, first token, tiles) of each launch. Unless
+        `whole`, a rest that would leave most of a tile empty has a launch of its own, in small tiles.
+        """
+        tile = self.tiles[name][side]
+        small = self.tiles.get(f"{name}_rest", {side: tile})[side]
+        full, rest = divmod(tokens, tile)
+        if whole or rest == 0 or _cdiv(rest, small) * small > tile // 2:
+            return [(name, 0, _cdiv(tokens, tile))]
+        launches = [(name, 0, full), (f"{name}_rest", full * tile, _cdiv(rest, small))]
+        return launches if full else launches[1:]
 
     def _fit(self, itemsize: int, room: int) -> None:
-        """Fewer stages, and no smaller last tile of queries, where what is loaded would take more than `room` bytes."""
+        """Fewer stages where what is loaded would take more than `room` bytes."""
         rows, columns = self.features * self.rank_padded, self.head_size_padded
-        queries, keys = self.tiles["_backward_queries"], self.tiles["_backward_keys"]
-        for tile in (self.tiles["_forward"], queries):
-            while tile["num_stages"] > 1 and tile["num_stages"] * tile["BN"] * (rows + columns) * itemsize > room:
+        for name, tile in self.tiles.items():
+            if "BM" not in tile:
+                continue
+            if "keys" in name:
+                kept = tile["BN"] * rows * itemsize
+                tile["KEPT"] = kept <= room
+                moved = tile["BM"] * (self.rank_padded + columns) * itemsize + (0 if tile["KEPT"] else kept)
+            else:
+                moved = tile["BN"] * (rows + columns) * itemsize
+            while tile["num_stages"] > 1 and tile["num_stages"] * moved > room:
                 tile["num_stages"] -= 1
-        if queries["num_stages"] * queries["TAIL_BN"] * (rows + columns) * itemsize > room:
-            queries["TAIL"] = queries["BM"]
-        kept = keys["BN"] * rows * itemsize
-        keys["KEPT"] = kept <= room
-        moved = keys["BM"] * (self.rank_padded + columns) * itemsize + (0 if keys["KEPT"] else kept)
-        while keys["num_stages"] > 1 and keys["num_stages"] * moved > room:
-            keys["num_stages"] -= 1
 
 
 def _kind(tensors, *sizes):
@@ -1461,14 +1271,15 @@ def _kind(tensors, *sizes):
 _compiled = {}
 
 
-def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments) -> None:
+def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments, name: str | None = None) -> None:
     """
-    Launch a kernel on the current device. All that it gets follows from its plan and `kind`.
+    Launch a kernel on the current device, with the plan's options of this name, or its own. All that it gets follows
+    from its plan and `kind`.
 
     Triton binds and hashes some forty arguments at each launch, which takes longer than the kernels of a small batch
     run. Here a compiled kernel is kept for each kind of arguments, and launched directly.
     """
-    name = kernel.__name__
+    name = name or kernel.__name__
     grid = (programs, 1, 1)
     if INTERPRET:
         kernel[grid](*arguments, **plan.options[name])
@@ -1484,10 +1295,11 @@ def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments) -> None
         compiled[grid](*arguments, *constants)
 
 
-# Warps of the programs that sum coefficients: eight for each multiprocessor of an H100 or H200, which is what their
-# registers allow. More would only add partial sums to reduce; a number of the machine itself would make the rounding
-# depend on the machine.
-_WARPS = 1056
+# Programs that keep an H100 or H200 busy: two for each multiprocessor. A number of the machine itself would make the
+# rounding depend on the machine.
+_PROGRAMS = 264
+# Blocks of tokens that are worth a program of their own.
+_BLOCKS = 8
 
 
 @cache
@@ -1502,21 +1314,24 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _shares(images: int, heads: int, tokens: int, BN: int, TAIL: int, num_warps: int, **_) -> tuple[int, int, int]:
-    """
-    How the work on keys is shared out: full tiles, and images for a program of a full tile and of a smaller last one, 0
-    where there is none.
-    """
-    programs = max(1, _WARPS // num_warps)
-    if TAIL == BN:
-        tiles = _cdiv(tokens, BN)
-        return tiles, min(images, _cdiv(images * heads * tiles, programs)), 0
-    # A tail takes about twice its share of a tile.
-    cost = 2 * TAIL / BN
-    tiles = tokens // BN
-    images_per_unit = images * heads * (tiles + cost) / programs
-    tail_chunk = max(1, min(images, int(images_per_unit / cost)))
-    return tiles, min(images, math.ceil(images_per_unit)) if tiles else 0, tail_chunk
+def _chunk(images: int, programs_per_image: int, programs: int) -> int:
+    """Images that each of at most so many programs sums over."""
+    return max(1, min(images, _cdiv(images * programs_per_image, programs)))
+
+
+def _parts(programs: int, tokens: int) -> int:
+    """In how many parts U and dU are summed, where tokens are many and images and heads would leave a GPU idle."""
+    return min(_cdiv(tokens, _PADDING * _BLOCKS), _cdiv(_PROGRAMS, max(1, programs)))
+
+
+def _new_square(q: torch.Tensor, plan: "_Plan", parts: int) -> torch.Tensor:
+    """For U or dU, (B, h, RP, DP), in one part or more."""
+    shape = (*q.shape[:2], plan.rank_padded, plan.head_size_padded)
+    return q.new_empty(shape) if parts == 1 else q.new_empty(*shape[:2], parts, *shape[2:], dtype=torch.float32)
+
+
+def _sum_of_parts(square: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return square if square.ndim == 4 else square.sum(2).to(dtype)
 
 
 # Tokens are padded to a multiple of the largest tile of keys, so that nothing masks what `_prepare` wrote.
@@ -1557,15 +1372,18 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     visible = q if keep is None else keep
     kind = _kind((q, k, v, visible, *parameters), q.shape, q.device)
     sizes = (images, heads, tokens)
-    u = q.new_empty(images, heads, rp, plan.head_size_padded)
-    programs = heads * (images + (plan.features + 1 + plan.edges) * (padded // _PADDING))
+    parts = _parts(images * heads, tokens)
+    u = _new_square(q, plan, parts)
+    programs = heads * (images * parts + (plan.features + 1 + plan.edges) * (padded // _PADDING))
     tensors = (*parameters, v, visible, packed, edges, u)
-    _launch(_prepare, programs, plan, kind, *tensors, *v.stride()[:3], *sizes)
+    _launch(_prepare, programs, plan, kind, *tensors, *v.stride()[:3], *sizes, parts)
+    u = _sum_of_parts(u, q.dtype)
     out = q.new_empty(images, tokens, heads, head_size)
     hidden = q.new_empty(images, heads, tokens, rp) if save else out
-    programs = heads * images * _cdiv(tokens, plan.tiles["_forward"]["BM"])
     tensors = (q, k, packed, edges, visible, u, out, hidden)
-    _launch(_forward, programs, plan, kind, *tensors, *q.stride()[:3], *k.stride()[:3], *sizes, scaling)
+    numbers = (*q.stride()[:3], *k.stride()[:3], *sizes, scaling)
+    for name, first, tiles in plan.launches("_forward", "BM", tokens, images * heads < _PROGRAMS):
+        _launch(_forward, heads * images * tiles, plan, kind, *tensors, *numbers, first, tiles, name=name)
     return out, packed, edges, hidden, u
 
 
@@ -1574,7 +1392,7 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     """Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty."""
     images, heads, tokens, head_size = q.shape
     plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True, tokens, q.device)
-    rp, dp = plan.rank_padded, plan.head_size_padded
+    rp = plan.rank_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
     kind = _kind((q, k, v, d_out, visible, *parameters), q.shape, q.device)
@@ -1583,25 +1401,40 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
     d_hidden = torch.empty_like(hidden)
     batch_stride, row_stride, head_stride, _ = d_out.stride()
-    tiles = _cdiv(tokens, plan.tiles["_backward_queries"]["BM"])
-    d_u = q.new_empty(images, heads, tiles, rp, dp, dtype=torch.float32)
-    tensors = (q, k, packed, edges, visible, d_out, hidden, u, d_q, d_hidden, d_u)
-    strides = (*q_strides, *k_strides, batch_stride, head_stride, row_stride)
-    _launch(_backward_queries, heads * images * tiles, plan, kind, *tensors, *strides, *sizes, scaling)
-    key_tiles, chunk, tail_chunk = _shares(images, heads, tokens, **plan.tiles["_backward_keys"])
-    chunks, tail_chunks = (_cdiv(images, x) if x else 0 for x in (chunk, tail_chunk))
-    slots = max(chunks, tail_chunks)
-    partial = q.new_empty(slots, heads, plan.features + plan.edges + 1, tokens, rp, dtype=torch.float32)
-    tensors = (q, k, v, packed, edges, visible, d_hidden, d_u, d_k, d_v, partial)
-    strides = (*q_strides, *k_strides, *v.stride()[:3])
-    numbers = (*strides, *sizes, scaling, max(chunk, 1), tiles, max(tail_chunk, 1), key_tiles)
-    _launch(_backward_keys, heads * (chunks * key_tiles + tail_chunks), plan, kind, *tensors, *numbers)
+    strides = (batch_stride, head_stride, row_stride)
+    parts = _parts(images * heads, tokens)
+    d_u = _new_square(q, plan, parts)
+    tensors = (d_out, hidden, u, d_hidden, d_u)
+    _launch(_backward_hidden, images * heads * parts, plan, kind, *tensors, *strides, *sizes, parts)
+    d_u = _sum_of_parts(d_u, q.dtype)
+    few = images * heads < _PROGRAMS
+    tensors = (q, k, packed, edges, visible, d_hidden, d_q)
+    numbers = (*q_strides, *k_strides, *sizes, scaling)
+    for name, first, tiles in plan.launches("_backward_queries", "BM", tokens, few):
+        _launch(_backward_queries, heads * images * tiles, plan, kind, *tensors, *numbers, first, tiles, name=name)
+    launches = plan.launches("_backward_keys", "BN", tokens, few)
+    ends = [*(first for _, first, _ in launches[1:]), tokens]
+    sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
+    chunks = [_cdiv(images, size) for size in sizes_of_chunks]
+    sums = heads * (plan.features + plan.edges) * rp
+    areas = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
+    partial = q.new_empty(sum(areas), dtype=torch.float32)
+    areas = partial.split(areas)
+    for (name, first, tiles), end, size, n, area in zip(launches, ends, sizes_of_chunks, chunks, areas):
+        tensors = (q, k, packed, edges, visible, d_hidden, d_k, area)
+        ranges = (size, first, tiles, end)
+        _launch(_backward_keys, heads * n * tiles, plan, kind, *tensors, *numbers, *ranges, name=name)
+    tiles = _cdiv(tokens, plan.options["_backward_values"]["BLOCK"])
+    size = _chunk(images, heads * tiles, plan.programs["_backward_values"])
+    w_chunks = _cdiv(images, size)
+    w_partial = q.new_empty(w_chunks, heads, tokens, rp, dtype=torch.float32)
+    tensors = (v, packed, visible, d_u, d_v, w_partial)
+    _launch(_backward_values, heads * w_chunks * tiles, plan, kind, *tensors, *v.stride()[:3], *sizes, size)
     # Parameters that a family lacks are empty, and their own gradient.
     gradients = [torch.empty_like(x) if x.numel() else x for x in parameters]
-    programs = heads * _cdiv(tokens * rp, 64)
-    tail_first = key_tiles * plan.tiles["_backward_keys"]["BN"] if tail_chunk else tokens
-    tensors = (partial, *parameters[:4], *gradients)
-    _launch(_reduce, programs, plan, kind, *tensors, slots, chunks, tail_chunks, tail_first, heads, tokens)
+    programs = heads * _cdiv(tokens * rp, plan.options["_reduce"]["BLOCK"])
+    numbers = (chunks[0], chunks[1] if len(chunks) > 1 else 0, w_chunks, ends[0], heads, tokens)
+    _launch(_reduce, programs, plan, kind, partial, w_partial, *parameters[:4], *gradients, *numbers)
     return d_q, d_k, d_v, *gradients
 
 

@@ -166,21 +166,41 @@ def test_large_shapes(dtype, shape):
     check(dtype=dtype, **shape)
 
 
-def test_chunks_of_several_images(monkeypatch):
-    """Programs that sum the coefficients of more than one image, and more of them for the smaller last tile of keys."""
-    monkeypatch.setattr(kernels, "_WARPS", 12)
-    check(images=5, grid=(8, 9), heads=1, karat_rank=2, grid_size=1)
+LINEAR_OR_NOT = [{"grid_size": 1}, {"basis_type": "rational", "rational_order": (1, 1)}]
 
 
-@pytest.mark.parametrize("tokens, tiles, has_tail", [(17, 0, True), (64, 1, False), (80, 1, True), (197, 3, True)])
-def test_work_on_keys_is_shared_out(tokens, tiles, has_tail):
-    tile = kernels._tiles(kernels._form("fourier", "zero", 3), tokens)["_backward_keys"]
-    for images in (1, 7, 256):
-        full, chunk, tail_chunk = kernels._shares(images, 3, tokens, **tile)
-        assert full == tiles and (tail_chunk > 0) == has_tail and (chunk > 0) == (tiles > 0)
-        assert max(chunk, tail_chunk) <= images
-        covered = full * tile["BN"] + (tile["TAIL"] if has_tail else 0)
-        assert tokens <= covered < tokens + 64
+@pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
+def test_many_images_for_a_program_and_small_tiles_for_the_rest(monkeypatch, basis):
+    """As where there are many images: 73 tokens are a full tile and a rest, and the backward pass sums over images."""
+    monkeypatch.setattr(kernels, "_chunk", lambda images, *_: min(images, 3))
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    launched = []
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *args, name=None: launched.append(name) or launch(*args, name=name))
+    check(images=5, grid=(8, 9), heads=1, karat_rank=2, **basis)
+    assert "_forward_rest" in launched and "_forward" in launched
+
+
+@pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
+def test_many_tokens_of_few_images(monkeypatch, basis):
+    """As where there are many tokens: U and dU are summed in parts."""
+    monkeypatch.setattr(kernels, "_BLOCKS", 1)
+    assert kernels._parts(2, 73) == 2
+    check(images=2, grid=(8, 9), heads=1, karat_rank=2, **basis)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 63, 64, 65, 80, 81, 197, 1025])
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("basis", ["fourier", "wavelet"])
+def test_every_token_is_in_one_tile(tokens, few, basis):
+    form = kernels._form(basis, "zero", 3 if basis == "fourier" else "dog")
+    plan = kernels._Plan(form, 12, 64, torch.float16, False, True, tokens, torch.device("cpu"))
+    for name, side in (("_forward", "BM"), ("_backward_queries", "BM"), ("_backward_keys", "BN")):
+        begin = 0
+        for options, first, tiles in plan.launches(name, side, tokens, few):
+            assert first == begin and tiles > 0
+            begin += tiles * plan.tiles[options][side]
+        assert tokens <= begin < tokens + plan.tiles[name][side]
 
 
 def test_without_gradients_nothing_is_saved(monkeypatch):
