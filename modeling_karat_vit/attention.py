@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .basis import Start, make_edges
+from .basis import LinearEdgeFunctions, Start, make_edges, mask_weights, weighted_sum, weighted_sum_backward
 
 
 try:
@@ -253,24 +253,25 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
 
     def attend(keep, query, key, value, *parameters):
         tensors = dict(zip(names, parameters))
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        scores = (query.to(dtype) @ key.to(dtype).mT) * scaling
-        value = _zero_rows(value.to(dtype), keep)
+        scores = _visible_scores(query, key, scaling, keep)
+        value = _zero_rows(value.to(scores.dtype), keep)
         if factored:
-            scores = scores if keep is None else scores.masked_fill(~keep, 0.0)
             output = operator.reduce(scores, tensors, keep, lean=True) @ (tensors["projector"].mT @ value)
         else:
             output = operator.activate(scores, tensors, keep, lean=True) @ value
         return output.to(query.dtype)
 
-    arguments = (query, key, value, *tensors.values())
     if torch.compiler.is_compiling():
         # The compiler plans memory and recomputation itself.
-        return attend(keep, *arguments)
+        return attend(keep, query, key, value, *tensors.values())
     scores_per_image = query.shape[1] * query.shape[2] * key.shape[2]
     floats = scores_per_image * max(step.floats_per_score for step in operator.edges)
     chunk = max(1, _budget(query.device) // floats)
-    return _ChunkedRecompute.apply(attend, chunk, keep, *arguments)
+    if factored and isinstance(operator.edges[0], LinearEdgeFunctions):
+        (step,) = operator.edges
+        coefficients = step.lean_coefficients(_of(tensors, "edges.0."))
+        return _ChunkedFactored.apply(step, scaling, chunk, keep, query, key, value, coefficients, tensors["projector"])
+    return _ChunkedRecompute.apply(attend, chunk, keep, query, key, value, *tensors.values())
 
 
 def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids=None):
@@ -366,6 +367,74 @@ class _ChunkedRecompute(torch.autograd.Function):
         return None, None, None, *batched_grads, *parameter_grads
 
 
+class _ChunkedFactored(torch.autograd.Function):
+    """
+    H (W^T V) of the linear families over chunks of the batch. The backward pass, written out, redoes scores and
+    features; H, of r columns, is kept, so that it does not redo the products.
+    """
+
+    @staticmethod
+    def forward(ctx, step, scaling, chunk, keep, query, key, value, coefficients, projector):
+        ctx.step, ctx.scaling, ctx.chunk = step, scaling, chunk
+        output, hidden = torch.empty_like(query), []
+        memory = _maps(1 + step.maps, chunk, query, key)
+        start = 0
+        for keep_part, q, k, v in _chunks(chunk, keep, query, key, value):
+            scores, maps = memory[0, : q.shape[0]], memory[1:, : q.shape[0]]
+            scores = _visible_scores(q, k, scaling, keep_part, out=scores)
+            weights = mask_weights(coefficients, keep_part)
+            hidden.append(weighted_sum(step.lean_features(scores, maps), weights))
+            reduced = projector.mT @ _zero_rows(v.to(scores.dtype), keep_part)
+            output[start : start + q.shape[0]] = hidden[-1].mT @ reduced
+            start += q.shape[0]
+        ctx.save_for_backward(keep, query, key, value, coefficients, projector, *hidden)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        step, scaling = ctx.step, ctx.scaling
+        keep, query, key, value, coefficients, projector, *hidden = ctx.saved_tensors
+        needs_q, needs_k, needs_v, needs_coefficients, needs_projector = ctx.needs_input_grad[4:]
+        d_query, d_key, d_value = (
+            torch.empty_like(x) if need else None for x, need in zip((query, key, value), ctx.needs_input_grad[4:])
+        )
+        d_coefficients = torch.zeros_like(coefficients) if needs_coefficients else None
+        d_projector = torch.zeros_like(projector) if needs_projector else None
+        memory = _maps(2 + step.maps, ctx.chunk, query, key)
+        start = 0
+        with _no_autocast(grad_output.device.type):
+            for h, (keep_part, q, k, v, d_output) in zip(
+                hidden, _chunks(ctx.chunk, keep, query, key, value, grad_output)
+            ):
+                part = slice(start, start + q.shape[0])
+                start = part.stop
+                d_output = d_output.to(h.dtype)
+                v = _zero_rows(v.to(h.dtype), keep_part)
+                d_reduced = h @ d_output
+                if needs_v:
+                    d_value[part] = _zero_rows(projector @ d_reduced, keep_part)
+                if needs_projector:
+                    d_projector += (v @ d_reduced.mT).sum(0)
+                if not (needs_q or needs_k or needs_coefficients):
+                    continue
+                dh = (projector.mT @ v) @ d_output.mT
+                scores, product, maps = memory[0, : q.shape[0]], memory[1, : q.shape[0]], memory[2:, : q.shape[0]]
+                scores = _visible_scores(q, k, scaling, keep_part, out=scores)
+                features, derivatives = step.lean_features_and_derivatives(scores, maps)
+                slopes = mask_weights(step.derivative_coefficients(coefficients), keep_part)
+                d_scores, d_weights = weighted_sum_backward(
+                    features, derivatives, slopes, dh, needs_q or needs_k, needs_coefficients, out=(scores, product)
+                )
+                if needs_coefficients:
+                    d_coefficients += mask_weights(d_weights, keep_part).sum(0)
+                if needs_q:
+                    d_query[part] = (d_scores @ k.to(h.dtype)) * scaling
+                if needs_k:
+                    d_key[part] = d_scores.mT @ (q.to(h.dtype) * scaling)
+        return None, None, None, None, d_query, d_key, d_value, d_coefficients, d_projector
+
+
 def _chunks(size: int, keep, *batched):
     """Parts of at most `size` images; `keep` may have a batch of its own or one for all."""
     batch = batched[0].shape[0]
@@ -454,6 +523,20 @@ def eager_softmax_attention(query, key, value, scaling, dropout: float = 0.0, ke
 
 def _of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _maps(count: int, images: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Memory for `count` maps of the size of the scores of at most `images` images."""
+    images, dtype = min(images, query.shape[0]), torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(count, images, query.shape[1], query.shape[2], key.shape[2], dtype=dtype)
+
+
+def _visible_scores(query, key, scaling: float, keep: torch.Tensor | None, out=None) -> torch.Tensor:
+    """Scores of the portable path, at least in fp32; 0 for keys that nobody may see."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # The queries are fewer numbers to scale than the scores.
+    scores = torch.matmul(query.to(dtype) * scaling, key.to(dtype).mT, out=out)
+    return scores if keep is None else scores.masked_fill_(~keep, 0.0)
 
 
 def _zero_rows(value: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

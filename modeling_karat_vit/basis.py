@@ -140,18 +140,15 @@ class LinearEdgeFunctions(EdgeFunctions):
     """
     Families that are linear in their coefficients: basis_pq(x) = sum_k C_kpq F_k(x). Phi is then a matrix product,
     `sum_k F_k(x) C_k^T`, and the P x Q edges of a row never have to exist.
+
+    The lean arithmetic may take other features L_k of the same span, where they cost fewer passes over the inputs. It
+    writes up to `maps` of them to memory that is handed to it: fresh memory costs a CPU more than the arithmetic.
     """
+
+    maps = 0
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """F_k(x), each of the shape of `x`, in the order of `stack_coefficients`."""
-        raise NotImplementedError
-
-    def lean_features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The same features by cheaper arithmetic."""
-        return self.features(x)
-
-    def features_and_derivatives(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
-        """F_k(x), D_k and d_k, where dF_k/dx = d_k D_k: the D_k of a family may be other features of its own."""
         raise NotImplementedError
 
     def stack_coefficients(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -162,51 +159,135 @@ class LinearEdgeFunctions(EdgeFunctions):
         coefficients = self.stack_coefficients(tensors)
         return sum(_per_row(coefficients[:, index]) * feature for index, feature in enumerate(self.features(x)))
 
+    def _lean_features(self, x: torch.Tensor, out: torch.Tensor | None) -> list[torch.Tensor]:
+        """L_k(x) of the basis."""
+        return self.features(x)
+
+    def _lean_stack(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Coefficients of the L_k from those of the F_k, (h, K, P, Q)."""
+        return coefficients
+
+    def _lean_features_and_derivatives(self, x: torch.Tensor, out: torch.Tensor | None) -> tuple[list, list]:
+        """L_k(x), and functions D_j(x) that span their derivatives."""
+        raise NotImplementedError
+
+    def _derivative_stack(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Coefficients of the D_j in d/dx sum_k c_k L_k(x), (..., J, P, Q), from c, (..., K, P, Q)."""
+        raise NotImplementedError
+
+    def lean_features(self, x: torch.Tensor, out: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What Phi is a weighted sum of: the L_k(x), and the base function. `out` is (maps, *x.shape), to write to."""
+        return self._lean_features(x, out) + ([] if self.base is None else [self.base(x)])
+
+    def lean_features_and_derivatives(self, x: torch.Tensor, out: torch.Tensor | None = None) -> tuple[list, list]:
+        """`lean_features` without a graph, and what their derivatives are weighted sums of."""
+        features, derivatives = self._lean_features_and_derivatives(x, out)
+        if self.base is not None:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                base = self.base(x)
+                (derivative,) = torch.autograd.grad(base, x, torch.ones_like(base))
+            features, derivatives = [*features, base.detach()], [*derivatives, derivative]
+        return features, derivatives
+
+    def lean_coefficients(self, tensors: dict[str, torch.Tensor], keep: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights of `lean_features`, (..., h, K, P, Q), scales included, and zero where `keep` is False."""
+        coefficients = self._lean_stack(self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1))
+        if self.base is not None:
+            coefficients = torch.cat([coefficients, tensors["scale_base"].unsqueeze(1)], dim=1)
+        return mask_weights(coefficients, keep)
+
+    def derivative_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """The weights of the derivatives, (..., J, P, Q), from those of the features, (..., K, P, Q)."""
+        if self.base is None:
+            return self._derivative_stack(coefficients)
+        basis, base = coefficients[..., :-1, :, :], coefficients[..., -1:, :, :]
+        return torch.cat([self._derivative_stack(basis), base], dim=-3)
+
     def activate(self, x, tensors, keep=None, lean=False):
+        if lean:
+            coefficients = self.lean_coefficients(tensors, keep)
+            if torch.compiler.is_compiling():
+                return weighted_sum(self.lean_features(x), coefficients).mT
+            return _FeatureProduct.apply(self, x, coefficients)
         coefficients = self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1)
-        if lean and not torch.compiler.is_compiling():
-            y = _FeatureProduct.apply(self, x, keep, coefficients)
-        else:
-            features = self.lean_features(x) if lean else self.features(x)
-            y = sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
+        features = self.features(x)
+        y = sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
         if self.base is not None:
             y = y + _masked(self.base(x), keep) @ tensors["scale_base"].mT
         return y
 
 
-class _FeatureProduct(torch.autograd.Function):
-    """
-    sum_k F_k(x) C_k^T with the derivative written out: the features are evaluated once, and shared by both passes.
+def mask_weights(coefficients: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """(..., h, K, P, Q), zero for inputs q that `keep`, (..., 1, 1, Q), leaves out."""
+    return coefficients if keep is None else coefficients * keep.unsqueeze(-3)
 
-    dC_k = dy^T F_k and dx = sum_k F'_k(x) * (dy C_k).
+
+def weighted_sum(features: list[torch.Tensor], coefficients: torch.Tensor) -> torch.Tensor:
     """
+    y^T = sum_k C_k F_k^T: the few outputs are the rows, because matrix products want the long side to be contiguous.
+
+    Args:
+        features: K of (..., h, T, Q).
+        coefficients: (..., h, K, P, Q).
+
+    Returns:
+        (..., h, P, T)
+    """
+    return sum(coefficients[..., index, :, :] @ feature.mT for index, feature in enumerate(features))
+
+
+def weighted_sum_backward(features, derivatives, slopes, dy, needs_x=True, needs_coefficients=True, out=(None, None)):
+    """
+    Gradients of `weighted_sum(features(x), coefficients)`.
+
+    Args:
+        features: K of (..., h, T, Q).
+        derivatives: J of (..., h, T, Q), which span the derivatives of the features.
+        slopes: (..., h, J, P, Q), the weights of `derivatives`.
+        dy: gradient of y^T, (..., h, P, T).
+        out: two tensors (..., h, T, Q) to work in, of which the first becomes dx.
+
+    Returns:
+        dx = sum_j D_j * (dy C'_j), (..., h, T, Q), and dC_k = dy^T F_k, (..., h, K, P, Q), not summed over images;
+        `None` for what is not needed.
+    """
+    dx = d_coefficients = None
+    if needs_x:
+        for index, derivative in enumerate(derivatives):
+            product = torch.matmul(dy.mT, slopes[..., index, :, :], out=out[min(index, 1)])
+            dx = product.mul_(derivative) if dx is None else dx.addcmul_(product, derivative)
+        if not derivatives:  # constant functions
+            dx = torch.zeros_like(features[0])
+    if needs_coefficients:
+        d_coefficients = torch.stack([dy @ feature for feature in features], dim=-3)
+    return dx, d_coefficients
+
+
+class _FeatureProduct(torch.autograd.Function):
+    """`weighted_sum`, transposed, with the derivative written out: both passes share the features."""
 
     @staticmethod
-    def forward(ctx, family, x, keep, coefficients):
-        needs_x = ctx.needs_input_grad[1]
-        if needs_x:
-            features, derivatives, ctx.factors = family.features_and_derivatives(x)
+    def forward(ctx, family, x, coefficients):
+        ctx.family = family
+        if ctx.needs_input_grad[1]:
+            features, derivatives = family.lean_features_and_derivatives(x)
         else:
             features, derivatives = family.lean_features(x), []
-        ctx.has_keep = keep is not None
         ctx.feature_count = len(features)
-        ctx.save_for_backward(*([keep] if keep is not None else []), coefficients, *features, *derivatives)
-        return sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
+        ctx.save_for_backward(coefficients, *features, *derivatives)
+        return weighted_sum(features, coefficients).mT
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        keep, coefficients, *rest = ctx.saved_tensors if ctx.has_keep else (None, *ctx.saved_tensors)
+        coefficients, *rest = ctx.saved_tensors
         features, derivatives = rest[: ctx.feature_count], rest[ctx.feature_count :]
-        dx = d_coefficients = None
-        if ctx.needs_input_grad[1]:
-            for index, (derivative, factor) in enumerate(zip(derivatives, ctx.factors)):
-                product = dy @ (factor * coefficients[:, index])
-                dx = product.mul_(derivative) if dx is None else dx.addcmul_(product, derivative)
-            dx = _masked(dx, keep)
-        if ctx.needs_input_grad[3]:
-            d_coefficients = torch.stack([_sum_to_heads(dy.mT @ _masked(feature, keep)) for feature in features], dim=1)
-        return None, dx, None, d_coefficients
+        slopes = ctx.family.derivative_coefficients(coefficients)
+        dx, d_coefficients = weighted_sum_backward(
+            features, derivatives, slopes, dy.mT, ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        )
+        return None, dx, None if d_coefficients is None else d_coefficients.sum_to_size(coefficients.shape)
 
 
 class FourierEdges(LinearEdgeFunctions):
@@ -229,20 +310,43 @@ class FourierEdges(LinearEdgeFunctions):
         harmonics = range(1, self.grid_size + 1)
         return [torch.cos(m * x) for m in harmonics] + [torch.sin(m * x) for m in harmonics]
 
-    def lean_features(self, x):
-        # One sine and one cosine; cos((m+1)x) = 2 cos(x) cos(mx) - cos((m-1)x), and the same for the sine.
-        cos, sin = [torch.cos(x)], [torch.sin(x)]
-        twice = 2 * cos[0] if self.grid_size > 1 else None
+    @property
+    def maps(self) -> int:
+        return 2 * self.grid_size
+
+    def _lean_features(self, x, out):
+        # One sine and one cosine, and 2 cos(x) cos(mx) - cos((m-1)x) = cos((m+1)x), the same for the sine. With the
+        # factors of `_lean_factors`, each further harmonic is one pass over the inputs.
+        out = [None] * self.maps if out is None else out.unbind(0)
+        cos_out, sin_out = out[: self.grid_size], out[self.grid_size :]
+        first = torch.cos(x, out=cos_out[0])
+        cos, sin = [first], [torch.sin(x, out=sin_out[0])]
         for m in range(1, self.grid_size):
-            cos.append(twice * cos[m - 1] - (cos[m - 2] if m > 1 else 1))
-            sin.append(twice * sin[m - 1] - sin[m - 2] if m > 1 else twice * sin[m - 1])
+            if m == 1:
+                cos.append(torch.mul(first, first, out=cos_out[1]).sub_(0.5))
+                sin.append(torch.mul(first, sin[0], out=sin_out[1]))
+            else:
+                weight = -4 if m % 2 == 0 else 1
+                cos.append(torch.addcmul(cos[m - 2], first, cos[m - 1], value=weight, out=cos_out[m]))
+                sin.append(torch.addcmul(sin[m - 2], first, sin[m - 1], value=weight, out=sin_out[m]))
         return cos + sin
 
-    def features_and_derivatives(self, x):
-        features = self.lean_features(x)
-        cos, sin = features[: self.grid_size], features[self.grid_size :]
-        harmonics = [float(m) for m in range(1, self.grid_size + 1)]
-        return features, sin + cos, [-m for m in harmonics] + harmonics
+    def _lean_factors(self, like: torch.Tensor) -> torch.Tensor:
+        """L_m over F_m, which is 1, 1/2, -1, -1/2, 1, ..., as (G, 1, 1)."""
+        factors = [(1.0, 0.5, -1.0, -0.5)[m % 4] for m in range(self.grid_size)]
+        return like.new_tensor(factors).view(-1, 1, 1)
+
+    def _lean_stack(self, coefficients):
+        return coefficients / self._lean_factors(coefficients).repeat(2, 1, 1)
+
+    def _lean_features_and_derivatives(self, x, out):
+        features = self._lean_features(x, out)
+        return features, features
+
+    def _derivative_stack(self, coefficients):
+        cos, sin = coefficients.tensor_split(2, dim=-3)
+        harmonics = torch.arange(1, self.grid_size + 1, device=cos.device, dtype=cos.dtype).view(-1, 1, 1)
+        return torch.cat([harmonics * sin, -harmonics * cos], dim=-3)
 
     def stack_coefficients(self, tensors):
         return torch.cat([tensors["cos_coef"], tensors["sin_coef"]], dim=1)
@@ -286,16 +390,23 @@ class SplineEdges(LinearEdgeFunctions):
     def features(self, x):
         return self._cardinal(x, self.order)
 
-    def features_and_derivatives(self, x):
+    def _lean_features_and_derivatives(self, x, out):
         if self.order == 0:
-            return self.features(x), [torch.zeros_like(x)] * self.grid_size, [0.0] * self.grid_size
+            return self.features(x), []
         lower = self._cardinal(x, self.order - 1)
         u = (x - self.low) * (self.grid_size / (self.high - self.low)) + self.order
         features = [
             ((u - i) * lower[i] + (i + self.order + 1 - u) * lower[i + 1]) / self.order for i in range(len(lower) - 1)
         ]
+        return features, lower
+
+    def _derivative_stack(self, coefficients):
+        if self.order == 0:
+            return coefficients[..., :0, :, :]
+        # B'_i = (lower_i - lower_{i+1}) / spacing
+        none = torch.zeros_like(coefficients[..., :1, :, :])
         slope = self.grid_size / (self.high - self.low)
-        return features, [lower[i] - lower[i + 1] for i in range(len(lower) - 1)], [slope] * len(features)
+        return slope * coefficients.diff(dim=-3, prepend=none, append=none)
 
     def stack_coefficients(self, tensors):
         return tensors["spline_coef"]
@@ -447,11 +558,6 @@ def _sinc(x: torch.Tensor) -> torch.Tensor:
 
 def _masked(values: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     return values if keep is None else values * keep
-
-
-def _sum_to_heads(gradient: torch.Tensor) -> torch.Tensor:
-    """(..., h, P, Q) summed to (h, P, Q)."""
-    return gradient.flatten(0, -4).sum(0) if gradient.dim() > 3 else gradient
 
 
 def _normal_like(parameter: torch.Tensor) -> torch.Tensor:
