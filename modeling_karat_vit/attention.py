@@ -20,7 +20,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .basis import LinearEdgeFunctions, Start, make_edges, mask_weights, weighted_sum, weighted_sum_backward
+from .basis import (
+    LinearEdgeFunctions,
+    Start,
+    make_edges,
+    maps_of,
+    weighted_sum,
+    weighted_sum_backward_weights,
+    weighted_sum_backward_x,
+    weights_of,
+)
 
 
 try:
@@ -378,15 +387,19 @@ class _ChunkedFactored(torch.autograd.Function):
         ctx.step, ctx.scaling, ctx.chunk = step, scaling, chunk
         output, hidden = torch.empty_like(query), []
         memory = _maps(1 + step.maps, chunk, query, key)
-        start = 0
+        start, size = 0, None
         for keep_part, q, k, v in _chunks(chunk, keep, query, key, value):
-            scores, maps = memory[0, : q.shape[0]], memory[1:, : q.shape[0]]
+            images = q.shape[0]
+            if images != size or keep is not None:
+                size, weights = images, weights_of(coefficients, keep_part, images)
+                project = maps_of(projector, images, step.heads)
+            scores, *maps = memory[:, : images * step.heads].unbind(0)
             scores = _visible_scores(q, k, scaling, keep_part, out=scores)
-            weights = mask_weights(coefficients, keep_part)
             hidden.append(weighted_sum(step.lean_features(scores, maps), weights))
-            reduced = projector.mT @ _zero_rows(v.to(scores.dtype), keep_part)
-            output[start : start + q.shape[0]] = hidden[-1].mT @ reduced
-            start += q.shape[0]
+            v = _zero_rows(v.to(scores.dtype), keep_part).flatten(0, 1)
+            part = torch.bmm(hidden[-1].mT, torch.bmm(project.mT, v))
+            output[start : start + images] = part.unflatten(0, (images, step.heads))
+            start += images
         ctx.save_for_backward(keep, query, key, value, coefficients, projector, *hidden)
         return output
 
@@ -394,44 +407,48 @@ class _ChunkedFactored(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         step, scaling = ctx.step, ctx.scaling
+        # Gradient checkpointing allows to read `saved_tensors` once.
         keep, query, key, value, coefficients, projector, *hidden = ctx.saved_tensors
-        needs_q, needs_k, needs_v, needs_coefficients, needs_projector = ctx.needs_input_grad[4:]
-        d_query, d_key, d_value = (
-            torch.empty_like(x) if need else None for x, need in zip((query, key, value), ctx.needs_input_grad[4:])
-        )
+        batched = (query, key, value)
+        needs_q, needs_k, needs_v, needs_coefficients, needs_projector = needed = ctx.needs_input_grad[4:]
+        d_query, d_key, d_value = (torch.empty_like(x) if need else None for x, need in zip(batched, needed))
         d_coefficients = torch.zeros_like(coefficients) if needs_coefficients else None
         d_projector = torch.zeros_like(projector) if needs_projector else None
         memory = _maps(2 + step.maps, ctx.chunk, query, key)
-        start = 0
+        derivative = step.derivative_coefficients(coefficients)
+        start, size = 0, None
         with _no_autocast(grad_output.device.type):
-            for h, (keep_part, q, k, v, d_output) in zip(
-                hidden, _chunks(ctx.chunk, keep, query, key, value, grad_output)
-            ):
-                part = slice(start, start + q.shape[0])
-                start = part.stop
-                d_output = d_output.to(h.dtype)
-                v = _zero_rows(v.to(h.dtype), keep_part)
-                d_reduced = h @ d_output
+            for h, (keep_part, q, k, v, dy) in zip(hidden, _chunks(ctx.chunk, keep, *batched, grad_output)):
+                images, part = q.shape[0], slice(start, start + q.shape[0])
+                start += images
+                if images != size or keep is not None:
+                    size, slopes = images, weights_of(derivative, keep_part, images)
+                    project = maps_of(projector, images, step.heads)
+                shape = (images, step.heads)
+                v = _zero_rows(v.to(h.dtype), keep_part).flatten(0, 1)
+                dy = dy.to(h.dtype).flatten(0, 1)
+                d_reduced = torch.bmm(h, dy)
                 if needs_v:
-                    d_value[part] = _zero_rows(projector @ d_reduced, keep_part)
+                    d_value[part] = _zero_rows(torch.bmm(project, d_reduced).unflatten(0, shape), keep_part)
                 if needs_projector:
-                    d_projector += (v @ d_reduced.mT).sum(0)
+                    d_projector += torch.bmm(v, d_reduced.mT).unflatten(0, shape).sum(0)
                 if not (needs_q or needs_k or needs_coefficients):
                     continue
-                dh = (projector.mT @ v) @ d_output.mT
-                scores, product, maps = memory[0, : q.shape[0]], memory[1, : q.shape[0]], memory[2:, : q.shape[0]]
+                dh = torch.bmm(torch.bmm(project.mT, v), dy.mT)
+                scores, product, *maps = memory[:, : images * step.heads].unbind(0)
                 scores = _visible_scores(q, k, scaling, keep_part, out=scores)
                 features, derivatives = step.lean_features_and_derivatives(scores, maps)
-                slopes = mask_weights(step.derivative_coefficients(coefficients), keep_part)
-                d_scores, d_weights = weighted_sum_backward(
-                    features, derivatives, slopes, dh, needs_q or needs_k, needs_coefficients, out=(scores, product)
-                )
                 if needs_coefficients:
-                    d_coefficients += mask_weights(d_weights, keep_part).sum(0)
+                    d_coefficients += weighted_sum_backward_weights(features, dh, keep_part, step.heads)
+                if needs_q or needs_k:
+                    # The features are there, and the scores no longer needed.
+                    d_scores = weighted_sum_backward_x(derivatives, slopes, dh, scores, product)
                 if needs_q:
-                    d_query[part] = (d_scores @ k.to(h.dtype)) * scaling
+                    d_q = torch.bmm(d_scores, k.to(h.dtype).flatten(0, 1)).mul_(scaling)
+                    d_query[part] = d_q.unflatten(0, shape)
                 if needs_k:
-                    d_key[part] = d_scores.mT @ (q.to(h.dtype) * scaling)
+                    d_k = torch.bmm(d_scores.mT, q.to(h.dtype).flatten(0, 1)).mul_(scaling)
+                    d_key[part] = d_k.unflatten(0, shape)
         return None, None, None, None, d_query, d_key, d_value, d_coefficients, d_projector
 
 
@@ -526,17 +543,26 @@ def _of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
 
 
 def _maps(count: int, images: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Memory for `count` maps of the size of the scores of at most `images` images."""
-    images, dtype = min(images, query.shape[0]), torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(count, images, query.shape[1], query.shape[2], key.shape[2], dtype=dtype)
+    """Memory for `count` times the scores of at most `images` images, (count, images * h, N, N)."""
+    maps, dtype = min(images, query.shape[0]) * query.shape[1], torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(count, maps, query.shape[2], key.shape[2], dtype=dtype)
 
 
 def _visible_scores(query, key, scaling: float, keep: torch.Tensor | None, out=None) -> torch.Tensor:
-    """Scores of the portable path, at least in fp32; 0 for keys that nobody may see."""
+    """
+    Scores of the portable path, at least in fp32, 0 for keys that nobody may see: (B, h, N, N), or in `out`, of shape
+    (B * h, N, N).
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
     # The queries are fewer numbers to scale than the scores.
-    scores = torch.matmul(query.to(dtype) * scaling, key.to(dtype).mT, out=out)
-    return scores if keep is None else scores.masked_fill_(~keep, 0.0)
+    query, key = query.to(dtype) * scaling, key.to(dtype)
+    if out is None:
+        scores = query @ key.mT
+        return scores if keep is None else scores.masked_fill(~keep, 0.0)
+    torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out=out)
+    if keep is not None:
+        out.unflatten(0, query.shape[:2]).masked_fill_(~keep, 0.0)
+    return out
 
 
 def _zero_rows(value: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

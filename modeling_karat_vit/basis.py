@@ -159,7 +159,7 @@ class LinearEdgeFunctions(EdgeFunctions):
         coefficients = self.stack_coefficients(tensors)
         return sum(_per_row(coefficients[:, index]) * feature for index, feature in enumerate(self.features(x)))
 
-    def _lean_features(self, x: torch.Tensor, out: torch.Tensor | None) -> list[torch.Tensor]:
+    def _lean_features(self, x: torch.Tensor, out: list[torch.Tensor] | None) -> list[torch.Tensor]:
         """L_k(x) of the basis."""
         return self.features(x)
 
@@ -167,19 +167,21 @@ class LinearEdgeFunctions(EdgeFunctions):
         """Coefficients of the L_k from those of the F_k, (h, K, P, Q)."""
         return coefficients
 
-    def _lean_features_and_derivatives(self, x: torch.Tensor, out: torch.Tensor | None) -> tuple[list, list]:
+    def _lean_features_and_derivatives(self, x: torch.Tensor, out: list[torch.Tensor] | None) -> tuple[list, list]:
         """L_k(x), and functions D_j(x) that span their derivatives."""
         raise NotImplementedError
 
     def _derivative_stack(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Coefficients of the D_j in d/dx sum_k c_k L_k(x), (..., J, P, Q), from c, (..., K, P, Q)."""
+        """Coefficients of the D_j in d/dx sum_k c_k L_k(x), (h, J, P, Q), from c, (h, K, P, Q)."""
         raise NotImplementedError
 
-    def lean_features(self, x: torch.Tensor, out: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """What Phi is a weighted sum of: the L_k(x), and the base function. `out` is (maps, *x.shape), to write to."""
+    def lean_features(self, x: torch.Tensor, out: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """What Phi is a weighted sum of: the L_k(x), and the base function. `out`: `maps` tensors to write to."""
         return self._lean_features(x, out) + ([] if self.base is None else [self.base(x)])
 
-    def lean_features_and_derivatives(self, x: torch.Tensor, out: torch.Tensor | None = None) -> tuple[list, list]:
+    def lean_features_and_derivatives(
+        self, x: torch.Tensor, out: list[torch.Tensor] | None = None
+    ) -> tuple[list, list]:
         """`lean_features` without a graph, and what their derivatives are weighted sums of."""
         features, derivatives = self._lean_features_and_derivatives(x, out)
         if self.base is not None:
@@ -190,26 +192,26 @@ class LinearEdgeFunctions(EdgeFunctions):
             features, derivatives = [*features, base.detach()], [*derivatives, derivative]
         return features, derivatives
 
-    def lean_coefficients(self, tensors: dict[str, torch.Tensor], keep: torch.Tensor | None = None) -> torch.Tensor:
-        """The weights of `lean_features`, (..., h, K, P, Q), scales included, and zero where `keep` is False."""
+    def lean_coefficients(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weights of `lean_features`, (h, K, P, Q), scales included."""
         coefficients = self._lean_stack(self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1))
-        if self.base is not None:
-            coefficients = torch.cat([coefficients, tensors["scale_base"].unsqueeze(1)], dim=1)
-        return mask_weights(coefficients, keep)
+        if self.base is None:
+            return coefficients
+        return torch.cat([coefficients, tensors["scale_base"].unsqueeze(1)], dim=1)
 
     def derivative_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """The weights of the derivatives, (..., J, P, Q), from those of the features, (..., K, P, Q)."""
+        """The weights of the derivatives, (h, J, P, Q), from those of the features, (h, K, P, Q)."""
         if self.base is None:
             return self._derivative_stack(coefficients)
-        basis, base = coefficients[..., :-1, :, :], coefficients[..., -1:, :, :]
-        return torch.cat([self._derivative_stack(basis), base], dim=-3)
+        return torch.cat([self._derivative_stack(coefficients[:, :-1]), coefficients[:, -1:]], dim=1)
 
     def activate(self, x, tensors, keep=None, lean=False):
         if lean:
-            coefficients = self.lean_coefficients(tensors, keep)
+            coefficients = self.lean_coefficients(tensors)
             if torch.compiler.is_compiling():
-                return weighted_sum(self.lean_features(x), coefficients).mT
-            return _FeatureProduct.apply(self, x, coefficients)
+                features = [_masked(feature, keep) for feature in self.lean_features(x)]
+                return sum(feature @ coefficients[:, index].mT for index, feature in enumerate(features))
+            return _FeatureProduct.apply(self, x, keep, coefficients)
         coefficients = self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1)
         features = self.features(x)
         y = sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
@@ -218,76 +220,91 @@ class LinearEdgeFunctions(EdgeFunctions):
         return y
 
 
-def mask_weights(coefficients: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """(..., h, K, P, Q), zero for inputs q that `keep`, (..., 1, 1, Q), leaves out."""
-    return coefficients if keep is None else coefficients * keep.unsqueeze(-3)
+def maps_of(tensor: torch.Tensor, images: int, heads: int) -> torch.Tensor:
+    """(1 or images, 1 or h, ...) as (images * h, ...), one matrix for each map of scores."""
+    return tensor.expand(images, heads, *tensor.shape[-2:]).flatten(0, 1)
 
 
-def weighted_sum(features: list[torch.Tensor], coefficients: torch.Tensor) -> torch.Tensor:
+def weights_of(coefficients: torch.Tensor, keep: torch.Tensor | None, images: int) -> list[torch.Tensor]:
+    """K of (images * h, P, Q) from (h, K, P, Q), zero for inputs q that `keep`, (1 or images, 1, 1, Q), leaves out."""
+    return [maps_of(_masked(matrix.unsqueeze(0), keep), images, matrix.shape[0]) for matrix in coefficients.unbind(1)]
+
+
+def weighted_sum(features: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
     """
     y^T = sum_k C_k F_k^T: the few outputs are the rows, because matrix products want the long side to be contiguous.
 
     Args:
-        features: K of (..., h, T, Q).
-        coefficients: (..., h, K, P, Q).
+        features: K of (M, T, Q), for M maps.
+        weights: K of (M, P, Q).
 
     Returns:
-        (..., h, P, T)
+        (M, P, T)
     """
-    return sum(coefficients[..., index, :, :] @ feature.mT for index, feature in enumerate(features))
+    y = torch.bmm(weights[0], features[0].mT)
+    for weight, feature in zip(weights[1:], features[1:]):
+        y.baddbmm_(weight, feature.mT)
+    return y
 
 
-def weighted_sum_backward(features, derivatives, slopes, dy, needs_x=True, needs_coefficients=True, out=(None, None)):
+def weighted_sum_backward_x(derivatives, slopes, dy, out, product):
     """
-    Gradients of `weighted_sum(features(x), coefficients)`.
+    dx = sum_j D_j * (dy C'_j).
 
     Args:
-        features: K of (..., h, T, Q).
-        derivatives: J of (..., h, T, Q), which span the derivatives of the features.
-        slopes: (..., h, J, P, Q), the weights of `derivatives`.
-        dy: gradient of y^T, (..., h, P, T).
-        out: two tensors (..., h, T, Q) to work in, of which the first becomes dx.
+        derivatives: J of (M, T, Q), which span the derivatives of the features.
+        slopes: J of (M, P, Q), their weights.
+        dy: gradient of y^T, (M, P, T).
+        out, product: (M, T, Q), where the result and the products go.
 
     Returns:
-        dx = sum_j D_j * (dy C'_j), (..., h, T, Q), and dC_k = dy^T F_k, (..., h, K, P, Q), not summed over images;
-        `None` for what is not needed.
+        `out`
     """
-    dx = d_coefficients = None
-    if needs_x:
-        for index, derivative in enumerate(derivatives):
-            product = torch.matmul(dy.mT, slopes[..., index, :, :], out=out[min(index, 1)])
-            dx = product.mul_(derivative) if dx is None else dx.addcmul_(product, derivative)
-        if not derivatives:  # constant functions
-            dx = torch.zeros_like(features[0])
-    if needs_coefficients:
-        d_coefficients = torch.stack([dy @ feature for feature in features], dim=-3)
-    return dx, d_coefficients
+    if not derivatives:  # constant functions
+        return out.zero_()
+    torch.bmm(dy.mT, slopes[0], out=out).mul_(derivatives[0])
+    for derivative, slope in zip(derivatives[1:], slopes[1:]):
+        out.addcmul_(torch.bmm(dy.mT, slope, out=product), derivative)
+    return out
+
+
+def weighted_sum_backward_weights(features, dy, keep, heads: int) -> torch.Tensor:
+    """dC_k = dy^T F_k summed over the images, (h, K, P, Q), for `features` K of (M, T, Q) and `dy`, (M, P, T)."""
+    products = torch.stack([torch.bmm(dy, feature) for feature in features], dim=1).unflatten(0, (-1, heads))
+    return _masked(products, None if keep is None else keep.unsqueeze(-3)).sum(0)
 
 
 class _FeatureProduct(torch.autograd.Function):
-    """`weighted_sum`, transposed, with the derivative written out: both passes share the features."""
+    """sum_k F_k(x) C_k^T with the derivative written out: both passes share the features."""
 
     @staticmethod
-    def forward(ctx, family, x, coefficients):
-        ctx.family = family
+    def forward(ctx, family, x, keep, coefficients):
+        ctx.family, ctx.shape = family, x.shape
+        x = x.flatten(0, -3)
+        images = x.shape[0] // family.heads
         if ctx.needs_input_grad[1]:
             features, derivatives = family.lean_features_and_derivatives(x)
         else:
             features, derivatives = family.lean_features(x), []
         ctx.feature_count = len(features)
-        ctx.save_for_backward(coefficients, *features, *derivatives)
-        return weighted_sum(features, coefficients).mT
+        ctx.save_for_backward(keep, coefficients, *features, *derivatives)
+        y = weighted_sum(features, weights_of(coefficients, keep, images)).mT
+        return y.unflatten(0, ctx.shape[:-2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        coefficients, *rest = ctx.saved_tensors
+        keep, coefficients, *rest = ctx.saved_tensors
         features, derivatives = rest[: ctx.feature_count], rest[ctx.feature_count :]
-        slopes = ctx.family.derivative_coefficients(coefficients)
-        dx, d_coefficients = weighted_sum_backward(
-            features, derivatives, slopes, dy.mT, ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        )
-        return None, dx, None if d_coefficients is None else d_coefficients.sum_to_size(coefficients.shape)
+        dy = dy.flatten(0, -3).mT
+        dx = d_coefficients = None
+        if ctx.needs_input_grad[1]:
+            slopes = weights_of(ctx.family.derivative_coefficients(coefficients), keep, dy.shape[0] // ctx.family.heads)
+            out, product = torch.empty_like(features[0]), torch.empty_like(features[0])
+            dx = weighted_sum_backward_x(derivatives, slopes, dy, out, product).view(ctx.shape)
+        if ctx.needs_input_grad[3]:
+            d_coefficients = weighted_sum_backward_weights(features, dy, keep, ctx.family.heads)
+        return None, dx, None, d_coefficients
 
 
 class FourierEdges(LinearEdgeFunctions):
@@ -316,8 +333,8 @@ class FourierEdges(LinearEdgeFunctions):
 
     def _lean_features(self, x, out):
         # One sine and one cosine, and 2 cos(x) cos(mx) - cos((m-1)x) = cos((m+1)x), the same for the sine. With the
-        # factors of `_lean_factors`, each further harmonic is one pass over the inputs.
-        out = [None] * self.maps if out is None else out.unbind(0)
+        # factors in `_lean_stack`, each further harmonic is one pass over the inputs.
+        out = out or [None] * self.maps
         cos_out, sin_out = out[: self.grid_size], out[self.grid_size :]
         first = torch.cos(x, out=cos_out[0])
         cos, sin = [first], [torch.sin(x, out=sin_out[0])]
@@ -331,22 +348,20 @@ class FourierEdges(LinearEdgeFunctions):
                 sin.append(torch.addcmul(sin[m - 2], first, sin[m - 1], value=weight, out=sin_out[m]))
         return cos + sin
 
-    def _lean_factors(self, like: torch.Tensor) -> torch.Tensor:
-        """L_m over F_m, which is 1, 1/2, -1, -1/2, 1, ..., as (G, 1, 1)."""
-        factors = [(1.0, 0.5, -1.0, -0.5)[m % 4] for m in range(self.grid_size)]
-        return like.new_tensor(factors).view(-1, 1, 1)
-
     def _lean_stack(self, coefficients):
-        return coefficients / self._lean_factors(coefficients).repeat(2, 1, 1)
+        # F_m over L_m: 1, 2, -1, -2, 1, ...
+        m = torch.arange(self.grid_size, device=coefficients.device, dtype=coefficients.dtype).view(-1, 1, 1)
+        ratios = (1 + m % 2) * (1 - m % 4 // 2 * 2)
+        return coefficients * ratios.repeat(2, 1, 1)
 
     def _lean_features_and_derivatives(self, x, out):
         features = self._lean_features(x, out)
         return features, features
 
     def _derivative_stack(self, coefficients):
-        cos, sin = coefficients.tensor_split(2, dim=-3)
+        cos, sin = coefficients.chunk(2, dim=1)
         harmonics = torch.arange(1, self.grid_size + 1, device=cos.device, dtype=cos.dtype).view(-1, 1, 1)
-        return torch.cat([harmonics * sin, -harmonics * cos], dim=-3)
+        return torch.cat([harmonics * sin, -harmonics * cos], dim=1)
 
     def stack_coefficients(self, tensors):
         return torch.cat([tensors["cos_coef"], tensors["sin_coef"]], dim=1)
@@ -402,11 +417,11 @@ class SplineEdges(LinearEdgeFunctions):
 
     def _derivative_stack(self, coefficients):
         if self.order == 0:
-            return coefficients[..., :0, :, :]
+            return coefficients[:, :0]
         # B'_i = (lower_i - lower_{i+1}) / spacing
-        none = torch.zeros_like(coefficients[..., :1, :, :])
+        none = torch.zeros_like(coefficients[:, :1])
         slope = self.grid_size / (self.high - self.low)
-        return slope * coefficients.diff(dim=-3, prepend=none, append=none)
+        return slope * coefficients.diff(dim=1, prepend=none, append=none)
 
     def stack_coefficients(self, tensors):
         return tensors["spline_coef"]
