@@ -226,7 +226,7 @@ def test_an_image_of_which_nothing_is_left(variant, basis, need_maps):
 @pytest.mark.parametrize("project_l1", [False, True])
 def test_portable_gives_what_eager_gives(basis, variant, project_l1, dtype):
     """Outputs and every gradient, with and without a base function and a mask."""
-    for base_fn in ("zero", "silu"):
+    for base_fn in ("zero", "silu", "linear"):
         operator = make_operator(dtype, base_fn=base_fn, **{**variant, **basis, "project_l1": project_l1})
         for keep in (None, key_mask()):
             inputs = make_inputs(dtype)
