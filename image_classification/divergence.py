@@ -61,7 +61,9 @@ class DivergenceGuard:
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
         norms = torch._foreach_norm(local) if local else []
         loss = torch.stack(self._losses).sum().float()
-        values = torch.stack([loss, *(norm.to(loss) for norm in norms)])
+        if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+            norms = [norm.to(loss) for norm in norms]
+        values = torch.cat([loss[None], torch.stack(norms).to(loss)]) if norms else loss[None]
         self._losses = []
         event = None
         if values.is_cuda:

@@ -35,18 +35,19 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float, device: str | torch.device | None = None):
         self.decay = decay
         self.tensors: dict[str, torch.Tensor] = {}
+        self._owners = _owners(model)
         for name, parameter in _averaged(model):
             # Steps of 1 - decay vanish in the rounding of half precision.
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             self.tensors[name] = _local(parameter).to(device=device, dtype=dtype, copy=True)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Take in the weights after one step of the optimiser."""
         averages = list(self.tensors.values())
         weights = [
-            _local(parameter).to(device=average.device, dtype=average.dtype)
-            for (_, parameter), average in zip(_averaged(model), averages, strict=True)
+            _local(getattr(owner, name)).to(device=average.device, dtype=average.dtype)
+            for (owner, name), average in zip(self._owners, averages, strict=True)
         ]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
@@ -147,6 +148,15 @@ def _averaged(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter.is_floating_point()
     ]
+
+
+def _owners(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """
+    Where the averaged parameters are found: the module of each and its name there. Looking through all modules for
+    them at each step would take longer than averaging, and FSDP2 puts other tensors into their places.
+    """
+    places = (name.rpartition(".") for name, _ in _averaged(model))
+    return [(model.get_submodule(path), name) for path, _, name in places]
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ class ImageClassificationTrainer(ResumableTrainer):
     def after_step(self) -> None:
         """When the optimiser has stepped."""
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.average.update(self.bare_model)
+            self.average.update()
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

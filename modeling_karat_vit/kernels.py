@@ -1292,7 +1292,9 @@ def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments, name: s
         _compiled[key] = compiled, [options[constant] for constant in kernel.arg_names[len(arguments) :]]
     else:
         compiled, constants = found
-        compiled[grid](*arguments, *constants)
+        # Addresses, for Triton asks the driver about each tensor.
+        addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        compiled[grid](*addresses, *constants)
 
 
 # Programs that keep an H100 or H200 busy: two for each multiprocessor. A number of the machine itself would make the

@@ -82,7 +82,7 @@ def test_half_precision_is_averaged_in_full(tmp_path):
     with torch.no_grad():
         model.weight.add_(1)
     for _ in range(100):
-        average.update(model)
+        average.update()
     expected = model.weight.detach().float() + 0.999**100 * (start - model.weight.detach().float())
     torch.testing.assert_close(average.tensors["weight"], expected, rtol=1e-4, atol=1e-5)
     own = model.weight.detach().clone()
