@@ -146,7 +146,7 @@ class Mix:
         targets = torch.nn.functional.one_hot(labels, self.classes).to(images.dtype)
         if even:
             with random_numbers(*key):
-                images[:even], targets[:even] = self.mixup(images[:even], labels[:even])
+                _, targets[:even] = self.mixup(images[:even], labels[:even])
         return {"pixel_values": images, "labels": targets}
 
 

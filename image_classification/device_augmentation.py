@@ -9,8 +9,9 @@ that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG)
 that pins memory, while the step before trains.
 
 A training step of a small model is bound by Python and launches, and whatever else runs Python in its process, another
-thread too, makes it slower. So a batch comes from a worker as one tensor in shared memory and a few NumPy arrays, and
-on a GPU its augmentation is a CUDA graph: one launch in place of some hundreds.
+thread too, makes it slower. So a batch comes from a worker as one tensor in shared memory, numbers and all, and on a GPU
+a few kernels change all its images at once (`device_kernels.py`). The formulas here are what they are held against, and
+what runs without CUDA or Triton.
 
 The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic (a = -0.75; Pillow: -1),
 and the noise of random erasing comes from the device's generator.
@@ -174,6 +175,35 @@ class _Boxes:
         self.drawn.append((rows.start, rows.stop, columns.start, columns.stop, color.flatten().tolist()))
 
 
+class _Mixed:
+    """In place of images for timm's mixup of a whole batch: keeps what would be done with them."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: tuple[int, int, int, int]):
+        self.shape, self.share, self.box = shape, 1.0, (0, 0, 0, 0)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part) -> "_Mixed":
+        return self
+
+    def __setitem__(self, part: tuple[slice, slice, slice, slice], others: "_Mixed") -> None:
+        _, _, rows, columns = part
+        self.box = int(rows.start), int(rows.stop), int(columns.start), int(columns.stop)
+
+    def flip(self, axis: int) -> "_Mixed":
+        return _Mixed(self.shape)
+
+    def mul_(self, share: float) -> "_Mixed":
+        self.share = share
+        return self
+
+    def add_(self, others: "_Mixed") -> "_Mixed":
+        return self
+
+
 def _recorded(policy, name: str):
     """timm's policy, applied to a list of operations: it appends those that it would apply to an image."""
     operations = getattr(policy, "ops", None) or [op for ops in getattr(policy, "policy", ()) for op in ops]
@@ -242,6 +272,37 @@ def _plain_size(content: bytes) -> tuple[int, int] | None:
         return header.size[::-1] if header.mode in ("RGB", "L") and upright else None
 
 
+def resize_crops(images: list[torch.Tensor], crops: np.ndarray, out: torch.Tensor, interpolation: str) -> None:
+    """
+    Args:
+        images: uint8 (3, height, width) each.
+        crops: top, left, height, width of each crop, int64 (n, 4).
+        out: for the results, uint8 (n, height, width, 3).
+        interpolation: bicubic, bilinear or nearest.
+    """
+    if kernels := kernels_on(out.device):
+        kernels.resize_crops(images, crops, out, interpolation)
+        return
+    for begin in range(0, len(images), AT_ONCE):
+        part = slice(begin, begin + AT_ONCE)
+        resized = crop_and_resize(images[part], crops[part], tuple(out.shape[1:3]), interpolation)
+        out[part] = resized.permute(0, 2, 3, 1)
+
+
+@functools.cache
+def kernels_on(device: torch.device):
+    """The module of Triton kernels, where they run; else `None`."""
+    try:
+        from . import device_kernels
+    except ImportError:
+        return None
+    if device.type == "cuda":
+        fit = not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fit = device.type == "cpu" and device_kernels.INTERPRET
+    return device_kernels if fit else None
+
+
 def crop_and_resize(
     images: list[torch.Tensor], boxes: np.ndarray, size: tuple[int, int], interpolation: str
 ) -> torch.Tensor:
@@ -304,6 +365,57 @@ def resize_matrices(
 
 
 @dataclass
+class DrawnNumbers:
+    """
+    What was drawn for the B images of a batch, on the way to the device.
+
+    Args:
+        labels: class indices, int64 (B,).
+        places: of the images among those of the batch's `data`, int32 (B,).
+        flips: int32 (B,).
+        codes: of the operations, int32 (layers, B), as `CODES` has them; 0 for none.
+        numbers: of the operations, fp32 (layers, B, 6).
+        boxes: fp32 (parts, B, 7): top, bottom, left, right and colour of erased parts; bottom and right are 0 for none.
+    """
+
+    labels: torch.Tensor
+    places: torch.Tensor
+    flips: torch.Tensor
+    codes: torch.Tensor
+    numbers: torch.Tensor
+    boxes: torch.Tensor
+
+    @classmethod
+    def split(cls, data: torch.Tensor, images: int, layers: int, parts: int) -> tuple["DrawnNumbers", torch.Tensor]:
+        """Views of the first bytes of `data`, and the rest of it."""
+        fields, begin = [], 0
+        for kind, shape in cls._fields(images, layers, parts):
+            end = begin + kind.itemsize * math.prod(shape)
+            fields.append(data[begin:end].view(kind).view(shape))
+            begin = end
+        return cls(*fields), data[cls.length(images, layers, parts) :]
+
+    @classmethod
+    def length(cls, images: int, layers: int, parts: int) -> int:
+        """Of what `split` takes, in bytes."""
+        fields = cls._fields(images, layers, parts)
+        # What follows begins where an allocation could.
+        return 64 * math.ceil(sum(kind.itemsize * math.prod(shape) for kind, shape in fields) / 64)
+
+    @staticmethod
+    def _fields(images: int, layers: int, parts: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        # The widest first: views must be aligned.
+        return [
+            (torch.int64, (images,)),
+            (torch.int32, (images,)),
+            (torch.int32, (images,)),
+            (torch.int32, (layers, images)),
+            (torch.float32, (layers, images, 6)),
+            (torch.float32, (parts, images, 7)),
+        ]
+
+
+@dataclass
 class DrawnBatch:
     """
     Images of `DrawTransform`, which become a training batch where they are moved to.
@@ -311,16 +423,10 @@ class DrawnBatch:
     Only `data` goes through shared memory: each further tensor would cost the main process a connection to the worker.
 
     Args:
-        data: uint8: the images that are decoded (height, width, 3) one behind the other, then the files of those that
-            are not. On the device, once they are: all images (B, 3, height, width).
+        data: uint8 (bytes,): `DrawnNumbers`, the images that are decoded (height, width, 3), then the files of those
+            that are not.
         size: height and width of the images.
-        places: for each image of the batch (B,) its place among those in `data`.
-        labels: class indices (B,).
-        flips: (B,).
-        order: image indices (layers, B); `runs` says which of them are for which operation.
-        numbers: of the operations, in the same order (layers, B, 6).
-        boxes: (parts, B, 7): top, bottom, left, right and colour of erased parts; bottom and right are 0 for none.
-        runs: for each layer the operations as (name, begin, end) in `order`.
+        counts: of images, layers of operations, and erased parts of an image.
         lengths: of the files, in bytes.
         crops: top, left, height and width of the crops of the files (files, 4).
         names: of the files, for errors.
@@ -330,13 +436,7 @@ class DrawnBatch:
 
     data: torch.Tensor
     size: tuple[int, int]
-    places: np.ndarray
-    labels: np.ndarray
-    flips: np.ndarray
-    order: np.ndarray
-    numbers: np.ndarray
-    boxes: np.ndarray
-    runs: list[list[tuple[str, int, int]]]
+    counts: tuple[int, int, int]
     lengths: list[int]
     crops: np.ndarray
     names: list[str]
@@ -344,7 +444,7 @@ class DrawnBatch:
     augmentation: str
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.counts[0]
 
     def pin_memory(self) -> "DrawnBatch":
         """Called by PyTorch's data loader in a thread of its own: what is to be decoded is, while a step trains."""
@@ -364,21 +464,17 @@ class DrawnBatch:
     def _decoded(self, device: torch.device) -> "DrawnBatch":
         """With all images decoded, on `device`."""
         interpolation = AUGMENTATIONS[self.augmentation].interpolation
-        files = self.data[len(self.data) - sum(self.lengths) :].split(self.lengths)
-        done = len(self) - len(files)
+        ready = self.data[: len(self.data) - sum(self.lengths)]
+        files = list(self.data[len(ready) :].split(self.lengths))
         with _own_stream(device) as finished:
-            pixels = torch.empty(len(self), 3, *self.size, dtype=torch.uint8, device=device)
-            whole = self.data[: done * 3 * self.size[0] * self.size[1]].view(done, *self.size, 3)
-            if device.type == "cuda":
-                whole = whole.pin_memory().to(device, non_blocking=True)
-            pixels[:done] = whole.permute(0, 3, 1, 2)
-            images = decode_files(list(files), self.names, device)
-            for begin in range(0, len(images), AT_ONCE):
-                part = slice(begin, begin + AT_ONCE)
-                resized = crop_and_resize(images[part], self.crops[part], self.size, interpolation)
-                pixels[done + begin : done + begin + len(resized)] = resized
+            data = torch.empty(
+                len(ready) + len(files) * 3 * self.size[0] * self.size[1], dtype=torch.uint8, device=device
+            )
+            data[: len(ready)].copy_(ready.pin_memory() if device.type == "cuda" else ready, non_blocking=True)
+            images = decode_files(files, self.names, device)
+            resize_crops(images, self.crops, data[len(ready) :].view(len(files), *self.size, 3), interpolation)
             finished()
-        return dataclasses.replace(self, data=pixels, lengths=[], crops=self.crops[:0], names=[])
+        return dataclasses.replace(self, data=data, lengths=[], crops=self.crops[:0], names=[])
 
 
 @contextlib.contextmanager
@@ -451,39 +547,27 @@ class CollateDrawn:
         if "key" not in rows[0]:
             return collate(rows)
         drawn: list[Drawn] = [row["pixel_values"] for row in rows]
-        layers = max(len(one.operations) for one in drawn)
-        order = np.zeros((layers, len(rows)), dtype=np.int64)
-        numbers = np.zeros((layers, len(rows), 6), dtype=np.float32)
-        runs: list[list[tuple[str, int, int]]] = [[] for _ in range(layers)]
-        for layer in range(layers):
-            by_name: dict[str, list[int]] = {}
-            for index, one in enumerate(drawn):
-                if layer < len(one.operations):
-                    by_name.setdefault(one.operations[layer][0], []).append(index)
-            end = 0
-            for name, indices in sorted(by_name.items()):
-                begin, end = end, end + len(indices)
-                runs[layer].append((name, begin, end))
-                order[layer, begin:end] = indices
-                given = np.array([drawn[index].operations[layer][1] for index in indices])
-                numbers[layer, begin:end, : given.shape[1]] = given
-        boxes = np.zeros((self.parts, len(rows), 7), dtype=np.float32)
+        files = [one.pixels for one in drawn if isinstance(one.pixels, Encoded)]
+        counts = len(drawn), max(len(one.operations) for one in drawn), self.parts
+        head = DrawnNumbers.length(*counts)
+        data = self._data(head, [one.pixels for one in drawn if torch.is_tensor(one.pixels)], files)
+        numbers, _ = DrawnNumbers.split(data[:head].zero_(), *counts)
+        labels, places, flips, codes, of_operations, boxes = (field.numpy() for field in vars(numbers).values())
+        labels[:] = [row["labels"] for row in rows]
+        # Stable: the decoded images in their order, then the files in theirs.
+        encoded = [isinstance(one.pixels, Encoded) for one in drawn]
+        places[:] = np.argsort(np.argsort(encoded, kind="stable"))
+        flips[:] = [one.flip for one in drawn]
         for index, one in enumerate(drawn):
+            for layer, (name, given) in enumerate(one.operations):
+                codes[layer, index] = CODES[name]
+                of_operations[layer, index, : len(given)] = given
             for part, (*box, color) in enumerate(one.boxes):
                 boxes[part, index] = [*box, *(color * 3)[:3]]
-        encoded = [isinstance(one.pixels, Encoded) for one in drawn]
-        files = [one.pixels for one in drawn if isinstance(one.pixels, Encoded)]
         return DrawnBatch(
-            data=self._data([one.pixels for one in drawn if torch.is_tensor(one.pixels)], files),
+            data=data,
             size=self.size,
-            # Stable: the decoded images in their order, then the files in theirs.
-            places=np.argsort(np.argsort(encoded, kind="stable")),
-            labels=np.array([row["labels"] for row in rows], dtype=np.int64),
-            flips=np.array([one.flip for one in drawn]),
-            order=order,
-            numbers=numbers,
-            boxes=boxes,
-            runs=runs,
+            counts=counts,
             lengths=[len(file.content) for file in files],
             crops=np.array([file.box for file in files], dtype=np.int64).reshape(-1, 4),
             names=[file.where for file in files],
@@ -491,19 +575,20 @@ class CollateDrawn:
             augmentation=self.finish.key,
         )
 
-    def _data(self, images: list[torch.Tensor], files: list[Encoded]) -> torch.Tensor:
-        pixels = len(images) * 3 * self.size[0] * self.size[1]
-        count = pixels + sum(len(file.content) for file in files)
+    def _data(self, head: int, images: list[torch.Tensor], files: list[Encoded]) -> torch.Tensor:
+        """With `head` bytes before the images that nothing is written to."""
+        begin = head + len(images) * 3 * self.size[0] * self.size[1]
+        count = begin + sum(len(file.content) for file in files)
         if torch.utils.data.get_worker_info() is None:
             data = torch.empty(count, dtype=torch.uint8)
         else:
             # In shared memory from the start, as PyTorch's own collation has it: sending it is then no copy.
-            storage = torch.UntypedStorage._new_shared(max(count, 1), device="cpu")
+            storage = torch.UntypedStorage._new_shared(count, device="cpu")
             data = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,), (1,))
-        for place, image in zip(data[:pixels].view(len(images), *self.size, 3), images, strict=True):
+        for place, image in zip(data[head:begin].view(len(images), *self.size, 3), images, strict=True):
             place.copy_(image.permute(1, 2, 0))
         if files:
-            torch.cat([file.content for file in files], out=data[pixels:])
+            torch.cat([file.content for file in files], out=data[begin:])
         return data
 
 
@@ -524,12 +609,9 @@ class DeviceAugmentation:
         self.interpolation = args.train_interpolation
         self.noise = args.random_erasing_mode == "pixel"
         self.mix = Mix(args, classes) if mixes(args) else None
-        self._graph: _Graph | None = None
-        self._images = 0  # In the batch before.
+        # Of single pairs of images, mixup and CutMix are timm's to do.
+        self.mixes_batches = self.mix is not None and args.mixup_mode == "batch"
         AUGMENTATIONS[self.key] = self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_graph": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -537,74 +619,67 @@ class DeviceAugmentation:
 
     @torch.no_grad()
     def __call__(self, batch: DrawnBatch, device: torch.device) -> dict[str, torch.Tensor]:
-        pixels = batch.data.to(device, non_blocking=True)
-        if pixels.ndim == 1:
-            pixels = pixels.view(len(batch), *batch.size, 3).permute(0, 3, 1, 2)
-        again, self._images = len(batch) == self._images, len(batch)
-        # The last batch of an epoch may be a smaller one: a graph is for a size that comes again.
-        if device.type == "cuda" and again:
-            images = self._replay(batch, pixels, device)
+        drawn, pixels = DrawnNumbers.split(batch.data.to(device, non_blocking=True), *batch.counts)
+        pixels, labels = pixels.view(len(batch), *batch.size, 3), drawn.labels.clone()
+        kernels = kernels_on(device)
+        if kernels is None:
+            images = self.change(pixels, drawn, batch.key)
+        elif not self.mixes_batches:
+            images = self.change_by_kernels(kernels, pixels, drawn, batch.key)
         else:
-            layout = Layout.of(batch)
-            packed = torch.from_numpy(layout.pack(batch)).to(device)
-            images = self.change(pixels, packed, self._draw_noise(batch, device), layout)
-        labels = torch.from_numpy(batch.labels).to(device, non_blocking=True)
-        if self.mix is None:
+            mixed = _Mixed((len(batch) - len(batch) % 2, 3, *batch.size))
+            labels = self.mix.mix(mixed, labels, batch.key)["labels"]
+            images = self.change_by_kernels(kernels, pixels, drawn, batch.key, (mixed.share, mixed.box))
             return {"pixel_values": images, "labels": labels}
-        return self.mix.mix(images, labels, batch.key)
+        return {"pixel_values": images, "labels": labels} if self.mix is None else self.mix.mix(images, labels, batch.key)
 
-    def _replay(self, batch: DrawnBatch, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-        graph, needed = self._graph, Layout.of(batch)
-        if graph is None or not graph.layout.holds(needed):
-            layout = needed.with_room() if graph is None else graph.layout.enlarged(needed)
-            # Its memory first.
-            self._graph = graph = None
-            noise = self._draw_noise(batch, device)
-            self._graph = graph = _Graph(self.change, layout, pixels, layout.pack(batch), noise)
-        graph.pixels.copy_(pixels)
-        graph.packed.copy_(torch.from_numpy(graph.layout.pack(batch)), non_blocking=True)
-        if graph.noise is not None:
-            self._draw_noise(batch, device, graph.noise)
-        graph.replay()
-        return graph.images.clone()
-
-    def _draw_noise(
-        self, batch: DrawnBatch, device: torch.device, into: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """What is erased is filled with it, (B, 3, height, width); `None` where nothing is or its colours are given."""
-        if not self.noise or len(batch.boxes) == 0:
+    def _seed(self, drawn: DrawnNumbers, key: tuple[int, ...]) -> int | None:
+        """Of the noise of erased parts, below 2^30; `None` where nothing is erased or its colours are given."""
+        if not self.noise or len(drawn.boxes) == 0:
             return None
-        generator = torch.Generator(device)
-        generator.manual_seed(int(np.random.SeedSequence(batch.key).generate_state(4, np.uint32)[3]))
-        noise = torch.empty(len(batch), 3, *batch.size, device=device) if into is None else into
-        return noise.normal_(generator=generator)
+        return int(np.random.SeedSequence(key).generate_state(4, np.uint32)[3]) >> 2
 
-    def change(
-        self, pixels: torch.Tensor, packed: torch.Tensor, noise: torch.Tensor | None, layout: "Layout"
+    def change_by_kernels(
+        self,
+        kernels,
+        pixels: torch.Tensor,
+        drawn: DrawnNumbers,
+        key: tuple[int, ...],
+        mixed: tuple[float, tuple[int, int, int, int]] | None = None,
     ) -> torch.Tensor:
+        """As `change`; `mixed` as `device_kernels.finish` has it."""
+        images = kernels.arrange(pixels, drawn.places, drawn.flips)
+        for codes, numbers in zip(drawn.codes, drawn.numbers, strict=True):
+            images = kernels.operate(images, codes, numbers, self.fill, self.interpolation)
+        return kernels.finish(images, drawn.boxes, self.mean, self.std, self._seed(drawn, key), mixed)
+
+    def change(self, pixels: torch.Tensor, drawn: DrawnNumbers, key: tuple[int, ...]) -> torch.Tensor:
         """
         All that happens to the single images.
 
         Args:
-            pixels: uint8 (B, 3, height, width), in the order of `DrawnBatch.data`.
-            packed: what was drawn, as `Layout.pack` has it.
-            noise: of erased parts, or `None`.
-            layout: of `packed`.
+            pixels: uint8 (B, height, width, 3), in the order of `DrawnBatch.data`.
+            drawn: for them.
+            key: of the random numbers of the batch.
 
         Returns:
             fp32 (B, 3, height, width), normalised.
         """
-        places, flips, boxes, operations = layout.unpack(packed)
-        images = pixels.index_select(0, places)
-        # And one that nobody sees, which is worked on where there is room for more images than drew an operation.
-        images = torch.cat([torch.where(flips[:, None, None, None], images.flip(-1), images), images[:1]])
-        for name, which, numbers in operations:
-            images.index_copy_(0, which, self.apply(name, images.index_select(0, which), numbers))
-        images = images[:-1].float()
-        # By numbers: a tensor of them would have to be sent, and torchvision's `normalize` waits for the device.
+        images = pixels.permute(0, 3, 1, 2).index_select(0, drawn.places)
+        images = torch.where(drawn.flips[:, None, None, None] != 0, images.flip(-1), images)
+        for codes, numbers in zip(drawn.codes, drawn.numbers, strict=True):
+            for name, code in CODES.items():
+                which = (codes == code).nonzero()[:, 0]
+                if len(which):
+                    images[which] = self.apply(name, images[which], numbers[which])
+        images = images.float()
         for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
             channel.sub_(255 * mean).div_(255 * std)
-        return self._erase(images, boxes, noise)
+        noise, seed = None, self._seed(drawn, key)
+        if seed is not None:
+            generator = torch.Generator(images.device).manual_seed(seed)
+            noise = torch.empty_like(images).normal_(generator=generator)
+        return self._erase(images, drawn.boxes, noise)
 
     def apply(self, name: str, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """One operation on uint8 images (n, 3, height, width) with its numbers (n, 6)."""
@@ -620,108 +695,6 @@ class DeviceAugmentation:
             inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
             images = torch.where(inside[:, None], part[:, 4:, None, None] if noise is None else noise, images)
         return images
-
-
-@dataclass(frozen=True)
-class Layout:
-    """
-    How what was drawn for a batch lies in one fp32 vector: one copy to the device in place of many.
-
-    Args:
-        images: B.
-        parts: erased parts of each image.
-        operations: for each layer, how many images there is room for in each operation, as (name, count).
-    """
-
-    images: int
-    parts: int
-    operations: tuple[tuple[tuple[str, int], ...], ...]
-
-    @classmethod
-    def of(cls, batch: DrawnBatch) -> "Layout":
-        """That which has no room to spare."""
-        operations = tuple(tuple((name, end - begin) for name, begin, end in runs) for runs in batch.runs)
-        return cls(len(batch), len(batch.boxes), operations)
-
-    def holds(self, other: "Layout") -> bool:
-        if (self.images, self.parts) != (other.images, other.parts) or len(self.operations) < len(other.operations):
-            return False
-        return all(
-            dict(own).get(name, 0) >= count
-            for own, theirs in zip(self.operations, other.operations, strict=False)
-            for name, count in theirs
-        )
-
-    def with_room(self) -> "Layout":
-        """For batches like this one: the numbers of images in an operation vary, and layers draw alike."""
-        most: dict[str, int] = {}
-        for layer in self.operations:
-            for name, count in layer:
-                most[name] = max(most.get(name, 0), count)
-        room = tuple((name, min(self.images, 8 * math.ceil((count + 8) / 8))) for name, count in sorted(most.items()))
-        return dataclasses.replace(self, operations=(room,) * len(self.operations))
-
-    def enlarged(self, other: "Layout") -> "Layout":
-        """Holds both."""
-        if (self.images, self.parts) != (other.images, other.parts):
-            return other.with_room()
-        if self.holds(other):
-            return self
-        layers = max(self.operations, other.operations, key=len)
-        room = dict(self.operations[0] if self.operations else ())
-        for name, count in other.with_room().operations[0]:
-            room[name] = max(room.get(name, 0), count)
-        return dataclasses.replace(self, operations=(tuple(sorted(room.items())),) * len(layers))
-
-    def pack(self, batch: DrawnBatch) -> np.ndarray:
-        """
-        fp32: places and flips (B), boxes (parts, B, 7), then for each layer and operation image indices and numbers.
-        (Indices are whole in fp32 up to 2^24.)
-        """
-        pieces = [batch.places, batch.flips, batch.boxes.ravel()]
-        for layer, counts in enumerate(self.operations):
-            runs = batch.runs[layer] if layer < len(batch.runs) else []
-            given = {name: (begin, end) for name, begin, end in runs}
-            for name, count in counts:
-                begin, end = given.get(name, (0, 0))
-                # Where there is room left: on the image that nobody sees.
-                which, numbers = np.full(count, self.images), np.zeros((count, 6))
-                if end > begin:
-                    which[: end - begin] = batch.order[layer, begin:end]
-                    numbers[: end - begin] = batch.numbers[layer, begin:end]
-                pieces += [which, numbers.ravel()]
-        return np.concatenate(pieces, dtype=np.float32)
-
-    def unpack(self, packed: torch.Tensor):
-        """-> places (B,), flips (B,), boxes (parts, B, 7), and (name, image indices (n,), numbers (n, 6)) in order."""
-        named = [item for layer in self.operations for item in layer]
-        sizes = [self.images, self.images, self.parts * self.images * 7]
-        places, flips, boxes, *rest = packed.split([*sizes, *(size for _, n in named for size in (n, 6 * n))])
-        operations = [(name, rest[2 * i].long(), rest[2 * i + 1].view(n, 6)) for i, (name, n) in enumerate(named)]
-        return places.long(), flips.bool(), boxes.view(self.parts, self.images, 7), operations
-
-
-class _Graph:
-    """
-    A CUDA graph of `DeviceAugmentation.change` for one layout: `replay` takes `pixels`, `packed` and `noise` as they
-    are then, and leaves `images`.
-    """
-
-    def __init__(self, change, layout: Layout, pixels: torch.Tensor, packed: np.ndarray, noise: torch.Tensor | None):
-        device = pixels.device
-        self.layout, self.noise = layout, noise
-        self.pixels = pixels.contiguous()
-        self.packed = torch.from_numpy(packed).to(device)
-        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            change(self.pixels, self.packed, noise, layout)  # Libraries set themselves up in a first call.
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # The data loader's thread works beside it.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self.images = change(self.pixels, self.packed, noise, layout)
-        self.replay = graph.replay
 
 
 # Operations on uint8 images (n, 3, height, width), as Pillow does them; `number` is (n, 1, 1, 1).
@@ -810,9 +783,11 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, fill: list[int], interp
     y = (torch.arange(height, device=images.device) + 0.5)[:, None]
     a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
     from_x, from_y = a * x + b * y + c, d * x + e * y + f
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    if interpolation == "nearest":  # Where torch rounds halves to even numbers, Pillow does not.
+        from_x, from_y = from_x.floor() + 0.5, from_y.floor() + 0.5
     grid = torch.stack([2 * from_x / width - 1, 2 * from_y / height - 1], dim=-1)
     moved = F.grid_sample(images.float(), grid, interpolation, "border", align_corners=False)
-    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
     # Not one tensor of the three numbers: making it would wait for the device.
     outside = torch.stack([torch.full_like(moved[0, 0], value) for value in fill])
     return torch.where(inside[:, None], moved.clamp(0, 255), outside).to(torch.uint8)
@@ -846,6 +821,8 @@ OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "Brightness": brightness,
     "Sharpness": sharpness,
 }
+# What `DrawnNumbers` and the kernels call them; 0 is for none.
+CODES = {name: code for code, name in enumerate((*OPERATIONS, "Affine"), start=1)}
 # timm's names; `Increasing` and the like only say how a magnitude becomes the operation's number.
 TIMM_OPERATIONS = {name: name for name in (*OPERATIONS, *MATRICES)} | {
     f"{name}{suffix}": name

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation on the device: Pillow's and timm's operations, the draws of the workers' way, every kind of image."""
 
-import dataclasses
 import io
 
 import numpy as np
@@ -18,7 +17,7 @@ from image_classification import main as script
 from image_classification.arguments import DataArguments
 from image_classification.augmentation import make_collate
 from image_classification.data import decode
-from image_classification.device_augmentation import CollateDrawn, DrawTransform, Layout
+from image_classification.device_augmentation import CollateDrawn, DrawTransform
 from image_classification.errors import InputError
 from image_classification.transforms import ImageDataset, TrainTransform, build_image_processor
 from tests.images import make_image_folder
@@ -172,29 +171,6 @@ def test_what_the_device_cannot_decode():
     broken = whole[:200] + b"\xff\xd9"
     with pytest.raises(InputError, match="training image 1"):
         batch(True, [whole, broken, whole], device_decode=1.0)
-
-
-def test_room_for_more_changes_nothing():
-    """What CUDA graphs rely on: one layout for batches that drew different operations."""
-    images = [encode(photo(seed)) for seed in range(12)]
-    data, collate = dataset(True, images, auto_augment="rand-m9-n3-p0.8")
-    made, layout = [], None
-    for epoch in range(3):
-        data.set_epoch(epoch)
-        made.append(collate([data[index] for index in range(len(data))]))
-        exact = Layout.of(made[-1])
-        layout = exact.with_room() if layout is None else layout.enlarged(exact)
-        assert layout.holds(exact) and not exact.holds(layout)
-    assert len({Layout.of(drawn) for drawn in made}) == 3
-    for drawn in made:
-        pixels = drawn.data.view(12, *SIZE, 3).permute(0, 3, 1, 2)
-        results = [
-            collate.finish.change(pixels, torch.from_numpy(one.pack(drawn)), None, one)
-            for one in (Layout.of(drawn), layout)
-        ]
-        assert torch.equal(*results)
-    assert layout.enlarged(Layout.of(made[0])) is layout
-    assert not layout.holds(dataclasses.replace(Layout.of(made[0]), images=11))
 
 
 @pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
