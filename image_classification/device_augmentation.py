@@ -9,9 +9,9 @@ that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG)
 that pins memory, while the step before trains.
 
 A training step of a small model is bound by Python and launches, and whatever else runs Python in its process, another
-thread too, makes it slower. So a batch comes from a worker as one tensor in shared memory, numbers and all, and on a GPU
-a few kernels change all its images at once (`device_kernels.py`). The formulas here are what they are held against, and
-what runs without CUDA or Triton.
+thread too, makes it slower. So a batch comes from a worker as one tensor in shared memory, numbers and all, and on a
+GPU a few kernels change all its images at once (`device_kernels.py`). The formulas here are what those are held
+against, and what runs without CUDA or Triton.
 
 The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic (a = -0.75; Pillow: -1),
 and the noise of random erasing comes from the device's generator.
@@ -464,17 +464,17 @@ class DrawnBatch:
     def _decoded(self, device: torch.device) -> "DrawnBatch":
         """With all images decoded, on `device`."""
         interpolation = AUGMENTATIONS[self.augmentation].interpolation
-        ready = self.data[: len(self.data) - sum(self.lengths)]
-        files = list(self.data[len(ready) :].split(self.lengths))
+        # Pinned, also for nvJPEG: copying other memory to a GPU may wait for it.
+        data = self.data.pin_memory() if device.type == "cuda" else self.data
+        begin = len(data) - sum(self.lengths)
+        files = list(data[begin:].split(self.lengths))
         with _own_stream(device) as finished:
-            data = torch.empty(
-                len(ready) + len(files) * 3 * self.size[0] * self.size[1], dtype=torch.uint8, device=device
-            )
-            data[: len(ready)].copy_(ready.pin_memory() if device.type == "cuda" else ready, non_blocking=True)
+            decoded = torch.empty(begin + len(files) * 3 * math.prod(self.size), dtype=torch.uint8, device=device)
+            decoded[:begin].copy_(data[:begin], non_blocking=True)
             images = decode_files(files, self.names, device)
-            resize_crops(images, self.crops, data[len(ready) :].view(len(files), *self.size, 3), interpolation)
+            resize_crops(images, self.crops, decoded[begin:].view(len(files), *self.size, 3), interpolation)
             finished()
-        return dataclasses.replace(self, data=data, lengths=[], crops=self.crops[:0], names=[])
+        return dataclasses.replace(self, data=decoded, lengths=[], crops=self.crops[:0], names=[])
 
 
 @contextlib.contextmanager
@@ -599,7 +599,7 @@ AUGMENTATIONS: "weakref.WeakValueDictionary[str, DeviceAugmentation]" = weakref.
 class DeviceAugmentation:
     """
     `DrawnBatch` -> a training batch on a device: flip, RandAugment or colour jitter, normalisation, random erasing,
-    mixup and CutMix. None of it waits for the device.
+    mixup and CutMix. By the kernels, none of it waits for the device.
     """
 
     def __init__(self, args: DataArguments, classes: int, processor: BaseImageProcessor):
@@ -624,17 +624,22 @@ class DeviceAugmentation:
         kernels = kernels_on(device)
         if kernels is None:
             images = self.change(pixels, drawn, batch.key)
-        elif not self.mixes_batches:
-            images = self.change_by_kernels(kernels, pixels, drawn, batch.key)
-        else:
+        elif self.mixes_batches:
             mixed = _Mixed((len(batch) - len(batch) % 2, 3, *batch.size))
             labels = self.mix.mix(mixed, labels, batch.key)["labels"]
             images = self.change_by_kernels(kernels, pixels, drawn, batch.key, (mixed.share, mixed.box))
             return {"pixel_values": images, "labels": labels}
-        return {"pixel_values": images, "labels": labels} if self.mix is None else self.mix.mix(images, labels, batch.key)
+        else:
+            images = self.change_by_kernels(kernels, pixels, drawn, batch.key)
+        if self.mix is not None:
+            return self.mix.mix(images, labels, batch.key)
+        return {"pixel_values": images, "labels": labels}
 
     def _seed(self, drawn: DrawnNumbers, key: tuple[int, ...]) -> int | None:
-        """Of the noise of erased parts, below 2^30; `None` where nothing is erased or its colours are given."""
+        """
+        Of the noise of erased parts; `None` where nothing is erased or its colours are given. Below 2^30: larger
+        integers would be of another type, for which Triton would compile again.
+        """
         if not self.noise or len(drawn.boxes) == 0:
             return None
         return int(np.random.SeedSequence(key).generate_state(4, np.uint32)[3]) >> 2
@@ -703,7 +708,8 @@ class DeviceAugmentation:
 def auto_contrast(images: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     low = images.amin((2, 3), keepdim=True).double()
     high = images.amax((2, 3), keepdim=True).double()
-    scale = 255 / (high - low)
+    # A number over a tensor would be that times the reciprocal: rounded twice.
+    scale = torch.full_like(high, 255) / (high - low)
     stretched = (images * scale - low * scale).clamp(0, 255).floor()
     return torch.where(high > low, stretched, images).to(torch.uint8)
 

@@ -38,7 +38,7 @@ SHARPNESS = tl.constexpr(CODES["Sharpness"])
 AFFINE = tl.constexpr(CODES["Affine"])
 # As many pixels as an interpolation takes in each direction.
 TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
-ROWS, COLUMNS, PIXELS = 16, 32, 1024
+ROWS, COLUMNS, PIXELS = 16, 32, 512
 # A contracted multiply-add would change what is rounded down.
 EXACT = {"enable_fp_fusion": False}
 
@@ -92,7 +92,7 @@ def _resize_rows(crops, between, width, TAPS: tl.constexpr, ROWS: tl.constexpr, 
         top, left = tl.load(entry + 3), tl.load(entry + 4)
         row = begin_row + tl.arange(0, ROWS)
         column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-        first, distance, inverse, taps = _support(column, wide, width, TAPS)
+        first, distance, inverse, taps = _support(tl.minimum(column, width - 1), wide, width, TAPS)
         line = source + (tl.minimum(row, high - 1) + top) * pitch + left
         total = tl.zeros((COLUMNS,), tl.float32)
         red = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -122,7 +122,7 @@ def _resize_columns(crops, between, out, height, width, TAPS: tl.constexpr, ROWS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < height)[:, None] & (column < width)[None, :]
-    first, distance, inverse, taps = _support(row, high, height, TAPS)
+    first, distance, inverse, taps = _support(tl.minimum(row, height - 1), high, height, TAPS)
     source = between + tl.load(entry + 7) * 3 * width + tl.minimum(column, width - 1)
     total = tl.zeros((ROWS,), tl.float32)
     red = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -233,26 +233,60 @@ def _make_tables(images, codes, numbers, tables, area, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _tap_weight(t, TAP: tl.constexpr, TAPS: tl.constexpr):
-    """Of the pixels around a point that is t behind one of them; torch's cubics (a = -0.75)."""
-    if TAPS == 4:
-        if TAP == 0:
-            x = t + 1
-        elif TAP == 1:
-            x = t
-        elif TAP == 2:
-            x = 1 - t
-        else:
-            x = 2 - t
-        if (TAP == 0) | (TAP == 3):
-            weight = ((-0.75 * x + 3.75) * x - 6) * x + 3
-        else:
-            weight = (1.25 * x - 2.25) * x * x + 1
-    elif TAPS == 2:
-        weight = t if TAP == 1 else 1 - t
+def _pixel(plane, row, column, height, width):
+    """Beyond the border, the one at it."""
+    row = tl.minimum(tl.maximum(row, 0), height - 1)
+    return tl.load(plane + row * width + tl.minimum(tl.maximum(column, 0), width - 1)).to(tl.float32)
+
+
+@triton.jit
+def _linear(first, second, t):
+    return first + t * (second - first)
+
+
+@triton.jit
+def _cubic(first, second, third, fourth, t):
+    """
+    At t from `second` to `third`; torch's cubics (a = -0.75). By differences, for numbers that are equal come out as
+    they are, and the result is rounded down.
+    """
+    change = (-0.75 * t * (1 - t) * (1 - t)) * (first - second)
+    change += (((-1.25 * t + 1.5) * t + 0.75) * t) * (third - second)
+    return second + (change + (-0.75 * t * t * (1 - t)) * (fourth - second))
+
+
+@triton.jit
+def _linear_row(plane, row, column, t, height, width):
+    first = _pixel(plane, row, column, height, width)
+    return _linear(first, _pixel(plane, row, column + 1, height, width), t)
+
+
+@triton.jit
+def _cubic_row(plane, row, column, t, height, width):
+    first, second = _pixel(plane, row, column - 1, height, width), _pixel(plane, row, column, height, width)
+    third, fourth = _pixel(plane, row, column + 1, height, width), _pixel(plane, row, column + 2, height, width)
+    return _cubic(first, second, third, fourth, t)
+
+
+@triton.jit
+def _interpolate(plane, y, x, height, width, TAPS: tl.constexpr):
+    """An image's plane at y and x, with the centres of pixels at halves."""
+    if TAPS == 1:
+        value = _pixel(plane, tl.floor(y).to(tl.int32), tl.floor(x).to(tl.int32), height, width)
     else:
-        weight = t * 0 + 1
-    return weight
+        top, left = tl.floor(y - 0.5), tl.floor(x - 0.5)
+        of_y, of_x = y - 0.5 - top, x - 0.5 - left
+        row, column = top.to(tl.int32), left.to(tl.int32)
+        if TAPS == 2:
+            first = _linear_row(plane, row, column, of_x, height, width)
+            value = _linear(first, _linear_row(plane, row + 1, column, of_x, height, width), of_y)
+        else:
+            first = _cubic_row(plane, row - 1, column, of_x, height, width)
+            second = _cubic_row(plane, row, column, of_x, height, width)
+            third = _cubic_row(plane, row + 1, column, of_x, height, width)
+            fourth = _cubic_row(plane, row + 2, column, of_x, height, width)
+            value = _cubic(first, second, third, fourth, of_y)
+    return value
 
 
 @triton.jit(do_not_specialize=["codes", "numbers"])
@@ -275,25 +309,10 @@ def _operate(
         from_x = number * x + tl.load(numbers + 1) * y + tl.load(numbers + 2)
         from_y = tl.load(numbers + 3) * x + tl.load(numbers + 4) * y + tl.load(numbers + 5)
         inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
-        # From the centres of pixels, but where the nearest one is taken.
-        from_x, from_y = from_x - (0.5 if TAPS > 1 else 0.0), from_y - (0.5 if TAPS > 1 else 0.0)
-        left, top = tl.floor(from_x), tl.floor(from_y)
-        of_x, of_y = from_x - left, from_y - top
-        left, top = left.to(tl.int32) - (1 if TAPS == 4 else 0), top.to(tl.int32) - (1 if TAPS == 4 else 0)
-        some_red = tl.zeros((PIXELS,), tl.float32)
-        some_green = tl.zeros((PIXELS,), tl.float32)
-        some_blue = tl.zeros((PIXELS,), tl.float32)
-        for i in tl.static_range(TAPS):
-            line = source + tl.minimum(tl.maximum(top + i, 0), height - 1) * width
-            for j in tl.static_range(TAPS):
-                pointer = line + tl.minimum(tl.maximum(left + j, 0), width - 1)
-                weight = _tap_weight(of_y, i, TAPS) * _tap_weight(of_x, j, TAPS)
-                some_red += weight * tl.load(pointer, inside & mask, other=0).to(tl.float32)
-                some_green += weight * tl.load(pointer + area, inside & mask, other=0).to(tl.float32)
-                some_blue += weight * tl.load(pointer + 2 * area, inside & mask, other=0).to(tl.float32)
-        tl.store(target, _byte(tl.where(inside, some_red, red)), mask)
-        tl.store(target + area, _byte(tl.where(inside, some_green, green)), mask)
-        tl.store(target + 2 * area, _byte(tl.where(inside, some_blue, blue)), mask)
+        for channel in tl.static_range(3):
+            value = _interpolate(source + channel * area, from_y, from_x, height, width, TAPS)
+            outside = red if channel == 0 else green if channel == 1 else blue
+            tl.store(target + channel * area, _byte(tl.where(inside, value, outside)), mask)
     elif code == SHARPNESS:
         inner = mask & (row > 0) & (row < height - 1) & (column > 0) & (column < width - 1)
         for channel in tl.static_range(3):
@@ -326,18 +345,21 @@ def _operate(
 
 @triton.jit
 def _finished(
-    images, boxes, image, pixel, row, column, batch, parts, seed, area, mean, inverse, CHANNEL: tl.constexpr,
-    NOISE: tl.constexpr,
+    images, boxes, image, begin, batch, parts, seed, height, width, mean, inverse, CHANNEL: tl.constexpr,
+    NOISE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """One channel of some pixels of an image, normalised, with the erased parts."""
-    mask = pixel < area
-    value = tl.load(images + (image.to(tl.int64) * 3 + CHANNEL) * area + pixel, mask, other=0).to(tl.float32)
+    pixel = begin + tl.arange(0, PIXELS)
+    area = height * width
+    row, column = pixel // width, pixel % width
+    value = tl.load(images + (image.to(tl.int64) * 3 + CHANNEL) * area + pixel, pixel < area, other=0).to(tl.float32)
     value = (value - mean) * inverse
     for part in range(parts):
         box = boxes + (part * batch + image) * 7
-        inside = (row >= tl.load(box)) & (row < tl.load(box + 1))
-        inside &= (column >= tl.load(box + 2)) & (column < tl.load(box + 3)) & mask
-        if tl.max(inside.to(tl.int32), 0) > 0:
+        top, bottom = tl.load(box), tl.load(box + 1)
+        # Noise is only drawn where there may be some.
+        if (bottom * width > begin) & (top * width < begin + PIXELS):
+            inside = (row >= top) & (row < bottom) & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
             if NOISE:
                 value = tl.where(inside, tl.randn(seed + image, CHANNEL * area + pixel), value)
             else:
@@ -352,22 +374,23 @@ def _finish(
     NOISE: tl.constexpr, MIX: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    begin = tl.program_id(1) * PIXELS
+    pixel = begin + tl.arange(0, PIXELS)
     area = height * width
     row, column = pixel // width, pixel % width
     for channel in tl.static_range(3):
         mean = red_mean if channel == 0 else green_mean if channel == 1 else blue_mean
         inverse = red_inverse if channel == 0 else green_inverse if channel == 1 else blue_inverse
         value = _finished(
-            images, boxes, image, pixel, row, column, batch, parts, seed, area, mean, inverse, channel, NOISE
+            images, boxes, image, begin, batch, parts, seed, height, width, mean, inverse, channel, NOISE, PIXELS
         )
         if MIX:
             # The last image of an odd number has no partner.
             even = batch - batch % 2
             if image < even:
                 other = _finished(
-                    images, boxes, even - 1 - image, pixel, row, column, batch, parts, seed, area, mean, inverse,
-                    channel, NOISE,
+                    images, boxes, even - 1 - image, begin, batch, parts, seed, height, width, mean, inverse,
+                    channel, NOISE, PIXELS,
                 )  # fmt: skip
                 pasted = (row >= top) & (row < bottom) & (column >= left) & (column < right)
                 value = tl.where(pasted, other, value * share + other * rest)
@@ -380,12 +403,13 @@ def resize_crops(images: list[torch.Tensor], crops, out: torch.Tensor, interpola
     must outlive the work.
 
     Args:
-        images: uint8 (3, height, width) each, contiguous.
+        images: uint8 (3, height, width) each.
         crops: top, left, height, width of each crop, int64 (n, 4) of NumPy.
         out: uint8 (n, height, width, 3), contiguous.
         interpolation: bicubic, bilinear or nearest.
     """
     size, device = out.shape[1:3], out.device
+    images = [image.contiguous() for image in images]
     table = torch.empty(len(images), 8, dtype=torch.int64, pin_memory=device.type == "cuda")
     entries = table.numpy()
     for entry, image in zip(entries, images):
@@ -429,7 +453,7 @@ def operate(
     out = torch.empty_like(images)
     tables = images.new_empty(count, 3, 256)
     with torch.cuda.device_of(out):
-        _make_tables[(count, 3)](images, codes, numbers, tables, height * width, 4 * PIXELS, num_warps=8, **EXACT)
+        _make_tables[(count, 3)](images, codes, numbers, tables, height * width, 8 * PIXELS, num_warps=8, **EXACT)
         _operate[_grid(out)](
             images, codes, numbers, tables, out, height, width, *map(float, fill), TAPS[interpolation], PIXELS, **EXACT
         )
@@ -471,4 +495,3 @@ def finish(
 
 def _grid(images: torch.Tensor) -> tuple[int, int]:
     return len(images), triton.cdiv(images.shape[2] * images.shape[3], PIXELS)
-

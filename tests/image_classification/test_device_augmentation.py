@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation on the device: Pillow's and timm's operations, the draws of the workers' way, every kind of image."""
 
+import importlib.util
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,11 +100,23 @@ def finish(**options) -> device_augmentation.DeviceAugmentation:
     return dataset(True, [encode(photo(0))], **options)[1].finish
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_in_the_interpreter():
+    cases = Path(__file__).with_name("device_kernel_cases.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(cases)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cases.parents[2])
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
+    assert " passed" in process.stdout
+
+
 @pytest.mark.parametrize("name", LEVELS)
 def test_operation_is_pillows(name):
     flat = Image.new("RGB", (48, 40), (90, 90, 91))
     dark = Image.fromarray((np.asarray(photo(5, *SIZE)) // 3 + 20).astype(np.uint8))
-    images = [photo(1, *SIZE), photo(2, *SIZE), dark, flat]
+    # One whose contrast is stretched to whole numbers.
+    few = Image.fromarray(np.resize(np.array([66, 199], dtype=np.uint8), (*SIZE, 3)))
+    images = [photo(1, *SIZE), photo(2, *SIZE), dark, flat, few]
     resample = {"resample": Image.BICUBIC, "fillcolor": (124, 116, 104)}
     for level in LEVELS[name]:
         expected = torch.stack(
