@@ -282,8 +282,7 @@ def parts(pipeline: Pipeline, table: Rates, row: dict, share: float, repeats: in
         if name == "workers":
             continue
         drawn = trainer.data_collator(trainer.train_dataset.__getitems__(list(range(pipeline.batch))))
-        for _ in range(3):  # The third time, the device's part is a graph.
-            pipeline.on_device(drawn)
+        pipeline.on_device(drawn)  # The first time, kernels are compiled.
         per_second(f"the device's part, {name}", lambda drawn=drawn: pipeline.on_device(drawn), pipeline.batch)
         if pipeline.device == "cuda":
             ms, calls = gpu_time_and_calls(lambda drawn=drawn: pipeline.on_device(drawn))
