@@ -430,6 +430,8 @@ class DrawnBatch:
         lengths: of the files, in bytes.
         crops: top, left, height and width of the crops of the files (files, 4).
         names: of the files, for errors.
+        mixed: mixup or CutMix of the batch with itself in reverse order: the share of the image itself, and top,
+            bottom, left and right of what is its partner's. `None`: not drawn yet, or not at all.
         key: of the random numbers of the batch.
         augmentation: what happens on the device: the key of a `DeviceAugmentation`.
     """
@@ -440,6 +442,7 @@ class DrawnBatch:
     lengths: list[int]
     crops: np.ndarray
     names: list[str]
+    mixed: tuple[float, tuple[int, int, int, int]] | None
     key: tuple[int, ...]
     augmentation: str
 
@@ -571,6 +574,7 @@ class CollateDrawn:
             lengths=[len(file.content) for file in files],
             crops=np.array([file.box for file in files], dtype=np.int64).reshape(-1, 4),
             names=[file.where for file in files],
+            mixed=self.finish.draw_mixing(len(rows), self.size, rows[0]["key"]),
             key=rows[0]["key"],
             augmentation=self.finish.key,
         )
@@ -609,8 +613,6 @@ class DeviceAugmentation:
         self.interpolation = args.train_interpolation
         self.noise = args.random_erasing_mode == "pixel"
         self.mix = Mix(args, classes) if mixes(args) else None
-        # Of single pairs of images, mixup and CutMix are timm's to do.
-        self.mixes_batches = self.mix is not None and args.mixup_mode == "batch"
         AUGMENTATIONS[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -621,19 +623,31 @@ class DeviceAugmentation:
     def __call__(self, batch: DrawnBatch, device: torch.device) -> dict[str, torch.Tensor]:
         drawn, pixels = DrawnNumbers.split(batch.data.to(device, non_blocking=True), *batch.counts)
         pixels, labels = pixels.view(len(batch), *batch.size, 3), drawn.labels.clone()
-        kernels = kernels_on(device)
-        if kernels is None:
-            images = self.change(pixels, drawn, batch.key)
-        elif self.mixes_batches:
-            mixed = _Mixed((len(batch) - len(batch) % 2, 3, *batch.size))
-            labels = self.mix.mix(mixed, labels, batch.key)["labels"]
-            images = self.change_by_kernels(kernels, pixels, drawn, batch.key, (mixed.share, mixed.box))
-            return {"pixel_values": images, "labels": labels}
+        if kernels := kernels_on(device):
+            images = self.change_by_kernels(kernels, pixels, drawn, batch)
         else:
-            images = self.change_by_kernels(kernels, pixels, drawn, batch.key)
-        if self.mix is not None:
+            images = self.change(pixels, drawn, batch)
+        if self.mix is None:
+            return {"pixel_values": images, "labels": labels}
+        if batch.mixed is None:
             return self.mix.mix(images, labels, batch.key)
-        return {"pixel_values": images, "labels": labels}
+        share, (top, bottom, left, right) = batch.mixed
+        # As timm has it, from the part of the images that is left.
+        share -= (bottom - top) * (right - left) / math.prod(batch.size)
+        targets = F.one_hot(labels, self.mix.classes).float()
+        pairs = targets[: len(batch) - len(batch) % 2]
+        pairs.copy_(pairs * share + pairs.flip(0) * (1 - share))
+        return {"pixel_values": images, "labels": targets}
+
+    def draw_mixing(
+        self, count: int, size: tuple[int, int], key: tuple[int, ...]
+    ) -> tuple[float, tuple[int, int, int, int]] | None:
+        """`DrawnBatch.mixed`. Single pairs of images are left to timm, on the device."""
+        if self.mix is None or self.mix.mixup.mode != "batch":
+            return None
+        mixed = _Mixed((count - count % 2, 3, *size))
+        self.mix.mix(mixed, torch.zeros(count, dtype=torch.int64), key)
+        return mixed.share, mixed.box
 
     def _seed(self, drawn: DrawnNumbers, key: tuple[int, ...]) -> int | None:
         """
@@ -644,28 +658,20 @@ class DeviceAugmentation:
             return None
         return int(np.random.SeedSequence(key).generate_state(4, np.uint32)[3]) >> 2
 
-    def change_by_kernels(
-        self,
-        kernels,
-        pixels: torch.Tensor,
-        drawn: DrawnNumbers,
-        key: tuple[int, ...],
-        mixed: tuple[float, tuple[int, int, int, int]] | None = None,
-    ) -> torch.Tensor:
-        """As `change`; `mixed` as `device_kernels.finish` has it."""
+    def change_by_kernels(self, kernels, pixels: torch.Tensor, drawn: DrawnNumbers, batch: DrawnBatch) -> torch.Tensor:
+        """As `change`."""
         images = kernels.arrange(pixels, drawn.places, drawn.flips)
         for codes, numbers in zip(drawn.codes, drawn.numbers, strict=True):
             images = kernels.operate(images, codes, numbers, self.fill, self.interpolation)
-        return kernels.finish(images, drawn.boxes, self.mean, self.std, self._seed(drawn, key), mixed)
+        return kernels.finish(images, drawn.boxes, self.mean, self.std, self._seed(drawn, batch.key), batch.mixed)
 
-    def change(self, pixels: torch.Tensor, drawn: DrawnNumbers, key: tuple[int, ...]) -> torch.Tensor:
+    def change(self, pixels: torch.Tensor, drawn: DrawnNumbers, batch: DrawnBatch) -> torch.Tensor:
         """
-        All that happens to the single images.
+        All that happens to the images.
 
         Args:
             pixels: uint8 (B, height, width, 3), in the order of `DrawnBatch.data`.
-            drawn: for them.
-            key: of the random numbers of the batch.
+            drawn: of `batch`, where the pixels are.
 
         Returns:
             fp32 (B, 3, height, width), normalised.
@@ -680,11 +686,12 @@ class DeviceAugmentation:
         images = images.float()
         for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
             channel.sub_(255 * mean).div_(255 * std)
-        noise, seed = None, self._seed(drawn, key)
+        noise, seed = None, self._seed(drawn, batch.key)
         if seed is not None:
             generator = torch.Generator(images.device).manual_seed(seed)
             noise = torch.empty_like(images).normal_(generator=generator)
-        return self._erase(images, drawn.boxes, noise)
+        images = self._erase(images, drawn.boxes, noise)
+        return images if batch.mixed is None else mix(images, *batch.mixed)
 
     def apply(self, name: str, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """One operation on uint8 images (n, 3, height, width) with its numbers (n, 6)."""
@@ -700,6 +707,16 @@ class DeviceAugmentation:
             inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
             images = torch.where(inside[:, None], part[:, 4:, None, None] if noise is None else noise, images)
         return images
+
+
+def mix(images: torch.Tensor, share: float, box: tuple[int, int, int, int]) -> torch.Tensor:
+    """Images (B, 3, height, width), which are changed as `DrawnBatch.mixed` says. An odd one out stays as it is."""
+    pairs = images[: len(images) - len(images) % 2]
+    others = pairs.flip(0)
+    pairs.mul_(share).add_(others * (1 - share))
+    top, bottom, left, right = box
+    pairs[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return images
 
 
 # Operations on uint8 images (n, 3, height, width), as Pillow does them; `number` is (n, 1, 1, 1).

@@ -476,7 +476,7 @@ def finish(
         boxes: erased parts, fp32 (parts, B, 7), as `DrawnBatch` has them.
         mean, std: that normalise, of colours from 0 to 1.
         seed: of noise in place of the boxes' colours.
-        mixed: the share of the image itself, and top, bottom, left and right of what is its partner's.
+        mixed: as `DrawnBatch` has it.
 
     Returns:
         fp32 (B, 3, height, width).

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from image_classification import device_augmentation, device_kernels
-from image_classification.device_augmentation import CODES, DrawnNumbers
+from image_classification.device_augmentation import CODES, DrawnBatch, DrawnNumbers
 from tests.image_classification.test_device_augmentation import SIZE, batch, dataset, encode, photo, to_tensor
 
 
@@ -141,8 +141,9 @@ def test_sequences(images, layers, parts, affine):
     drawn = drawn_at_random(images, layers, parts, 5, height, width, affine)
     augmentation = finish(random_erasing_mode="const")
     pixels = pictures(height, width).permute(0, 2, 3, 1).repeat(2, 1, 1, 1)[:images].contiguous()
-    expected = augmentation.change(pixels, drawn, KEY)
-    actual = augmentation.change_by_kernels(device_kernels, pixels, drawn, KEY)
+    whole = DrawnBatch(pixels, (height, width), (images, layers, parts), [], np.zeros((0, 4)), [], None, KEY, "")
+    expected = augmentation.change(pixels, drawn, whole)
+    actual = augmentation.change_by_kernels(device_kernels, pixels, drawn, whole)
     difference = (actual - expected).abs() * 255 * 0.22
     if affine:
         assert (difference > 2).float().mean() < 0.02

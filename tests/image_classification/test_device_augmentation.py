@@ -142,6 +142,7 @@ def test_operation_is_pillows(name):
         {"auto_augment": "original-mstd0.5", "random_erasing_count": 3, "random_erasing_mode": "const"},
         {"auto_augment": "rand-m9-n3-tweights", "random_erasing": 0.0, "cutmix": 0.0},
         {"auto_augment": None, "color_jitter": 0.0, "horizontal_flip": 0.0, "mixup_mode": "elem"},
+        {"auto_augment": None, "mixup": 0.0, "cutmix_minmax": [0.3, 0.6]},
     ],
 )
 def test_same_draws_as_in_the_workers(options):
