@@ -43,7 +43,10 @@ from .data import decode
 from .errors import InputError
 
 
-AT_ONCE = 64  # Images that are decoded and resized together: their canvases lie in memory side by side.
+AT_ONCE = 64  # Images that are resized together without the kernels: their canvases lie in memory side by side.
+# How a batch is mixed with itself in reverse order: the share of the image itself, and top, bottom, left and right of
+# what is its partner's.
+Mixing = tuple[float, tuple[int, int, int, int]]
 
 
 @dataclass
@@ -430,8 +433,7 @@ class DrawnBatch:
         lengths: of the files, in bytes.
         crops: top, left, height and width of the crops of the files (files, 4).
         names: of the files, for errors.
-        mixed: mixup or CutMix of the batch with itself in reverse order: the share of the image itself, and top,
-            bottom, left and right of what is its partner's. `None`: not drawn yet, or not at all.
+        mixed: mixup or CutMix of the batch; `None` where it has neither, or where each pair of images has its own.
         key: of the random numbers of the batch.
         augmentation: what happens on the device: the key of a `DeviceAugmentation`.
     """
@@ -442,7 +444,7 @@ class DrawnBatch:
     lengths: list[int]
     crops: np.ndarray
     names: list[str]
-    mixed: tuple[float, tuple[int, int, int, int]] | None
+    mixed: Mixing | None
     key: tuple[int, ...]
     augmentation: str
 
@@ -639,9 +641,7 @@ class DeviceAugmentation:
         pairs.copy_(pairs * share + pairs.flip(0) * (1 - share))
         return {"pixel_values": images, "labels": targets}
 
-    def draw_mixing(
-        self, count: int, size: tuple[int, int], key: tuple[int, ...]
-    ) -> tuple[float, tuple[int, int, int, int]] | None:
+    def draw_mixing(self, count: int, size: tuple[int, int], key: tuple[int, ...]) -> Mixing | None:
         """`DrawnBatch.mixed`. Single pairs of images are left to timm, on the device."""
         if self.mix is None or self.mix.mixup.mode != "batch":
             return None

@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("The kernels of augmentation need Triton.") from error
 
-from .device_augmentation import CODES
+from .device_augmentation import CODES, Mixing
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -36,8 +36,9 @@ BRIGHTNESS = tl.constexpr(CODES["Brightness"])
 COLOR = tl.constexpr(CODES["Color"])
 SHARPNESS = tl.constexpr(CODES["Sharpness"])
 AFFINE = tl.constexpr(CODES["Affine"])
-# As many pixels as an interpolation takes in each direction.
+# As many pixels as an interpolation takes in each direction; by it the kernels know which one it is.
 TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
+# Of a program. With 1,024 pixels, the bicubic one would not get along with its registers.
 ROWS, COLUMNS, PIXELS = 16, 32, 512
 # A contracted multiply-add would change what is rounded down.
 EXACT = {"enable_fp_fusion": False}
@@ -82,7 +83,14 @@ def _support(index, side, size, TAPS: tl.constexpr):
 
 
 @triton.jit
+def _byte(x):
+    """Rounded down."""
+    return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
 def _resize_rows(crops, between, width, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a crop, to `width` pixels. `crops` (n, 8) as `resize_crops` has it, `between` fp32 (rows of all, 3, width)."""
     entry = crops + tl.program_id(0) * 8
     high, wide = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     begin_row = tl.program_id(1) * ROWS
@@ -116,6 +124,7 @@ def _resize_rows(crops, between, width, TAPS: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["out"])
 def _resize_columns(crops, between, out, height, width, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """From `between` to uint8 (n, height, width, 3)."""
     image = tl.program_id(0)
     entry = crops + image * 8
     high = tl.load(entry + 5).to(tl.int32)
@@ -143,17 +152,12 @@ def _resize_columns(crops, between, out, height, width, TAPS: tl.constexpr, ROWS
     tl.store(target + 2, _byte(blue / total[:, None] + 0.5), mask)
 
 
-@triton.jit
-def _byte(x):
-    """Rounded down."""
-    return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32).to(tl.uint8)
-
-
 # What was drawn. Images are planes (B, 3, height, width) from here on, uint8, in the order of the batch.
 
 
 @triton.jit(do_not_specialize=["pixels", "places", "flips"])
 def _arrange(pixels, places, flips, out, height, width, PIXELS: tl.constexpr):
+    """From (B, height, width, 3)."""
     image = tl.program_id(0)
     pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     area = height * width
@@ -412,8 +416,7 @@ def resize_crops(images: list[torch.Tensor], crops, out: torch.Tensor, interpola
     images = [image.contiguous() for image in images]
     table = torch.empty(len(images), 8, dtype=torch.int64, pin_memory=device.type == "cuda")
     entries = table.numpy()
-    for entry, image in zip(entries, images):
-        entry[:3] = image.data_ptr(), image.shape[1] * image.shape[2], image.shape[2]
+    entries[:, :3] = [(image.data_ptr(), image[0].numel(), image.shape[2]) for image in images]
     entries[:, 3:7] = crops
     # Behind the rows of the images before.
     ends = crops[:, 2].cumsum()
@@ -466,7 +469,7 @@ def finish(
     mean: list[float],
     std: list[float],
     seed: int | None = None,
-    mixed: tuple[float, tuple[int, int, int, int]] | None = None,
+    mixed: Mixing | None = None,
 ) -> torch.Tensor:
     """
     Normalisation, random erasing, and mixup or CutMix of the batch with itself in reverse order.
