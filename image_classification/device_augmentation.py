@@ -17,6 +17,7 @@ The formulas are Pillow's, in whole numbers; affine operations interpolate by to
 and the noise of random erasing comes from the device's generator.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -547,6 +548,9 @@ class CollateDrawn:
     def __init__(self, args: DataArguments, size: tuple[int, int], classes: int, processor: BaseImageProcessor):
         self.size, self.parts = size, args.random_erasing_count if args.random_erasing > 0 else 0
         self.finish = DeviceAugmentation(args, classes, processor)
+        # The last batches that a worker handed over, as many as are on their way by default. Whoever lets go of shared
+        # memory last frees it, and holds Python's lock for milliseconds: not to be the main process.
+        self.sent: collections.deque[torch.Tensor] = collections.deque(maxlen=2)
 
     def __call__(self, rows: list[dict]):
         if "key" not in rows[0]:
@@ -591,6 +595,7 @@ class CollateDrawn:
             # In shared memory from the start, as PyTorch's own collation has it: sending it is then no copy.
             storage = torch.UntypedStorage._new_shared(count, device="cpu")
             data = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,), (1,))
+            self.sent.append(data)
         for place, image in zip(data[head:begin].view(len(images), *self.size, 3), images, strict=True):
             place.copy_(image.permute(1, 2, 0))
         if files:
