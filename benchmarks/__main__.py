@@ -16,6 +16,7 @@ DEVICE_devices.csv.
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,15 +64,12 @@ def many_tokens_on_cuda(table: Table) -> None:
 
 def input_pipeline_on_cuda(table: Rates) -> None:
     cores = os.cpu_count()
-    few, all_but_one = cores // 2, cores - 1
-    pairs = [(all_but_one, 0.25), (all_but_one, 0.5), (few, 1.0), (all_but_one, 0.0), (all_but_one, None)]
-    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [input_pipeline.Way(*pair) for pair in pairs])
-
-
-def input_pipeline_compiled_on_cuda(table: Rates) -> None:
-    cores = os.cpu_count()
-    pairs = [(cores - 1, 0.25), (cores - 1, 0.5)]
-    input_pipeline.run("cuda", table, 256, 2048, 30, 130, [input_pipeline.Way(*pair) for pair in pairs], "compile")
+    run = partial(input_pipeline.run, "cuda", table, 256, 2048, 30, 130)
+    few, most = cores // 2, cores - 1
+    run([input_pipeline.Way(*pair) for pair in [(few, 1.0), (most, 0.25), (most, 0.0), (most, None)]])
+    decoded = [input_pipeline.Way(few, 1.0)]
+    run(decoded, basis="", alone=False)
+    run(decoded, mode="cudagraphs", alone=False)
 
 
 def input_pipeline_on_cpu(table: Rates) -> None:
@@ -96,7 +94,6 @@ PARTS = {
         "compiled": compiled_on_cuda,
         "many-tokens": many_tokens_on_cuda,
         "input-pipeline": input_pipeline_on_cuda,
-        "input-pipeline-compiled": input_pipeline_compiled_on_cuda,
         "devices": lambda table: devices.run("cuda", table),
     },
     "cpu": {
@@ -110,7 +107,6 @@ PARTS = {
 # Parts whose rows are of another kind, by what their file's name ends in.
 KINDS = {
     "input-pipeline": "_input_pipeline",
-    "input-pipeline-compiled": "_input_pipeline",
     "devices": "_devices",
 }
 

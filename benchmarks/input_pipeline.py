@@ -44,7 +44,12 @@ from .common import Rates
 
 
 CLASSES = 8
-RECIPE = CONFIGURATION / "imagenet1k" / "vit_tiny_patch16_224_karat.yaml"
+RECIPES = {
+    "fourier G=3": CONFIGURATION / "imagenet1k" / "vit_tiny_patch16_224_karat.yaml",
+    "": CONFIGURATION / "imagenet1k" / "vit_tiny_patch16_224.yaml",  # softmax
+}
+# Flags of training by what the benchmarks call modes.
+MODES = {"eager": [], "cudagraphs": ["--torch_compile", "true", "--torch_compile_mode", "reduce-overhead"]}
 # DeiT's erasing, which the paper's recipe leaves open, so that every step of the pipeline runs.
 FULL = ["--random_erasing", "0.25"]
 # Mean difference of a batch by the two ways to augment, in pixel values, above which a way is not timed. The colours of
@@ -164,14 +169,14 @@ class Way:
 
 
 class Pipeline:
-    """Trainers of the recipe on the same files."""
+    """Trainers of a basis' recipe on the same files."""
 
-    def __init__(self, folder: Path, device: str, batch: int):
-        self.folder, self.device, self.batch = folder, device, batch
+    def __init__(self, folder: Path, device: str, batch: int, basis: str):
+        self.folder, self.device, self.batch, self.recipe = folder, device, batch, RECIPES[basis]
         self.data = None
 
     def trainer(self, name: str, workers: int, steps: int, flags=(), kind=ImageClassificationTrainer):
-        words = [str(RECIPE), *FULL, "--data_path", str(self.folder)]
+        words = [str(self.recipe), *FULL, "--data_path", str(self.folder)]
         words += ["--per_device_train_batch_size", str(self.batch), "--dataloader_num_workers", str(workers)]
         words += ["--max_steps", str(steps), "--eval_strategy", "no", "--save_strategy", "no", "--warmup_epochs", "0"]
         words += ["--logging_strategy", "no", "--output_dir", str(self.folder / "runs" / name)]
@@ -314,24 +319,36 @@ def hyperthreads() -> str:
     return f"on the first core: CPU {siblings.read_text().strip()}" if siblings.is_file() else "cores not known"
 
 
-def run(device: str, table: Rates, batch: int, count: int, begin: int, end: int, ways: list[Way], mode="eager") -> None:
+def run(
+    device: str,
+    table: Rates,
+    batch: int,
+    count: int,
+    begin: int,
+    end: int,
+    ways: list[Way],
+    basis: str = "fourier G=3",
+    mode: str = "eager",
+    alone: bool = True,
+) -> None:
     """
     Args:
         count: of JPEG files.
         begin, end: steps between which training is timed.
-        ways: to augment. The first one without a share is for the device's parts.
-        mode: of the model: eager or compile.
+        ways: to augment.
+        basis: of `RECIPES`.
+        mode: of `MODES`.
+        alone: also measure what has nothing to do with the model: the workers, the pipeline, and its parts alone.
     """
     torch.set_num_threads(1)
     shorter = max(begin + 1, (begin + end) // 2)
-    compiled = ["--torch_compile", "true"] if mode == "compile" else []
     folder = Path(tempfile.mkdtemp(prefix="karat-input-"))
     try:
         began = time.perf_counter()
         size = write_photos(folder, count)
         print(f"{count:,} JPEGs, {size / 1e3:.0f} kB each, in {time.perf_counter() - began:.0f} s; {hyperthreads()}")
-        pipeline = Pipeline(folder, device, batch)
-        row = {"benchmark": "input-pipeline", "model": "tiny", "basis": "fourier G=3", "batch": batch, "mode": mode}
+        pipeline = Pipeline(folder, device, batch, basis)
+        row = {"benchmark": "input-pipeline", "model": "tiny", "basis": basis, "batch": batch, "mode": mode}
         row |= {"dtype": "bfloat16" if device == "cuda" else "float32"}
         for share in sorted({way.share for way in ways if way.share is not None}):
             try:
@@ -345,21 +362,22 @@ def run(device: str, table: Rates, batch: int, count: int, begin: int, end: int,
             if not wrong < LIMIT:
                 print("Not as the workers' way, so not timed.", flush=True)
                 ways = [way for way in ways if way.share != share]
-        synthetic, times = pipeline.images_per_second("synthetic", 0, begin, end, flags=compiled, kind=SyntheticTrainer)
+        flags = MODES[mode]
+        synthetic, times = pipeline.images_per_second("synthetic", 0, begin, end, flags=flags, kind=SyntheticTrainer)
         table.add(**row, provider="synthetic", what="train", images_per_second=synthetic)
         table.add_times(row | {"provider": "synthetic"}, times, batch / synthetic * 1e3)
         for way in ways:
             this = row | {"provider": str(way)}
-            if mode == "eager":
+            if alone:
                 rate = pipeline.workers_alone(way.workers, way.flags, SECONDS[device])
                 table.add(**this, what="workers alone", images_per_second=rate, ratio=rate / synthetic)
                 rate = pipeline.without_training(way.workers, way.flags, SECONDS[device])
                 table.add(**this, what="pipeline without training", images_per_second=rate, ratio=rate / synthetic)
             last = shorter if way.share is None else end
-            rate, times = pipeline.images_per_second(str(way), way.workers, begin, last, flags=[*way.flags, *compiled])
+            rate, times = pipeline.images_per_second(str(way), way.workers, begin, last, flags=[*way.flags, *flags])
             table.add(**this, what="train", images_per_second=rate, ratio=rate / synthetic)
             table.add_times(this, times, batch / rate * 1e3)
-        if mode == "eager":
+        if alone:
             parts(pipeline, table, row | {"provider": "part"}, max(way.share or 0 for way in ways), 2)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

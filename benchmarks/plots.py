@@ -45,7 +45,8 @@ def draw(rows: list[dict], path: Path) -> None:
     for name, color, shift in (("ratio_gpu", TIME, 0.19), ("ratio_memory", MEMORY, -0.19)):
         values = [float(row[name]) for row in rows]
         bars = axes.barh([place + shift for place in places], [value - 1 for value in values], 0.36, 1, color=color)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=7)
+        for place, value in zip(places, values):
+            axes.text(1.015 * max(1.0, value), place + shift, f"{value:.2f}", va="center", fontsize=7)
         bars.set_label("GPU time of a training step" if name == "ratio_gpu" else "peak memory")
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")

@@ -248,8 +248,18 @@ def _train_and_report(
         with checkpoints.writing("The reports", folder, f"{checkpoints.MEND}: it writes them."):
             finished = _write_reports(settings, trainer, data, result.metrics, metrics, weights)
             runs.write_record(settings, finished)
-        logger.info(f"\nTrained in {_duration(result.metrics['train_runtime'])}.\n{reports.summary(folder, finished)}")
+        logger.info(f"\n{_cost(result.metrics)}.\n{reports.summary(folder, finished)}")
     return metrics
+
+
+def _cost(metrics: dict[str, float]) -> str:
+    """Time, rate and memory of training, as one sentence."""
+    words = [f"Trained in {_duration(metrics['train_runtime'])}"]
+    if rate := metrics.get("train_images_per_second"):
+        words.append(f"{rate:,.0f} images/s")
+    if peak := metrics.get("train_peak_memory_gib"):
+        words.append(f"at most {peak:.2f} GiB of memory")
+    return ", ".join(words)
 
 
 def _evaluate_only(settings: Settings) -> dict[str, float]:
