@@ -40,8 +40,9 @@ AFFINE = tl.constexpr(CODES["Affine"])
 TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
 # Of a program. With 1,024 pixels, the bicubic one would not get along with its registers.
 ROWS, COLUMNS, PIXELS = 16, 32, 512
-# A contracted multiply-add would change what is rounded down.
-EXACT = {"enable_fp_fusion": False}
+# A contracted multiply-add would change what is rounded down. Either is said, because Triton 3.9 warns of its default,
+# and 3.10 will have another.
+EXACT, FUSED = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}
 
 
 # Crop and resize: first every row of a crop, then the columns of the result. The weights of Pillow's filters, which
@@ -426,9 +427,9 @@ def resize_crops(images: list[torch.Tensor], crops, out: torch.Tensor, interpola
     columns, taps = triton.cdiv(size[1], COLUMNS), TAPS[interpolation]
     with torch.cuda.device_of(out):
         grid = (len(images), triton.cdiv(int(crops[:, 2].max()), ROWS), columns)
-        _resize_rows[grid](table, between, size[1], taps, ROWS, COLUMNS)
+        _resize_rows[grid](table, between, size[1], taps, ROWS, COLUMNS, **FUSED)
         grid = (len(images), triton.cdiv(size[0], ROWS), columns)
-        _resize_columns[grid](table, between, out, *size, taps, ROWS, COLUMNS)
+        _resize_columns[grid](table, between, out, *size, taps, ROWS, COLUMNS, **FUSED)
 
 
 def arrange(pixels: torch.Tensor, places: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
@@ -436,7 +437,7 @@ def arrange(pixels: torch.Tensor, places: torch.Tensor, flips: torch.Tensor) -> 
     count, height, width, _ = pixels.shape
     out = pixels.new_empty(count, 3, height, width)
     with torch.cuda.device_of(out):
-        _arrange[_grid(out)](pixels, places, flips, out, height, width, PIXELS)
+        _arrange[_grid(out)](pixels, places, flips, out, height, width, PIXELS, **EXACT)
     return out
 
 

@@ -1232,7 +1232,9 @@ class _Plan:
         self.options = {}
         for name, options in own.items():
             names = globals()[name.removesuffix("_rest")].arg_names
-            self.options[name] = {key: value for key, value in constants.items() if key in names} | options
+            own_constants = {key: value for key, value in constants.items() if key in names}
+            # Said, because Triton 3.9 warns of its default, and 3.10 will have another.
+            self.options[name] = own_constants | options | {"enable_fp_fusion": True}
 
     def launches(self, name: str, side: str, tokens: int, whole: bool) -> list[tuple[str, int, int]]:
         """
@@ -1518,10 +1520,10 @@ def _register_operators():
     @attention.register_fake
     def _(q, k, v, parameters, keep, scaling, form, save):
         images, heads, tokens, head_size = q.shape
+        # The kernels are compiled for these, so a graph is for one of each; the batch may be of any size.
+        rank, tokens, head_size = int(parameters[5].shape[-1]), int(tokens), int(head_size)
         padded = _padded(tokens)
-        plan = _Plan(
-            Form.from_list(form), parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens, q.device
-        )
+        plan = _Plan(Form.from_list(form), rank, head_size, q.dtype, keep is not None, save, tokens, q.device)
         rp = plan.rank_padded
         edges = (heads, plan.edges, plan.rank, padded)
         return (

@@ -285,16 +285,18 @@ def test_gradients_are_equal_where_activations_are_not_kept(way):
 
 def test_compile_takes_the_kernels_whole():
     operator = make_operator(4, 4, 2, karat_rank=2, grid_size=1)
-    inputs = [torch.randn(1, 2, 17, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    inputs = [torch.randn(3, 2, 17, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
     leaves = [*inputs, *operator.parameters()]
 
     def run(function):
         output, _, _ = function(*inputs, 0.25, "karat_triton")
         return [output, *torch.autograd.grad(output.square().sum(), leaves)]
 
-    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(run(compiled), run(operator)):
-        torch.testing.assert_close(actual, expected)
+    for dynamic in (False, True):
+        torch.compiler.reset()
+        compiled = torch.compile(operator, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for actual, expected in zip(run(compiled), run(operator)):
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("options", BASES, ids=str)
