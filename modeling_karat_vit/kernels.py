@@ -1177,7 +1177,8 @@ def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
             programs["_backward_keys"] = 396
     tiles = {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
     return tiles | {
-        "_backward_values": {"BLOCK": 32, "num_warps": 2},
+        "_backward_hidden": {"BLOCK": _PADDING, "num_stages": 3},
+        "_backward_values": {"BLOCK": 32, "num_warps": 2, "num_stages": 3},
         "_reduce": {"BLOCK": 16, "ROWS": 128, "num_warps": 2},
     }, programs
 
@@ -1228,7 +1229,7 @@ class _Plan:
         }
         self.tiles, self.programs = _tiles(form)
         self._fit(dtype.itemsize, _loadable(device))
-        own = self.tiles | {"_prepare": {"BLOCK": _PADDING}, "_backward_hidden": {"BLOCK": _PADDING}}
+        own = self.tiles | {"_prepare": {"BLOCK": _PADDING}}
         self.options = {}
         for name, options in own.items():
             names = globals()[name.removesuffix("_rest")].arg_names
@@ -1249,20 +1250,29 @@ class _Plan:
         launches = [(name, 0, full), (f"{name}_rest", full * tile, _cdiv(rest, small))]
         return launches if full else launches[1:]
 
+    def _moved(self, name: str, tile: dict) -> int:
+        """Numbers that a round of a kernel's loop loads."""
+        features, columns = self.features * self.rank_padded, self.head_size_padded
+        if "keys" in name:
+            return tile["BM"] * (self.rank_padded + columns) + (0 if tile["KEPT"] else tile["BN"] * features)
+        if name == "_backward_hidden":
+            return tile["BLOCK"] * (self.rank_padded + columns)
+        if name == "_backward_values":
+            return (tile["BLOCK"] + self.rank_padded) * columns
+        return tile["BN"] * (features + columns)
+
     def _fit(self, itemsize: int, room: int) -> None:
-        """Fewer stages where what is loaded would take more than `room` bytes."""
-        rows, columns = self.features * self.rank_padded, self.head_size_padded
+        """Fewer stages, then smaller tiles of keys, where what is loaded would take more than `room` bytes."""
         for name, tile in self.tiles.items():
-            if "BM" not in tile:
+            if "num_stages" not in tile:
                 continue
             if "keys" in name:
-                kept = tile["BN"] * rows * itemsize
-                tile["KEPT"] = kept <= room
-                moved = tile["BM"] * (self.rank_padded + columns) * itemsize + (0 if tile["KEPT"] else kept)
-            else:
-                moved = tile["BN"] * (rows + columns) * itemsize
-            while tile["num_stages"] > 1 and tile["num_stages"] * moved > room:
+                tile["KEPT"] = tile["BN"] * self.features * self.rank_padded * itemsize <= room
+            while tile["num_stages"] > 1 and tile["num_stages"] * self._moved(name, tile) * itemsize > room:
                 tile["num_stages"] -= 1
+            if not tile.get("KEPT", True):
+                while max(tile["BM"], tile["BN"]) > 16 and self._moved(name, tile) * itemsize > room:
+                    tile[max(("BN", "BM"), key=tile.get)] //= 2
 
 
 def _kind(tensors, *sizes):

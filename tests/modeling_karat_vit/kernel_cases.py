@@ -189,6 +189,18 @@ def test_many_tokens_of_few_images(monkeypatch, basis):
     check(images=2, grid=(8, 9), heads=1, karat_rank=2, **basis)
 
 
+def test_little_shared_memory(monkeypatch):
+    """As on a smaller GPU, where coefficients are loaded again and again, and tiles of keys are smaller."""
+    monkeypatch.setattr(kernels, "_Plan", kernels._Plan.__wrapped__)
+    monkeypatch.setattr(kernels, "_loadable", lambda device: 5000)
+    form = kernels._form("fourier", "zero", 3)
+    plan = kernels._Plan(form, 12, 16, torch.float32, True, True, 73, torch.device("cpu"))
+    tile = plan.tiles["_backward_keys"]
+    assert not tile["KEPT"] and tile["BM"] == tile["BN"] == 16
+    assert plan.options["_backward_hidden"]["num_stages"] == plan.options["_backward_values"]["num_stages"] == 1
+    check(images=3, grid=(8, 9), heads=1, masked=True)
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 17, 63, 64, 65, 80, 81, 197, 1025])
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("basis", ["fourier", "wavelet"])
