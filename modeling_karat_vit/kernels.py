@@ -1597,7 +1597,7 @@ def fused_attention(q, k, v, parameters, keep, scaling: float, form: Form) -> to
 
     Args:
         q, k, v: (B, h, N, d), of one dtype, fp32, fp16 or bf16; any strides.
-        parameters: three tensors of the basis, the absent ones empty, scale_basis, scale_base, (h, r, N) each with what
+        parameters: fp32; three of the basis, absent ones empty, scale_basis, scale_base, (h, r, N) each with what
             a family needs between h and r, and the projector (h, N, r).
         keep: boolean (B or 1, N), or `None`: keys that are False contribute nothing.
         scaling: factor of the scores.
