@@ -6,6 +6,7 @@ import itertools
 import os
 import platform
 import resource
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 import transformers
 
 
+# At least: no GPU's clock is faster.
+_CYCLES_PER_SECOND = 3e9
 FIELDS = (
     "benchmark",
     "model",
@@ -68,7 +71,7 @@ def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float
     on CUDA; of the whole process, libraries included, on a CPU.
 
     On CUDA, times are read from events, so that the launches of a step overlap with the work of the one before, as they
-    do in training; `gpu_ms` is the time that the GPU worked, the sum over a step's kernels, without waits for launches.
+    do in training; `gpu_ms` is `gpu_time`.
     """
     for _ in range(warmup):
         step()
@@ -99,13 +102,26 @@ def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float
     return {"p20_ms": p20, "median_ms": median, "p80_ms": p80, "peak_gib": peak, **gpu}
 
 
-def gpu_time(step, repeats: int = 3) -> float:
-    """What the kernels of a step take in ms, by the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(repeats):
-            step()
+def gpu_time(step, repeats: int = 5) -> float:
+    """
+    What a step takes the GPU in ms, where it never waits for a launch: they all wait for it, behind a pause. (PyTorch's
+    profiler would tell as much, but once used it makes each later launch of the process several times as slow.)
+    """
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    host = time.perf_counter() - began
+    times = []
+    for _ in range(repeats):
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / repeats / 1e3
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(1.5 * host * _CYCLES_PER_SECOND))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
 
 
 class PeakMemory:

@@ -26,6 +26,8 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
+    from triton.runtime.driver import driver
 except ImportError as error:
     raise ImportError("The fused kernels of KArAt need Triton.") from error
 
@@ -1275,38 +1277,49 @@ class _Plan:
                     tile[max(("BN", "BM"), key=tile.get)] //= 2
 
 
-def _kind(tensors, *sizes):
-    """What Triton compiles anew for, beyond the plan: strides, sizes, and which tensors are aligned."""
-    return (*sizes, *(x.stride() for x in tensors), *(x.data_ptr() % 16 == 0 for x in tensors))
+_compiled: dict[tuple, dict[str, tuple]] = {}
 
 
-_compiled = {}
-
-
-def _launch(kernel, programs: int, plan: _Plan, kind: tuple, *arguments, name: str | None = None) -> None:
+class _Launcher:
     """
-    Launch a kernel on the current device, with the plan's options of this name, or its own. All that it gets follows
-    from its plan and `kind`.
+    Launches the kernels of one pass on the current device and stream, with the options of a plan. All that a kernel
+    gets follows from the plan, the strides and alignment of `tensors`, the first of which is there, and `sizes`.
 
     Triton binds and hashes some forty arguments at each launch, which takes longer than the kernels of a small batch
     run. Here a compiled kernel is kept for each kind of arguments, and launched directly.
     """
-    name = name or kernel.__name__
-    grid = (programs, 1, 1)
-    if INTERPRET:
-        kernel[grid](*arguments, **plan.options[name])
-        return
-    key = (name, plan, kind)
-    found = _compiled.get(key)
-    if found is None:
-        options = plan.options[name]
-        compiled = kernel[grid](*arguments, **options)
-        _compiled[key] = compiled, [options[constant] for constant in kernel.arg_names[len(arguments) :]]
-    else:
-        compiled, constants = found
+
+    def __init__(self, plan: _Plan, tensors, *sizes):
+        self.plan = plan
+        if INTERPRET:
+            return
+        device = tensors[0].get_device()
+        kind = (plan, device, sizes, *(x.stride() for x in tensors), *(x.data_ptr() % 16 == 0 for x in tensors))
+        self.compiled = _compiled.setdefault(kind, {})
+        self.stream = driver.active.get_current_stream(device)
+        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        # Of profilers. Triton prepares for them at each launch, whether there are any or not.
+        self.watched = any(getattr(hook, "calls", hook) for hook in hooks)
+
+    def __call__(self, kernel, programs: int, *arguments, name: str | None = None) -> None:
+        """`name`: of the plan's options, where it is not the kernel's own."""
+        name, grid = name or kernel.__name__, (programs, 1, 1)
+        if INTERPRET:
+            kernel[grid](*arguments, **self.plan.options[name])
+            return
+        if name not in self.compiled:
+            options = self.plan.options[name]
+            binary = kernel[grid](*arguments, **options)
+            self.compiled[name] = binary, [options[constant] for constant in kernel.arg_names[len(arguments) :]]
+            return
+        binary, constants = self.compiled[name]
         # Addresses, for Triton asks the driver about each tensor.
-        addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
-        compiled[grid](*addresses, *constants)
+        arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        if self.watched:
+            binary[grid](*arguments, *constants)
+        else:
+            none = None, None, None  # Nothing for hooks, and no hooks.
+            binary.run(*grid, self.stream, binary.function, binary.packed_metadata, *none, *arguments, *constants)
 
 
 # Programs that keep an H100 or H200 busy: two for each multiprocessor. A number of the machine itself would make the
@@ -1356,15 +1369,15 @@ def _padded(tokens: int) -> int:
     return _cdiv(tokens, _PADDING) * _PADDING
 
 
-def _on_its_device(launch):
+def _on_its_device(run):
     """Triton launches on the current device: make that the one of the first tensor."""
 
-    @wraps(launch)
+    @wraps(run)
     def wrapper(tensor, *args):
         if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-            return launch(tensor, *args)
+            return run(tensor, *args)
         with torch.cuda.device_of(tensor):
-            return launch(tensor, *args)
+            return run(tensor, *args)
 
     return wrapper
 
@@ -1384,20 +1397,20 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     packed = q.new_empty(heads, 2 * plan.features + 1, padded, rp)
     edges = q.new_empty(heads, plan.edges, plan.rank, padded, dtype=torch.float32) if plan.edges else packed
     visible = q if keep is None else keep
-    kind = _kind((q, k, v, visible, *parameters), q.shape, q.device)
+    launch = _Launcher(plan, (q, k, v, visible, *parameters), *q.shape)
     sizes = (images, heads, tokens)
     parts = _parts(images * heads, tokens)
     u = _new_square(q, plan, parts)
     programs = heads * (images * parts + (plan.features + 1 + plan.edges) * (padded // _PADDING))
     tensors = (*parameters, v, visible, packed, edges, u)
-    _launch(_prepare, programs, plan, kind, *tensors, *v.stride()[:3], *sizes, parts)
+    launch(_prepare, programs, *tensors, *v.stride()[:3], *sizes, parts)
     u = _sum_of_parts(u, q.dtype)
     out = q.new_empty(images, tokens, heads, head_size)
     hidden = q.new_empty(images, heads, tokens, rp) if save else out
     tensors = (q, k, packed, edges, visible, u, out, hidden)
     numbers = (*q.stride()[:3], *k.stride()[:3], *sizes, scaling)
     for name, first, tiles in plan.launches("_forward", "BM", tokens, images * heads < _PROGRAMS):
-        _launch(_forward, heads * images * tiles, plan, kind, *tensors, *numbers, first, tiles, name=name)
+        launch(_forward, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
     return out, packed, edges, hidden, u
 
 
@@ -1409,7 +1422,7 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     rp = plan.rank_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
-    kind = _kind((q, k, v, d_out, visible, *parameters), q.shape, q.device)
+    launch = _Launcher(plan, (q, k, v, d_out, visible, *parameters), *q.shape)
     sizes = (images, heads, tokens)
     q_strides, k_strides = q.stride()[:3], k.stride()[:3]
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
@@ -1419,13 +1432,13 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     parts = _parts(images * heads, tokens)
     d_u = _new_square(q, plan, parts)
     tensors = (d_out, hidden, u, d_hidden, d_u)
-    _launch(_backward_hidden, images * heads * parts, plan, kind, *tensors, *strides, *sizes, parts)
+    launch(_backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
     d_u = _sum_of_parts(d_u, q.dtype)
     few = images * heads < _PROGRAMS
     tensors = (q, k, packed, edges, visible, d_hidden, d_q)
     numbers = (*q_strides, *k_strides, *sizes, scaling)
     for name, first, tiles in plan.launches("_backward_queries", "BM", tokens, few):
-        _launch(_backward_queries, heads * images * tiles, plan, kind, *tensors, *numbers, first, tiles, name=name)
+        launch(_backward_queries, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
     launches = plan.launches("_backward_keys", "BN", tokens, few)
     ends = [*(first for _, first, _ in launches[1:]), tokens]
     sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
@@ -1437,18 +1450,18 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     for (name, first, tiles), end, size, n, area in zip(launches, ends, sizes_of_chunks, chunks, areas):
         tensors = (q, k, packed, edges, visible, d_hidden, d_k, area)
         ranges = (size, first, tiles, end)
-        _launch(_backward_keys, heads * n * tiles, plan, kind, *tensors, *numbers, *ranges, name=name)
+        launch(_backward_keys, heads * n * tiles, *tensors, *numbers, *ranges, name=name)
     tiles = _cdiv(tokens, plan.options["_backward_values"]["BLOCK"])
     size = _chunk(images, heads * tiles, plan.programs["_backward_values"])
     w_chunks = _cdiv(images, size)
     w_partial = q.new_empty(w_chunks, heads, tokens, rp, dtype=torch.float32)
     tensors = (v, packed, visible, d_u, d_v, w_partial)
-    _launch(_backward_values, heads * w_chunks * tiles, plan, kind, *tensors, *v.stride()[:3], *sizes, size)
+    launch(_backward_values, heads * w_chunks * tiles, *tensors, *v.stride()[:3], *sizes, size)
     # Parameters that a family lacks are empty, and their own gradient.
     gradients = [torch.empty_like(x) if x.numel() else x for x in parameters]
     programs = heads * _cdiv(tokens * rp, plan.options["_reduce"]["BLOCK"])
     numbers = (chunks[0], chunks[1] if len(chunks) > 1 else 0, w_chunks, ends[0], heads, tokens)
-    _launch(_reduce, programs, plan, kind, partial, w_partial, *parameters[:4], *gradients, *numbers)
+    launch(_reduce, programs, partial, w_partial, *parameters[:4], *gradients, *numbers)
     return d_q, d_k, d_v, *gradients
 
 

@@ -175,8 +175,10 @@ def test_many_images_for_a_program_and_small_tiles_for_the_rest(monkeypatch, bas
     monkeypatch.setattr(kernels, "_chunk", lambda images, *_: min(images, 3))
     monkeypatch.setattr(kernels, "_PROGRAMS", 1)
     launched = []
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda *args, name=None: launched.append(name) or launch(*args, name=name))
+    launch = kernels._Launcher.__call__
+    monkeypatch.setattr(
+        kernels._Launcher, "__call__", lambda *args, name=None: launched.append(name) or launch(*args, name=name)
+    )
     check(images=5, grid=(8, 9), heads=1, karat_rank=2, **basis)
     assert "_forward_rest" in launched and "_forward" in launched
 
