@@ -3,9 +3,8 @@
 
 import sys
 
+from image_classification.main import main
+
 
 if __name__ == "__main__":
-    # Not above: data workers that are not forked read this file, too, and need little of that.
-    from image_classification.main import main
-
     sys.exit(main())

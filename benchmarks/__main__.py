@@ -70,13 +70,12 @@ def input_pipeline_on_cuda(table: Rates) -> None:
     run(decoded, basis="", alone=False)
     run(decoded, mode="cudagraphs", alone=False)
     # With the parts alone, whose profiler makes all launches after it slower.
-    ways = [(few, 1.0), (few, 1.0, False), (most, 0.25), (most, 0.0), (most, 0.0, False), (most, None)]
-    run([input_pipeline.Way(*way) for way in ways])
+    run([input_pipeline.Way(*pair) for pair in [(few, 1.0), (most, 0.25), (most, 0.0), (most, None)]])
 
 
 def input_pipeline_on_cpu(table: Rates) -> None:
-    ways = [(1, 0.0, False), (1, 0.5, False), (1, None)]
-    input_pipeline.run("cpu", table, 8, 64, 2, 6, [input_pipeline.Way(*way) for way in ways])
+    pairs = [(1, 0.0), (1, 0.5), (1, None)]
+    input_pipeline.run("cpu", table, 8, 64, 2, 6, [input_pipeline.Way(*pair) for pair in pairs])
 
 
 def attention_on_cpu(table: Table) -> None:

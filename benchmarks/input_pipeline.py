@@ -154,27 +154,18 @@ class SyntheticTrainer(ImageClassificationTrainer):
 
 @dataclass(frozen=True)
 class Way:
-    """
-    Workers, and the share of the JPEGs that the device decodes; `None`: the workers do everything. `process`: a process
-    of its own calls the device.
-    """
+    """Workers, and the share of the JPEGs that the device decodes; `None`: the workers do everything."""
 
     workers: int
     share: float | None
-    process: bool = True
 
     @property
     def flags(self) -> list[str]:
-        if self.share is None:
-            return []
-        process = ["--dataloader_process", str(self.process).lower()]
-        return ["--augment_on", "device", "--device_decode", str(self.share), *process]
+        return [] if self.share is None else ["--augment_on", "device", "--device_decode", str(self.share)]
 
     def __str__(self) -> str:
-        if self.share is None:
-            return f"workers, {self.workers} workers"
-        where = "process" if self.process else "thread"
-        return f"device, {self.share:.0%} decoded, {where}, {self.workers} workers"
+        what = "workers" if self.share is None else f"device, {self.share:.0%} decoded"
+        return f"{what}, {self.workers} workers"
 
 
 class Pipeline:
@@ -234,12 +225,8 @@ class Pipeline:
 
     def without_training(self, workers: int, flags: list[str], seconds: float) -> float:
         """Images per second that reach the device as training batches, where nothing is trained on them."""
-        trainer = self.trainer("pipeline", workers, 1, flags)
-        epoch = iter(trainer.get_train_dataloader())
-        try:
-            return self._rate(iter(lambda: trainer.next_batches(epoch, 1), []), workers, seconds)
-        finally:
-            trainer.end_feeding()
+        loader = self.trainer("pipeline", workers, 1, flags).get_train_dataloader()
+        return self._rate(iter(loader), workers, seconds)
 
     def _rate(self, batches, workers: int, seconds: float) -> float:
         for _ in range(max(2, workers)):  # Each worker's first one.

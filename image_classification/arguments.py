@@ -246,10 +246,6 @@ class DataArguments:
             "place of the workers."
         },
     )
-    dataloader_process: bool | None = _optional(
-        "With augment_on device: the device is called by a process of its own, so that training does not wait for it; "
-        "it takes 0.5 GB of a GPU's memory and more. Unset: on GPUs, where there are data workers."
-    )
 
     def __post_init__(self):
         if self.auto_augment in ("none", "None", ""):
@@ -815,13 +811,6 @@ def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArgum
             raise InputError(f"`{name}` is {value}, expected {expected}.")
     if data.device_decode and data.augment_on != "device":
         raise InputError("`device_decode` is of the pipeline of `augment_on: device`. Give both, or neither.")
-    if data.dataloader_process:
-        if data.augment_on != "device":
-            raise InputError("`dataloader_process` is of the pipeline of `augment_on: device`. Give both, or neither.")
-        if data.streaming:
-            raise InputError("`dataloader_process` does not work with `streaming`, whose images training reads itself.")
-        if not training.dataloader_num_workers:
-            raise InputError("`dataloader_process` needs data workers: set `dataloader_num_workers` to 1 or more.")
     if data.eval_crop_ratio == 0:
         raise InputError("`eval_crop_ratio` is 0, expected more than 0 and at most 1.")
     if training.sched not in (None, *SCHEDULES):

@@ -346,20 +346,11 @@ def build_trainer(
         compute_metrics=ComputeMetrics(len(data.labels)),
         preprocess_logits_for_metrics=preprocess,
     )
-    trainer.fed = _has_feeder(settings)
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trackers.name_tensorboard_folder(trainer)
     trainer.add_callback(EpochLines())
     return trainer
-
-
-def _has_feeder(settings: Settings) -> bool:
-    """Whether training batches come from a process of their own."""
-    args, training = settings.data, settings.training
-    if args.dataloader_process is not None or args.augment_on != "device" or args.streaming:
-        return bool(args.dataloader_process)
-    return training.device.type == "cuda" and training.dataloader_num_workers > 0
 
 
 def _check_resumed(model: PreTrainedModel, checkpoint: str, data: ImageData) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Several processes: the images that one process would see, each counted once; and one that prepares batches (`feeder`).
+Several processes: the images that one process would see, each counted once.
 
 Every process gets batches of the same size, so where the images do not come out even, accelerate repeats some at the
 end of an epoch. Here repeated images have no weight: W processes of batch B/W train and evaluate as one of batch B.
@@ -9,21 +9,19 @@ end of an epoch. Here repeated images have no weight: W processes of batch B/W t
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from typing import TypeVar
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from .errors import InputError
-from .feeder import Feeder
 
 
 T = TypeVar("T")
@@ -83,105 +81,15 @@ class ParallelTrainer(Trainer):
         return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches = self.next_batches(epoch_iterator, num_batches)
-        if batches and self._rows_at_end and self.had_last_batch:
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches and self._rows_at_end and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = _without_repeated(batches[-1], self._own_rows(batches[-1], self._rows_at_end))
         return batches, self._get_num_items_in_batch(batches, device)
-
-    def next_batches(self, epoch: Iterator, count: int) -> list[dict[str, torch.Tensor]]:
-        """The next `count` batches of an epoch, or as many as there are."""
-        return list(islice(epoch, count))
-
-    @property
-    def had_last_batch(self) -> bool:
-        """Whether the last batch of the epoch is among those that `next_batches` returned last."""
-        return self.accelerator.gradient_state.end_of_dataloader
 
     def _own_rows(self, batch: dict[str, torch.Tensor], rows: int) -> int:
         """How many rows of this process's last batch are among the first `rows` of all processes'."""
         size = len(batch["labels"])
         return min(max(rows - self.args.process_index * size, 0), size)
-
-
-class Numbers(Dataset):
-    """A data set that has its images' numbers for items. To samplers it looks like the data set itself."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-    def __getitems__(self, indices: list[int]) -> list[int]:
-        return indices
-
-    def __getattr__(self, name: str):
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-
-class FedTrainer(ParallelTrainer):
-    """Transformers' Trainer, whose training batches come from a `Feeder` where `fed` is set before training."""
-
-    fed = False
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._feeder: Feeder | None = None
-        self._epoch: tuple[Iterator, Iterator] | None = None
-        self._fed_all = False
-
-    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
-        if not (self.fed and kwargs.get("is_training")):
-            return super()._get_dataloader(*args, **kwargs)
-        dataset = kwargs["dataset"]
-        self.end_feeding()
-        args = self.args
-        self._feeder = Feeder(
-            dataset,
-            self.data_collator,
-            args.dataloader_num_workers,
-            args.dataloader_prefetch_factor or 2,
-            args.device,
-            args.dataloader_multiprocessing_context,
-        )
-        self._feeder.start()
-        # Samplers, processes and resuming are as ever; only what is drawn are numbers.
-        numbers = Numbers(dataset)
-        loader = DataLoader(
-            numbers,
-            kwargs["batch_size"],
-            sampler=kwargs["sampler_fn"](numbers),
-            drop_last=args.dataloader_drop_last,
-            collate_fn=np.array,
-        )
-        return self.accelerator.prepare(loader)
-
-    def next_batches(self, epoch: Iterator, count: int) -> list:
-        if self._feeder is None:
-            return super().next_batches(epoch, count)
-        if self._epoch is None or self._epoch[0] is not epoch:
-            self._epoch = epoch, self._feeder.batches(epoch)
-        batches = []
-        for batch, last in islice(self._epoch[1], count):
-            self._fed_all = last
-            batches.append(batch)
-        return batches
-
-    @property
-    def had_last_batch(self) -> bool:
-        return self._fed_all if self._feeder is not None else super().had_last_batch
-
-    def end_feeding(self) -> None:
-        """End the process that prepares batches, if there is one."""
-        self._epoch = None
-        if self._feeder is not None:
-            self._feeder.close()
-            self._feeder = None
 
 
 def _without_repeated(batch: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:

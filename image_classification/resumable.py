@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
 from .errors import InputError
-from .parallel import FedTrainer
+from .parallel import ParallelTrainer
 from .stopping import Stopped, StopSignals, outlive_signals
 
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 ACTIONS = ("log", "evaluate", "save")
 
 
-class ResumableTrainer(FedTrainer):
+class ResumableTrainer(ParallelTrainer):
     """
     Transformers' Trainer with
     * checkpoints that are written whole or not at all, and from which a run goes on exactly;
@@ -91,7 +91,6 @@ class ResumableTrainer(FedTrainer):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._training = False
-            self.end_feeding()
             self._end_data_workers()
             self.remove_callback(hooks)
 

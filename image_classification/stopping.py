@@ -82,10 +82,10 @@ class StopSignals:
             os.write(2, text.encode())  # Not `print`: the signal may have come in the middle of one.
 
 
-def outlive_signals(_worker: int | None = None) -> None:
+def outlive_signals() -> None:
     """
-    For data workers, as their `worker_init_fn`: terminals and schedulers signal them too, while the run still needs
-    them for its last step. Only the process that started them ends them.
+    For data workers: terminals and schedulers signal them too, while the run still needs them for its last step. Only
+    the process that started them ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
