@@ -221,6 +221,8 @@ class Pipeline:
         loader = DataLoader(
             trainer.train_dataset, self.batch, True, num_workers=workers, collate_fn=trainer.data_collator
         )
+        if hasattr(trainer.data_collator, "share"):
+            trainer.data_collator.share(self.batch, workers, loader.prefetch_factor, torch.device("cpu"))
         return self._rate(iter(loader), workers, seconds)
 
     def without_training(self, workers: int, flags: list[str], seconds: float) -> float:

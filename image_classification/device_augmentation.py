@@ -22,13 +22,16 @@ import contextlib
 import dataclasses
 import functools
 import io
+import logging
 import math
+import shutil
 import uuid
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +47,10 @@ from .data import decode
 from .errors import InputError
 
 
+logger = logging.getLogger(__name__)
+
+MOST_LAYERS = 8  # Of operations that an image goes through, where memory is shared out.
+SYSTEM_MEMORY = Path("/dev/shm")  # Where Linux has what processes share.
 AT_ONCE = 64  # Images that are resized together without the kernels: their canvases lie in memory side by side.
 # How a batch is mixed with itself in reverse order: the share of the image itself, and top, bottom, left and right of
 # what is its partner's.
@@ -109,8 +116,7 @@ class DrawTransform:
 
         self.size = size
         # Pillow's nearest neighbour is torch's exact one.
-        name = "nearest-exact" if args.train_interpolation == "nearest" else args.train_interpolation
-        self.interpolation = v2.InterpolationMode(name)
+        self.mode = "nearest-exact" if args.train_interpolation == "nearest" else args.train_interpolation
         self.crop = v2.RandomResizedCrop(size, tuple(args.train_crop_scale), tuple(args.train_crop_ratio))
         self.device_decode = args.device_decode
         self.flip = args.horizontal_flip
@@ -130,17 +136,17 @@ class DrawTransform:
         return read(item, where, self.device_decode)
 
     def __call__(self, image: "torch.Tensor | Encoded") -> Drawn:
-        from torchvision.transforms.v2 import functional
-
         # In the order, and by the calls, of `TrainTransform`.
         if isinstance(image, Encoded):
             box = self.crop.make_params([torch.empty(3, image.height, image.width, device="meta")])
             pixels = dataclasses.replace(image, box=(box["top"], box["left"], box["height"], box["width"]))
         else:
             box = self.crop.make_params([image])
-            # As `resized_crop`, which is slower at this layout, the decoder's and the batch's.
-            pixels = functional.crop(image, **box)[None].contiguous(memory_format=torch.channels_last)
-            pixels = functional.resize(pixels, list(self.size), interpolation=self.interpolation, antialias=True)[0]
+            top, left, height, width = (box[name] for name in ("top", "left", "height", "width"))
+            pixels = image[None, :, top : top + height, left : left + width]
+            # As torchvision's `resized_crop`, which is slower at this layout, the decoder's and the batch's.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            pixels = F.interpolate(pixels, self.size, mode=self.mode, antialias=self.mode != "nearest-exact")[0]
         flip = self.flip > 0 and not bool(torch.rand(1) >= self.flip)
         operations: list[tuple[str, tuple[float, ...]]] = []
         for policy in self.policy:
@@ -419,6 +425,14 @@ class DrawnNumbers:
         ]
 
 
+class Place(NamedTuple):
+    """Of a batch of `count` bytes in `SharedBatches`, which may not hold as many."""
+
+    key: str
+    number: int
+    count: int
+
+
 @dataclass
 class DrawnBatch:
     """
@@ -429,6 +443,7 @@ class DrawnBatch:
     Args:
         data: uint8 (bytes,): `DrawnNumbers`, the images that are decoded (height, width, 3), then the files of those
             that are not.
+        place: in `SharedBatches`, where there are any.
         size: height and width of the images.
         counts: of images, layers of operations, and erased parts of an image.
         lengths: of the files, in bytes.
@@ -440,6 +455,7 @@ class DrawnBatch:
     """
 
     data: torch.Tensor
+    place: Place | None
     size: tuple[int, int]
     counts: tuple[int, int, int]
     lengths: list[int]
@@ -452,26 +468,51 @@ class DrawnBatch:
     def __len__(self) -> int:
         return self.counts[0]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "data": None} if self._lies_in_place() else vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.data is None:
+            self.data = SHARED[self.place.key].find(self.place)
+
+    def _lies_in_place(self) -> bool:
+        """Or in memory of its own."""
+        return self.place is not None and self.place.count <= SHARED[self.place.key].length
+
+    def _pinned(self) -> torch.Tensor:
+        """`data`, from which a GPU copies without waiting."""
+        return self.data if self._lies_in_place() and SHARED[self.place.key].pinned else self.data.pin_memory()
+
     def pin_memory(self) -> "DrawnBatch":
         """Called by PyTorch's data loader in a thread of its own: what is to be decoded is, while a step trains."""
         if self.lengths and torch.cuda.is_available():
             return self._decoded(torch.device("cuda", torch.cuda.current_device()))
-        return dataclasses.replace(self, data=self.data.pin_memory())
+        return dataclasses.replace(self, data=self._pinned())
 
     def to(self, device: torch.device, non_blocking: bool = True) -> dict[str, torch.Tensor]:
         """Called by accelerate. -> `pixel_values` (B, 3, height, width) and `labels`, augmented on `device`."""
-        batch = self._decoded(torch.device(device)) if self.lengths else self
+        device, copied = torch.device(device), None
+        batch = self._decoded(device) if self.lengths else self
+        if device.type == "cuda" and not batch.data.is_cuda:
+            stream = _stream(device)
+            with torch.cuda.stream(stream):  # Training goes on meanwhile.
+                batch = dataclasses.replace(batch, data=batch.data.to(device, non_blocking=True))
+                copied = stream.record_event()
+            torch.cuda.current_stream(device).wait_event(copied)
+        if self.place is not None:
+            SHARED[self.place.key].taken(copied)
         if batch.data.is_cuda:
             # Another stream's memory, which must not have it back before this one is through with it.
             batch.data.record_stream(torch.cuda.current_stream(batch.data.device))
-        return AUGMENTATIONS[self.augmentation](batch, torch.device(device))
+        return AUGMENTATIONS[self.augmentation](batch, device)
 
     @torch.no_grad()
     def _decoded(self, device: torch.device) -> "DrawnBatch":
         """With all images decoded, on `device`."""
         interpolation = AUGMENTATIONS[self.augmentation].interpolation
         # Pinned, also for nvJPEG: copying other memory to a GPU may wait for it.
-        data = self.data.pin_memory() if device.type == "cuda" else self.data
+        data = self._pinned() if device.type == "cuda" else self.data
         begin = len(data) - sum(self.lengths)
         files = list(data[begin:].split(self.lengths))
         with _own_stream(device) as finished:
@@ -542,15 +583,114 @@ def decode_files(files: list[torch.Tensor], names: list[str], device: torch.devi
         return [read(item, name).to(device) for item, name in zip(items, names, strict=True)]
 
 
+class SharedBatches:
+    """
+    Memory for the batches of data workers, which a GPU reads as it is. Memory that is new for each batch would have to
+    be cleared by the system, mapped by the main process, and copied to pinned memory by a thread of it.
+
+    Each worker writes to its places in turn, of which it has one more than the batches that are on their way from it. A
+    loader that keeps the order asks a worker for another batch when it hands over one of it, which is `workers` batches
+    after the one that is overwritten then: `taken` makes sure that this has been copied.
+
+    Args:
+        workers: of the data loader.
+        ahead: batches that each of them prepares ahead (`prefetch_factor`).
+        length: of a batch at most, in bytes.
+        device: that reads it.
+    """
+
+    def __init__(self, workers: int, ahead: int, length: int, device: torch.device):
+        self.key = uuid.uuid4().hex
+        self.places, self.length, self.workers = ahead + 1, length, workers
+        self.memory = _shared(workers * self.places * length)
+        # Batches of each worker, also in former epochs.
+        self.written = torch.zeros(workers, dtype=torch.int64).share_memory_()
+        self.copies: collections.deque[torch.cuda.Event | None] = collections.deque()
+        self.pinned = device.type == "cuda" and _pin(self.memory)
+        if self.pinned:
+            weakref.finalize(self, _unpin, self.memory)
+        SHARED[self.key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "copies": None, "pinned": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        SHARED[self.key] = self
+
+    def next_place(self, count: int) -> Place:
+        """In a worker."""
+        worker = torch.utils.data.get_worker_info().id
+        number = worker * self.places + int(self.written[worker]) % self.places
+        self.written[worker] += 1
+        return Place(self.key, number, count)
+
+    def find(self, place: Place) -> torch.Tensor | None:
+        """The batch's uint8 (bytes,), if it fits."""
+        if place.count > self.length:
+            return None
+        return self.memory[place.number * self.length :][: place.count]
+
+    def taken(self, copied: torch.cuda.Event | None) -> None:
+        """In the main process: a batch is on the device, or will be by then."""
+        self.copies.append(copied)
+        while len(self.copies) >= self.workers:
+            if (event := self.copies.popleft()) is not None:
+                event.synchronize()
+
+
+# Those of this process, by their keys.
+SHARED: "weakref.WeakValueDictionary[str, SharedBatches]" = weakref.WeakValueDictionary()
+
+
+def _shared(count: int) -> torch.Tensor:
+    storage = torch.UntypedStorage._new_shared(count, device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,), (1,))
+
+
+def _pin(memory: torch.Tensor) -> bool:
+    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if status != 0:
+        logger.warning(
+            f"{memory.nbytes / 2**30:.1f} GiB of memory for batches cannot be pinned (CUDA error {status}): each batch "
+            "is copied once more. Fewer --dataloader_num_workers or smaller batches need less."
+        )
+    return status == 0
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
 class CollateDrawn:
     """Rows of `ImageDataset` -> `DrawnBatch` in training; in evaluation `collate`."""
 
     def __init__(self, args: DataArguments, size: tuple[int, int], classes: int, processor: BaseImageProcessor):
         self.size, self.parts = size, args.random_erasing_count if args.random_erasing > 0 else 0
         self.finish = DeviceAugmentation(args, classes, processor)
-        # The last batches that a worker handed over, as many as are on their way by default. Whoever lets go of shared
-        # memory last frees it, and holds Python's lock for milliseconds: not to be the main process.
+        self.decodes = args.device_decode > 0  # Leaves files to the device.
+        # The last batches that a worker handed over in memory of their own, as many as are on their way by default.
+        # Whoever lets go of shared memory last frees it, and holds Python's lock for milliseconds: not to be the main
+        # process.
         self.sent: collections.deque[torch.Tensor] = collections.deque(maxlen=2)
+        self.shared: SharedBatches | None = None
+
+    def share(self, images: int, workers: int, ahead: int, device: torch.device) -> bool:
+        """
+        From now on, batches of up to `images` images come in `SharedBatches`, unless their files are larger than their
+        pixels, or the system has no room for it. -> Whether they are in pinned memory.
+        """
+        length = DrawnNumbers.length(images, MOST_LAYERS, self.parts) + images * 3 * math.prod(self.size)
+        needed = length * workers * (ahead + 1)
+        if SYSTEM_MEMORY.is_dir() and needed > (room := shutil.disk_usage(SYSTEM_MEMORY).free):
+            logger.warning(
+                f"{SYSTEM_MEMORY} has {room / 2**30:.1f} GiB left; with {needed / 2**30:.1f}, batches would reach the "
+                "device without another copy. Fewer --dataloader_num_workers need less (Docker: --shm-size)."
+            )
+            return False
+        self.shared = SharedBatches(workers, ahead, length, device)
+        return self.shared.pinned
 
     def __call__(self, rows: list[dict]):
         if "key" not in rows[0]:
@@ -559,7 +699,7 @@ class CollateDrawn:
         files = [one.pixels for one in drawn if isinstance(one.pixels, Encoded)]
         counts = len(drawn), max(len(one.operations) for one in drawn), self.parts
         head = DrawnNumbers.length(*counts)
-        data = self._data(head, [one.pixels for one in drawn if torch.is_tensor(one.pixels)], files)
+        data, place = self._data(head, [one.pixels for one in drawn if torch.is_tensor(one.pixels)], files)
         numbers, _ = DrawnNumbers.split(data[:head].zero_(), *counts)
         labels, places, flips, codes, of_operations, boxes = (field.numpy() for field in vars(numbers).values())
         labels[:] = [row["labels"] for row in rows]
@@ -575,6 +715,7 @@ class CollateDrawn:
                 boxes[part, index] = [*box, *(color * 3)[:3]]
         return DrawnBatch(
             data=data,
+            place=place,
             size=self.size,
             counts=counts,
             lengths=[len(file.content) for file in files],
@@ -585,22 +726,26 @@ class CollateDrawn:
             augmentation=self.finish.key,
         )
 
-    def _data(self, head: int, images: list[torch.Tensor], files: list[Encoded]) -> torch.Tensor:
-        """With `head` bytes before the images that nothing is written to."""
+    def _data(self, head: int, images: list[torch.Tensor], files: list[Encoded]):
+        """`DrawnBatch.data`, with `head` bytes before the images that nothing is written to, and `DrawnBatch.place`."""
         begin = head + len(images) * 3 * self.size[0] * self.size[1]
         count = begin + sum(len(file.content) for file in files)
-        if torch.utils.data.get_worker_info() is None:
-            data = torch.empty(count, dtype=torch.uint8)
-        else:
+        place = data = None
+        working = torch.utils.data.get_worker_info() is not None
+        if working and self.shared is not None:
+            place = self.shared.next_place(count)
+            data = self.shared.find(place)
+        if data is None and working:
             # In shared memory from the start, as PyTorch's own collation has it: sending it is then no copy.
-            storage = torch.UntypedStorage._new_shared(count, device="cpu")
-            data = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,), (1,))
+            data = _shared(count)
             self.sent.append(data)
-        for place, image in zip(data[head:begin].view(len(images), *self.size, 3), images, strict=True):
-            place.copy_(image.permute(1, 2, 0))
+        elif data is None:
+            data = torch.empty(count, dtype=torch.uint8)
+        for pixels, image in zip(data[head:begin].view(len(images), *self.size, 3), images, strict=True):
+            pixels.copy_(image.permute(1, 2, 0))
         if files:
             torch.cat([file.content for file in files], out=data[begin:])
-        return data
+        return data, place
 
 
 # Those of this process, by their keys: a batch that comes from a worker finds the one that it was made for.

@@ -101,6 +101,22 @@ class ImageClassificationTrainer(ResumableTrainer):
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.update()
 
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # Of accelerate's.
+        collate = self.data_collator
+        if kwargs.get("is_training") and hasattr(collate, "share") and inner.num_workers and inner.in_order:
+            images = self.args.per_device_train_batch_size
+            pinned = collate.share(images, inner.num_workers, inner.prefetch_factor, self.args.device)
+            if pinned and not collate.decodes:
+                inner.pin_memory = False  # Nothing is left for the thread that does.
+        return loader
+
+    def _end_data_workers(self) -> None:
+        super()._end_data_workers()
+        if hasattr(self.data_collator, "share"):
+            self.data_collator.shared = None
+
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if getattr(dataset, "repeated", False):
