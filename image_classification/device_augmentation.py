@@ -502,10 +502,10 @@ class DrawnBatch:
             torch.cuda.current_stream(device).wait_event(copied)
         if self.place is not None:
             SHARED[self.place.key].taken(copied)
+        made = AUGMENTATIONS[self.augmentation](batch, device)
         if batch.data.is_cuda:
-            # Another stream's memory, which must not have it back before this one is through with it.
-            batch.data.record_stream(torch.cuda.current_stream(batch.data.device))
-        return AUGMENTATIONS[self.augmentation](batch, device)
+            _keep(batch.data)
+        return made
 
     @torch.no_grad()
     def _decoded(self, device: torch.device) -> "DrawnBatch":
@@ -538,6 +538,19 @@ def _own_stream(device: torch.device) -> Iterator[Callable[[], None]]:
     stream = _stream(device)
     with torch.cuda.stream(stream):
         yield stream.synchronize
+
+
+_being_read: collections.deque[tuple[torch.cuda.Event, torch.Tensor]] = collections.deque()
+
+
+def _keep(data: torch.Tensor) -> None:
+    """
+    Another stream's memory, which must not have it back before this one is through with it. (With `record_stream`, the
+    allocator would ask the driver about that at every allocation of the next step.)
+    """
+    _being_read.append((torch.cuda.current_stream(data.device).record_event(), data))
+    while _being_read and _being_read[0][0].query():
+        _being_read.popleft()
 
 
 @functools.cache
