@@ -365,20 +365,28 @@ def run(
                 print("Not as the workers' way, so not timed.", flush=True)
                 ways = [way for way in ways if way.share != share]
         flags = MODES[mode]
-        synthetic, times = pipeline.images_per_second("synthetic", 0, begin, end, flags=flags, kind=SyntheticTrainer)
-        table.add(**row, provider="synthetic", what="train", images_per_second=synthetic)
-        table.add_times(row | {"provider": "synthetic"}, times, batch / synthetic * 1e3)
+
+        def synthetic() -> float:
+            rate, times = pipeline.images_per_second("synthetic", 0, begin, end, flags=flags, kind=SyntheticTrainer)
+            table.add(**row, provider="synthetic", what="train", images_per_second=rate)
+            table.add_times(row | {"provider": "synthetic"}, times, batch / rate * 1e3)
+            return rate
+
+        before = synthetic()
         for way in ways:
             this = row | {"provider": str(way)}
-            if alone:
-                rate = pipeline.workers_alone(way.workers, way.flags, SECONDS[device])
-                table.add(**this, what="workers alone", images_per_second=rate, ratio=rate / synthetic)
-                rate = pipeline.without_training(way.workers, way.flags, SECONDS[device])
-                table.add(**this, what="pipeline without training", images_per_second=rate, ratio=rate / synthetic)
             last = shorter if way.share is None else end
             rate, times = pipeline.images_per_second(str(way), way.workers, begin, last, flags=[*way.flags, *flags])
-            table.add(**this, what="train", images_per_second=rate, ratio=rate / synthetic)
+            # A host's speed drifts: beside the mean of before and after.
+            after = synthetic()
+            beside, before = (before + after) / 2, after
+            table.add(**this, what="train", images_per_second=rate, ratio=rate / beside)
             table.add_times(this, times, batch / rate * 1e3)
+            if alone:
+                rate = pipeline.workers_alone(way.workers, way.flags, SECONDS[device])
+                table.add(**this, what="workers alone", images_per_second=rate, ratio=rate / beside)
+                rate = pipeline.without_training(way.workers, way.flags, SECONDS[device])
+                table.add(**this, what="pipeline without training", images_per_second=rate, ratio=rate / beside)
         if alone:
             parts(pipeline, table, row | {"provider": "part"}, max(way.share or 0 for way in ways), 2)
     finally:

@@ -30,6 +30,9 @@ class DivergenceGuard:
         self._pending: tuple[int, list[str], torch.Tensor, torch.cuda.Event | None] | None = None
         self._losses: list[torch.Tensor] = []
         self._skipped = 0
+        # Of the last optimiser step: the gradients and their norms, in the model's order, if they are alike in kind.
+        self.gradients: list[torch.Tensor] = []
+        self.norms: torch.Tensor | None = None
         self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         # The backward pass has its own order (a block's MLP comes before its attention): it shows in the first step.
         self._order: list[str] = []
@@ -56,14 +59,16 @@ class DivergenceGuard:
             # FSDP2 does not call the hooks: then the order of the forward pass, reversed.
             self._order = list(dict.fromkeys([*self._order, *reversed(self._trainable)]))
             self._hooks = []
-        gradients = {name: self._trainable[name].grad for name in self._order}
-        gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        gradients = {name: parameter.grad for name, parameter in self._trainable.items() if parameter.grad is not None}
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
         norms = torch._foreach_norm(local) if local else []
         loss = torch.stack(self._losses).sum().float()
-        if len({(norm.dtype, norm.device) for norm in norms}) > 1:
-            norms = [norm.to(loss) for norm in norms]
-        values = torch.cat([loss[None], torch.stack(norms).to(loss)]) if norms else loss[None]
+        self.gradients, self.norms, values = local, None, loss[None]
+        if len({(norm.dtype, norm.device) for norm in norms}) == 1:
+            self.norms = torch.stack(norms)
+            values = torch.cat([values, self.norms.to(loss)])
+        elif norms:
+            values = torch.cat([values, torch.stack([norm.to(loss) for norm in norms])])
         self._losses = []
         event = None
         if values.is_cuda:
@@ -88,7 +93,7 @@ class DivergenceGuard:
         if event is not None:
             event.synchronize()
         loss, *norms = values.tolist()
-        broken = [name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)]
+        broken = {name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)}
         if math.isfinite(loss):
             self._skipped = self._skipped + 1 if broken else 0
             if not broken or (self.scaled and self._skipped < SKIPPED_STEPS):
@@ -98,7 +103,8 @@ class DivergenceGuard:
             first = "all gradients are finite"
         if broken:
             first = (
-                f"the first gradient of the backward pass that is not finite is that of `{broken[0]}` "
+                "the first gradient of the backward pass that is not finite is that of "
+                f"`{next(name for name in self._order if name in broken)}` "
                 f"({len(broken)} of {len(names)} are not)"
             )
         streak = f" It is the last of {self._skipped} such steps in a row." if self.scaled and self._skipped else ""

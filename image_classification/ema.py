@@ -45,10 +45,12 @@ class WeightAverage:
     def update(self) -> None:
         """Take in the weights after one step of the optimiser."""
         averages = list(self.tensors.values())
-        weights = [
-            _local(getattr(owner, name)).to(device=average.device, dtype=average.dtype)
-            for (owner, name), average in zip(self._owners, averages, strict=True)
-        ]
+        weights = [getattr(owner, name) for owner, name in self._owners]
+        if any(
+            isinstance(weight, DTensor) or weight.dtype != average.dtype or weight.device != average.device
+            for weight, average in zip(weights, averages, strict=True)
+        ):
+            weights = [_local(weight).to(average) for weight, average in zip(weights, averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     @torch.no_grad()

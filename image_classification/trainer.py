@@ -59,6 +59,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             )
         self.average: ema.WeightAverage | None = None
         self._guard: DivergenceGuard | None = None
+        self._operations: dict[torch.Size, int] = {}
         self._forget_speed()
         self.add_callback(_Hooks(self))
 
@@ -96,8 +97,25 @@ class ImageClassificationTrainer(ResumableTrainer):
         self._guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
         return loss
 
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        """As PyTorch does it, by the norms that the guard has already."""
+        apart = self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if apart or (norms := self._guard.norms) is None:
+            return super()._clip_grad_norm(model)
+        total = torch.linalg.vector_norm(norms)
+        torch._foreach_mul_(self._guard.gradients, (self.args.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """As Transformers', which counts all parameters anew at each step."""
+        shape = inputs["pixel_values"].shape
+        if shape not in self._operations:
+            self._operations[shape] = super().floating_point_ops(inputs)
+        return self._operations[shape]
+
     def after_step(self) -> None:
         """When the optimiser has stepped."""
+        self._guard.gradients, self._guard.norms = [], None  # Not to be kept beside the next ones.
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.update()
 
