@@ -49,6 +49,9 @@ from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# A crop of up to so many times the pixels that it becomes is resized by the device, and a batch has room for so many
+# times its own: crops of images of any one size are not larger on average.
+LARGER_CROPS, LARGER_BATCH = 4, 2.25
 MOST_LAYERS = 8  # Of operations that an image goes through, where memory is shared out.
 SYSTEM_MEMORY = Path("/dev/shm")  # Where Linux has what processes share.
 AT_ONCE = 64  # Images that are resized together without the kernels: their canvases lie in memory side by side.
@@ -77,18 +80,25 @@ class Encoded:
 
 
 @dataclass
+class Cropped:
+    """A crop that the device resizes: uint8 (height, width, 3)."""
+
+    pixels: torch.Tensor
+
+
+@dataclass
 class Drawn:
     """
     One image on its way to the device.
 
     Args:
-        pixels: uint8 (3, height, width), cropped and resized; or an `Encoded`, which is not yet.
+        pixels: uint8 (3, height, width), cropped and resized; or what is not yet.
         flip: whether to flip it horizontally.
         operations: name in `OPERATIONS` and numbers, in the order in which they are applied.
         boxes: top, bottom, left, right of each erased part, and its colour (3,), normalised.
     """
 
-    pixels: torch.Tensor | Encoded
+    pixels: torch.Tensor | Cropped | Encoded
     flip: bool
     operations: list[tuple[str, tuple[float, ...]]]
     boxes: list[tuple[int, int, int, int, list[float]]]
@@ -102,12 +112,15 @@ class DrawTransform:
         args: the data arguments.
         size: height and width of the model's images.
         processor: whose mean and standard deviation normalise.
+        device_resize: leave it to the device to resize crops that are not much larger than what they become.
 
     Raises:
         InputError: torchvision or timm is missing, or `args.auto_augment` has operations that exist on the CPU only.
     """
 
-    def __init__(self, args: DataArguments, size: tuple[int, int], processor: BaseImageProcessor):
+    def __init__(
+        self, args: DataArguments, size: tuple[int, int], processor: BaseImageProcessor, device_resize: bool = False
+    ):
         if not is_torchvision_available():
             raise InputError(
                 "Training augments images with torchvision, which is not installed: pip install torchvision."
@@ -119,6 +132,7 @@ class DrawTransform:
         self.mode = "nearest-exact" if args.train_interpolation == "nearest" else args.train_interpolation
         self.crop = v2.RandomResizedCrop(size, tuple(args.train_crop_scale), tuple(args.train_crop_ratio))
         self.device_decode = args.device_decode
+        self.most_to_device = LARGER_CROPS * math.prod(size) if device_resize else 0
         self.flip = args.horizontal_flip
         self.policy = [
             _recorded(policy, args.auto_augment) for policy in auto_augment(args, size, processor.image_mean)
@@ -143,10 +157,13 @@ class DrawTransform:
         else:
             box = self.crop.make_params([image])
             top, left, height, width = (box[name] for name in ("top", "left", "height", "width"))
-            pixels = image[None, :, top : top + height, left : left + width]
-            # As torchvision's `resized_crop`, which is slower at this layout, the decoder's and the batch's.
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            pixels = F.interpolate(pixels, self.size, mode=self.mode, antialias=self.mode != "nearest-exact")[0]
+            pixels = image[:, top : top + height, left : left + width]
+            if height * width <= self.most_to_device:
+                pixels = Cropped(pixels.permute(1, 2, 0).contiguous())
+            else:
+                # As torchvision's `resized_crop`, which is slower at this layout, the decoder's and the batch's.
+                pixels = pixels[None].contiguous(memory_format=torch.channels_last)
+                pixels = F.interpolate(pixels, self.size, mode=self.mode, antialias=self.mode != "nearest-exact")[0]
         flip = self.flip > 0 and not bool(torch.rand(1) >= self.flip)
         operations: list[tuple[str, tuple[float, ...]]] = []
         for policy in self.policy:
@@ -280,6 +297,24 @@ def _plain_size(content: bytes) -> tuple[int, int] | None:
     with Image.open(io.BytesIO(content)) as header:
         upright = header.getexif().get(ExifTags.Base.Orientation) in (None, 1)
         return header.size[::-1] if header.mode in ("RGB", "L") and upright else None
+
+
+def resize_whole(data: torch.Tensor, sides: np.ndarray, out: torch.Tensor, interpolation: str) -> None:
+    """
+    Args:
+        data: images one after another, uint8 (height, width, 3) each.
+        sides: their heights and widths, int64 (n, 2).
+        out: for the results, uint8 (n, height, width, 3).
+        interpolation: bicubic, bilinear or nearest.
+    """
+    if kernels := kernels_on(out.device):
+        kernels.resize_whole(data, sides, out, interpolation)
+        return
+    images = [
+        part.view(*size, 3).permute(2, 0, 1)
+        for part, size in zip(data.split((3 * sides.prod(1)).tolist()), sides.tolist(), strict=True)
+    ]
+    resize_crops(images, np.column_stack([np.zeros_like(sides), sides]), out, interpolation)
 
 
 def resize_crops(images: list[torch.Tensor], crops: np.ndarray, out: torch.Tensor, interpolation: str) -> None:
@@ -441,11 +476,12 @@ class DrawnBatch:
     Only `data` goes through shared memory: each further tensor would cost the main process a connection to the worker.
 
     Args:
-        data: uint8 (bytes,): `DrawnNumbers`, the images that are decoded (height, width, 3), then the files of those
-            that are not.
+        data: uint8 (bytes,): `DrawnNumbers`, the images that are resized (height, width, 3), the crops that are not,
+            each (height, width, 3), then the files of those that are not decoded.
         place: in `SharedBatches`, where there are any.
         size: height and width of the images.
         counts: of images, layers of operations, and erased parts of an image.
+        sides: height and width of the crops that are not resized, int64 (crops, 2).
         lengths: of the files, in bytes.
         crops: top, left, height and width of the crops of the files (files, 4).
         names: of the files, for errors.
@@ -458,6 +494,7 @@ class DrawnBatch:
     place: Place | None
     size: tuple[int, int]
     counts: tuple[int, int, int]
+    sides: np.ndarray
     lengths: list[int]
     crops: np.ndarray
     names: list[str]
@@ -487,19 +524,17 @@ class DrawnBatch:
     def pin_memory(self) -> "DrawnBatch":
         """Called by PyTorch's data loader in a thread of its own: what is to be decoded is, while a step trains."""
         if self.lengths and torch.cuda.is_available():
-            return self._decoded(torch.device("cuda", torch.cuda.current_device()))
+            return self._completed(torch.device("cuda", torch.cuda.current_device()))
         return dataclasses.replace(self, data=self._pinned())
 
     def to(self, device: torch.device, non_blocking: bool = True) -> dict[str, torch.Tensor]:
         """Called by accelerate. -> `pixel_values` (B, 3, height, width) and `labels`, augmented on `device`."""
-        device, copied = torch.device(device), None
-        batch = self._decoded(device) if self.lengths else self
-        if device.type == "cuda" and not batch.data.is_cuda:
-            stream = _stream(device)
-            with torch.cuda.stream(stream):  # Training goes on meanwhile.
-                batch = dataclasses.replace(batch, data=batch.data.to(device, non_blocking=True))
-                copied = stream.record_event()
-            torch.cuda.current_stream(device).wait_event(copied)
+        device, copied, batch = torch.device(device), None, self
+        if not self.data.is_cuda:
+            batch = self._completed(device)
+            if device.type == "cuda":
+                copied = _stream(device).record_event()
+                torch.cuda.current_stream(device).wait_event(copied)
         if self.place is not None:
             SHARED[self.place.key].taken(copied)
         made = AUGMENTATIONS[self.augmentation](batch, device)
@@ -508,20 +543,32 @@ class DrawnBatch:
         return made
 
     @torch.no_grad()
-    def _decoded(self, device: torch.device) -> "DrawnBatch":
-        """With all images decoded, on `device`."""
-        interpolation = AUGMENTATIONS[self.augmentation].interpolation
+    def _completed(self, device: torch.device) -> "DrawnBatch":
+        """
+        With all images decoded and resized, on `device`, by a stream of its own: training goes on meanwhile. What is
+        decoded is done then; the rest is under way.
+        """
+        interpolation, area = AUGMENTATIONS[self.augmentation].interpolation, 3 * math.prod(self.size)
         # Pinned, also for nvJPEG: copying other memory to a GPU may wait for it.
-        data = self._pinned() if device.type == "cuda" else self.data
-        begin = len(data) - sum(self.lengths)
-        files = list(data[begin:].split(self.lengths))
+        data = self._pinned() if device.type == "cuda" and self.lengths else self.data
+        resized = DrawnNumbers.length(*self.counts) + area * (self.counts[0] - len(self.sides) - len(self.lengths))
+        files = len(data) - sum(self.lengths)
         with _own_stream(device) as finished:
-            decoded = torch.empty(begin + len(files) * 3 * math.prod(self.size), dtype=torch.uint8, device=device)
-            decoded[:begin].copy_(data[:begin], non_blocking=True)
-            images = decode_files(files, self.names, device)
-            resize_crops(images, self.crops, decoded[begin:].view(len(files), *self.size, 3), interpolation)
-            finished()
-        return dataclasses.replace(self, data=decoded, lengths=[], crops=self.crops[:0], names=[])
+            moved = data[:files].to(device, non_blocking=True)
+            if len(self.sides) + len(self.lengths) == 0:
+                return dataclasses.replace(self, data=moved)
+            whole = torch.empty(
+                resized + area * (len(self.sides) + len(self.lengths)), dtype=torch.uint8, device=device
+            )
+            whole[:resized].copy_(moved[:resized])
+            images = whole[resized:].view(-1, *self.size, 3)
+            if len(self.sides):
+                resize_whole(moved[resized:], self.sides, images[: len(self.sides)], interpolation)
+            if self.lengths:
+                decoded = decode_files(list(data[files:].split(self.lengths)), self.names, device)
+                resize_crops(decoded, self.crops, images[len(self.sides) :], interpolation)
+                finished()
+        return dataclasses.replace(self, data=whole, sides=self.sides[:0], lengths=[], crops=self.crops[:0], names=[])
 
 
 @contextlib.contextmanager
@@ -679,7 +726,15 @@ def _unpin(memory: torch.Tensor) -> None:
 class CollateDrawn:
     """Rows of `ImageDataset` -> `DrawnBatch` in training; in evaluation `collate`."""
 
-    def __init__(self, args: DataArguments, size: tuple[int, int], classes: int, processor: BaseImageProcessor):
+    def __init__(
+        self,
+        args: DataArguments,
+        size: tuple[int, int],
+        classes: int,
+        processor: BaseImageProcessor,
+        device_resize: bool = False,
+    ):
+        self.device_resize = device_resize
         self.size, self.parts = size, args.random_erasing_count if args.random_erasing > 0 else 0
         self.finish = DeviceAugmentation(args, classes, processor)
         self.decodes = args.device_decode > 0  # Leaves files to the device.
@@ -691,10 +746,12 @@ class CollateDrawn:
 
     def share(self, images: int, workers: int, ahead: int, device: torch.device) -> bool:
         """
-        From now on, batches of up to `images` images come in `SharedBatches`, unless their files are larger than their
-        pixels, or the system has no room for it. -> Whether they are in pinned memory.
+        From now on, batches of up to `images` images come in `SharedBatches`, unless their crops or files are larger
+        than usual, or the system has no room for it. -> Whether they are in pinned memory.
         """
-        length = DrawnNumbers.length(images, MOST_LAYERS, self.parts) + images * 3 * math.prod(self.size)
+        pixels = images * 3 * math.prod(self.size)
+        length = DrawnNumbers.length(images, MOST_LAYERS, self.parts)
+        length += math.ceil(pixels * (LARGER_BATCH if self.device_resize else 1) / 64) * 64
         needed = length * workers * (ahead + 1)
         if SYSTEM_MEMORY.is_dir() and needed > (room := shutil.disk_usage(SYSTEM_MEMORY).free):
             logger.warning(
@@ -709,16 +766,18 @@ class CollateDrawn:
         if "key" not in rows[0]:
             return collate(rows)
         drawn: list[Drawn] = [row["pixel_values"] for row in rows]
+        crops = [one.pixels.pixels for one in drawn if isinstance(one.pixels, Cropped)]
         files = [one.pixels for one in drawn if isinstance(one.pixels, Encoded)]
         counts = len(drawn), max(len(one.operations) for one in drawn), self.parts
         head = DrawnNumbers.length(*counts)
-        data, place = self._data(head, [one.pixels for one in drawn if torch.is_tensor(one.pixels)], files)
+        resized = [one.pixels for one in drawn if torch.is_tensor(one.pixels)]
+        data, place = self._data(head, resized, crops, files)
         numbers, _ = DrawnNumbers.split(data[:head].zero_(), *counts)
         labels, places, flips, codes, of_operations, boxes = (field.numpy() for field in vars(numbers).values())
         labels[:] = [row["labels"] for row in rows]
-        # Stable: the decoded images in their order, then the files in theirs.
-        encoded = [isinstance(one.pixels, Encoded) for one in drawn]
-        places[:] = np.argsort(np.argsort(encoded, kind="stable"))
+        # Stable: the resized images in their order, the crops in theirs, and the files.
+        kinds = [(torch.Tensor, Cropped, Encoded).index(type(one.pixels)) for one in drawn]
+        places[:] = np.argsort(np.argsort(kinds, kind="stable"))
         flips[:] = [one.flip for one in drawn]
         for index, one in enumerate(drawn):
             for layer, (name, given) in enumerate(one.operations):
@@ -731,6 +790,7 @@ class CollateDrawn:
             place=place,
             size=self.size,
             counts=counts,
+            sides=np.array([crop.shape[:2] for crop in crops], dtype=np.int64).reshape(-1, 2),
             lengths=[len(file.content) for file in files],
             crops=np.array([file.box for file in files], dtype=np.int64).reshape(-1, 4),
             names=[file.where for file in files],
@@ -739,10 +799,11 @@ class CollateDrawn:
             augmentation=self.finish.key,
         )
 
-    def _data(self, head: int, images: list[torch.Tensor], files: list[Encoded]):
+    def _data(self, head: int, images: list[torch.Tensor], crops: list[torch.Tensor], files: list[Encoded]):
         """`DrawnBatch.data`, with `head` bytes before the images that nothing is written to, and `DrawnBatch.place`."""
         begin = head + len(images) * 3 * self.size[0] * self.size[1]
-        count = begin + sum(len(file.content) for file in files)
+        rest = [*(crop.flatten() for crop in crops), *(file.content for file in files)]
+        count = begin + sum(len(part) for part in rest)
         place = data = None
         working = torch.utils.data.get_worker_info() is not None
         if working and self.shared is not None:
@@ -756,8 +817,8 @@ class CollateDrawn:
             data = torch.empty(count, dtype=torch.uint8)
         for pixels, image in zip(data[head:begin].view(len(images), *self.size, 3), images, strict=True):
             pixels.copy_(image.permute(1, 2, 0))
-        if files:
-            torch.cat([file.content for file in files], out=data[begin:])
+        if rest:
+            torch.cat(rest, out=data[begin:])
         return data, place
 
 

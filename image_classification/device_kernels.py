@@ -11,6 +11,7 @@ Importing this file needs Triton. With TRITON_INTERPRET=1 the kernels run on a C
 
 import os
 
+import numpy as np
 import torch
 
 
@@ -89,20 +90,25 @@ def _byte(x):
     return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32).to(tl.uint8)
 
 
-@triton.jit
-def _resize_rows(crops, between, width, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a crop, to `width` pixels. `crops` (n, 8) as `resize_crops` has it, `between` fp32 (rows of all, 3, width)."""
+@triton.jit(do_not_specialize=["base"])
+def _resize_rows(
+    crops, base, between, width, STEP: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """
+    Of a crop, to `width` pixels. `crops` (n, 8) as `_resize` has it, with images from `base` on whose pixels are `STEP`
+    bytes apart; `between` fp32 (rows of all, 3, width).
+    """
     entry = crops + tl.program_id(0) * 8
     high, wide = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     begin_row = tl.program_id(1) * ROWS
     if begin_row < high:
-        source = tl.load(entry).to(tl.pointer_type(tl.uint8))
+        source = base + tl.load(entry)
         plane, pitch = tl.load(entry + 1), tl.load(entry + 2)
         top, left = tl.load(entry + 3), tl.load(entry + 4)
         row = begin_row + tl.arange(0, ROWS)
         column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         first, distance, inverse, taps = _support(tl.minimum(column, width - 1), wide, width, TAPS)
-        line = source + (tl.minimum(row, high - 1) + top) * pitch + left
+        line = source + (tl.minimum(row, high - 1) + top) * pitch + left * STEP
         total = tl.zeros((COLUMNS,), tl.float32)
         red = tl.zeros((ROWS, COLUMNS), tl.float32)
         green = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -111,7 +117,7 @@ def _resize_rows(crops, between, width, TAPS: tl.constexpr, ROWS: tl.constexpr, 
             place = first + tap
             weight = _weight(tl.abs(distance + tap) * inverse, TAPS)
             weight = tl.where((place >= 0) & (place < wide), weight, 0.0)
-            pointer = line[:, None] + tl.minimum(tl.maximum(place, 0), wide - 1)[None, :]
+            pointer = line[:, None] + (tl.minimum(tl.maximum(place, 0), wide - 1) * STEP)[None, :]
             red += weight[None, :] * tl.load(pointer).to(tl.float32)
             green += weight[None, :] * tl.load(pointer + plane).to(tl.float32)
             blue += weight[None, :] * tl.load(pointer + 2 * plane).to(tl.float32)
@@ -413,23 +419,44 @@ def resize_crops(images: list[torch.Tensor], crops, out: torch.Tensor, interpola
         out: uint8 (n, height, width, 3), contiguous.
         interpolation: bicubic, bilinear or nearest.
     """
-    size, device = out.shape[1:3], out.device
     images = [image.contiguous() for image in images]
-    table = torch.empty(len(images), 8, dtype=torch.int64, pin_memory=device.type == "cuda")
-    entries = table.numpy()
-    entries[:, :3] = [(image.data_ptr(), image[0].numel(), image.shape[2]) for image in images]
-    entries[:, 3:7] = crops
+    base = images[0]
+    table = np.empty((len(images), 8), dtype=np.int64)
+    table[:, :3] = [(image.data_ptr() - base.data_ptr(), image[0].numel(), image.shape[2]) for image in images]
+    table[:, 3:7] = crops
+    _resize(base, 1, table, out, interpolation)
+
+
+def resize_whole(data: torch.Tensor, sides, out: torch.Tensor, interpolation: str) -> None:
+    """`device_augmentation.resize_whole`, to within a rounding. Nothing waits for the device."""
+    table = np.zeros((len(sides), 8), dtype=np.int64)
+    table[:, 0] = 3 * sides.prod(1).cumsum() - 3 * sides.prod(1)
+    table[:, 1], table[:, 2] = 1, 3 * sides[:, 1]
+    table[:, 5:7] = sides
+    _resize(data, 3, table, out, interpolation)
+
+
+def _resize(base: torch.Tensor, step: int, table, out: torch.Tensor, interpolation: str) -> None:
+    """
+    Args:
+        base, step: where the images begin, and how many bytes are between two pixels of a row.
+        table: int64 (n, 8) of NumPy: from the base to the image, from one colour to the next and from one row to the
+            next, in bytes; top, left, height and width of the crop. The last column is written here.
+    """
+    size, device = out.shape[1:3], out.device
     # Behind the rows of the images before.
-    ends = crops[:, 2].cumsum()
-    entries[:, 7] = ends - crops[:, 2]
-    table = table.to(device, non_blocking=True)
+    ends = table[:, 5].cumsum()
+    table[:, 7] = ends - table[:, 5]
+    entries = torch.empty(table.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    entries.numpy()[:] = table
+    entries = entries.to(device, non_blocking=True)
     between = torch.empty(int(ends[-1]), 3, size[1], device=device)
     columns, taps = triton.cdiv(size[1], COLUMNS), TAPS[interpolation]
     with torch.cuda.device_of(out):
-        grid = (len(images), triton.cdiv(int(crops[:, 2].max()), ROWS), columns)
-        _resize_rows[grid](table, between, size[1], taps, ROWS, COLUMNS, **FUSED)
-        grid = (len(images), triton.cdiv(size[0], ROWS), columns)
-        _resize_columns[grid](table, between, out, *size, taps, ROWS, COLUMNS, **FUSED)
+        grid = (len(table), triton.cdiv(int(table[:, 5].max()), ROWS), columns)
+        _resize_rows[grid](entries, base, between, size[1], step, taps, ROWS, COLUMNS, **FUSED)
+        grid = (len(table), triton.cdiv(size[0], ROWS), columns)
+        _resize_columns[grid](entries, between, out, *size, taps, ROWS, COLUMNS, **FUSED)
 
 
 def arrange(pixels: torch.Tensor, places: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:

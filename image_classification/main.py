@@ -23,7 +23,7 @@ from .arguments import RunArguments, Settings, cores_to_use, parse_settings
 from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
-from .device_augmentation import CollateDrawn, DrawTransform, check_device_decode
+from .device_augmentation import CollateDrawn, DrawTransform, check_device_decode, kernels_on
 from .errors import InputError
 from .metrics import ComputeMetrics, preprocess
 from .parallel import on_main_process
@@ -319,8 +319,9 @@ def build_trainer(
             if args.device_decode:
                 check_device_decode(settings.training.device)
             size = height_and_width(model.config.image_size)
-            transform = DrawTransform(args, size, processor)
-            make_batch = CollateDrawn(args, size, classes, processor)
+            device_resize = kernels_on(settings.training.device) is not None
+            transform = DrawTransform(args, size, processor, device_resize)
+            make_batch = CollateDrawn(args, size, classes, processor, device_resize)
         else:
             transform = TrainTransform(args, model.config.image_size, processor)
             make_batch = make_collate(args, classes)

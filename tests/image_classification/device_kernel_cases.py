@@ -187,6 +187,22 @@ def test_resizing(interpolation, size):
     assert (difference > 0).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_resizing_crops_that_lie_side_by_side(interpolation):
+    rng = np.random.default_rng(0)
+    sides = np.array([(60, 45), (1, 1), (12, 9), (90, 20), (20, 24)])
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in sides]
+    data = torch.from_numpy(np.concatenate([image.ravel() for image in images])).to(DEVICE)
+    out = torch.empty(len(sides), 17, 40, 3, dtype=torch.uint8, device=DEVICE)
+    device_kernels.resize_whole(data, sides, out, interpolation)
+    planes = [torch.from_numpy(image).to(DEVICE).permute(2, 0, 1) for image in images]
+    boxes = np.column_stack([np.zeros_like(sides), sides])
+    expected = device_augmentation.crop_and_resize(planes, boxes, (17, 40), interpolation)
+    difference = (out.permute(0, 3, 1, 2).int() - expected.int()).abs()
+    assert difference.max() <= (0 if interpolation == "nearest" else 1)
+    assert (difference > 0).float().mean() < 0.01
+
+
 def test_noise():
     images = pictures(40, 50)[2:3].repeat(8, 1, 1, 1)
     boxes = torch.tensor([5.0, 35, 3, 48, 0, 0, 0], device=DEVICE).repeat(1, 8, 1)
@@ -205,9 +221,9 @@ def test_batches(monkeypatch):
     """The whole way, also of files that the device decodes, and twice the same."""
     images = [encode(photo(seed, *((30, 44) if seed % 2 else (180, 130)))) for seed in range(8)]
     options = {"device_decode": 0.5, "random_erasing_mode": "const", "auto_augment": "rand-m9-n2-mstd0.5"}
-    data, collate = dataset(True, images, **options)
+    data, collate = dataset(True, images, device_resize=True, **options)
     drawn = collate([data[index] for index in range(len(data))])
-    assert 0 < len(drawn.names) < 8
+    assert 0 < len(drawn.names) < 8 and 0 < len(drawn.sides) < 8 - len(drawn.names)
     first, again = (drawn.pin_memory().to(DEVICE) if DEVICE.type == "cuda" else drawn.to(DEVICE) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], again[name])

@@ -56,15 +56,17 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def dataset(device: bool, images: list[bytes], size=SIZE, **options) -> tuple[ImageDataset, object]:
+def dataset(
+    device: bool, images: list[bytes], size=SIZE, device_resize: bool = False, **options
+) -> tuple[ImageDataset, object]:
     """A data set, and what makes batches of it."""
     args = DataArguments(**{**RECIPE, **options})
     processor = build_image_processor(DataArguments(eval_crop_ratio=1.0), size)
     features = Features({"image": ImageFeature(decode=False), "label": Value("int64")})
     rows = [{"bytes": content, "path": None} for content in images]
     split = Dataset.from_dict({"image": rows, "label": [i % 3 for i in range(len(rows))]}, features=features)
-    transform = DrawTransform(args, size, processor) if device else TrainTransform(args, size, processor)
-    collate = CollateDrawn(args, size, 3, processor) if device else make_collate(args, 3)
+    transform = DrawTransform(args, size, processor, device_resize) if device else TrainTransform(args, size, processor)
+    collate = CollateDrawn(args, size, 3, processor, device_resize) if device else make_collate(args, 3)
     return ImageDataset(split, transform, "training", seed=3), collate
 
 
