@@ -533,7 +533,7 @@ class DrawnBatch:
         if not self.data.is_cuda:
             batch = self._completed(device)
             if device.type == "cuda":
-                copied = _stream(device).record_event()
+                copied = _stream(device, decoding=bool(self.lengths)).record_event()
                 torch.cuda.current_stream(device).wait_event(copied)
         if self.place is not None:
             SHARED[self.place.key].taken(copied)
@@ -553,7 +553,9 @@ class DrawnBatch:
         data = self._pinned() if device.type == "cuda" and self.lengths else self.data
         resized = DrawnNumbers.length(*self.counts) + area * (self.counts[0] - len(self.sides) - len(self.lengths))
         files = len(data) - sum(self.lengths)
-        with _own_stream(device) as finished:
+        with _own_stream(device, decoding=bool(self.lengths)) as finished:
+            # First: see `_own_stream`.
+            decoded = decode_files(list(data[files:].split(self.lengths)), self.names, device) if self.lengths else []
             moved = data[:files].to(device, non_blocking=True)
             if len(self.sides) + len(self.lengths) == 0:
                 return dataclasses.replace(self, data=moved)
@@ -565,24 +567,24 @@ class DrawnBatch:
             if len(self.sides):
                 resize_whole(moved[resized:], self.sides, images[: len(self.sides)], interpolation)
             if self.lengths:
-                decoded = decode_files(list(data[files:].split(self.lengths)), self.names, device)
                 resize_crops(decoded, self.crops, images[len(self.sides) :], interpolation)
                 finished()
         return dataclasses.replace(self, data=whole, sides=self.sides[:0], lengths=[], crops=self.crops[:0], names=[])
 
 
 @contextlib.contextmanager
-def _own_stream(device: torch.device) -> Iterator[Callable[[], None]]:
+def _own_stream(device: torch.device, decoding: bool) -> Iterator[Callable[[], None]]:
     """
     Work beside the training, with what waits until it is done. On a CPU there is only one way to work.
 
-    nvJPEG writes from a stream of its own into memory that it does not wait for: so that memory is none that training
-    has just given back, and what was decoded before is no longer needed.
+    nvJPEG writes from a stream of its own into memory that it does not wait for. So that memory must be none that work
+    on the GPU still uses, though it has been given back: decoding has a stream, and by it memory, of its own, comes
+    first there, and all is done in the end.
     """
     if device.type != "cuda":
         yield lambda: None
         return
-    stream = _stream(device)
+    stream = _stream(device, decoding)
     with torch.cuda.stream(stream):
         yield stream.synchronize
 
@@ -601,7 +603,7 @@ def _keep(data: torch.Tensor) -> None:
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device, decoding: bool) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
