@@ -533,7 +533,7 @@ class DrawnBatch:
         if not self.data.is_cuda:
             batch = self._completed(device)
             if device.type == "cuda":
-                copied = _stream(device, decoding=bool(self.lengths)).record_event()
+                copied = _stream(device, bool(self.lengths)).record_event()
                 torch.cuda.current_stream(device).wait_event(copied)
         if self.place is not None:
             SHARED[self.place.key].taken(copied)
@@ -553,7 +553,7 @@ class DrawnBatch:
         data = self._pinned() if device.type == "cuda" and self.lengths else self.data
         resized = DrawnNumbers.length(*self.counts) + area * (self.counts[0] - len(self.sides) - len(self.lengths))
         files = len(data) - sum(self.lengths)
-        with _own_stream(device, decoding=bool(self.lengths)) as finished:
+        with _own_stream(device, bool(self.lengths)) as finished:
             # First: see `_own_stream`.
             decoded = decode_files(list(data[files:].split(self.lengths)), self.names, device) if self.lengths else []
             moved = data[:files].to(device, non_blocking=True)
@@ -603,7 +603,7 @@ def _keep(data: torch.Tensor) -> None:
 
 
 @functools.cache
-def _stream(device: torch.device, decoding: bool) -> torch.cuda.Stream:
+def _stream(device: torch.device, decoding: bool, /) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
