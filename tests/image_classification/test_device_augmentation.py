@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -178,6 +179,23 @@ def test_jpegs_may_be_left_to_the_device(interpolation):
     assert chosen == collate([data[index] for index in range(len(data))]).names
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+def test_crops_may_be_left_to_the_device(interpolation):
+    """Those that are not much larger than what they become; beside files that are not decoded."""
+    sizes = [(30, 44), (180, 130), (60, 90)]
+    images = [encode(photo(seed, *sizes[seed % 3]), "PNG" if seed % 2 else "JPEG") for seed in range(12)]
+    options = {"auto_augment": None, "color_jitter": 0.0, "train_interpolation": interpolation}
+    data, collate = dataset(True, images, device_resize=True, device_decode=0.5, **options)
+    drawn = collate([data[index] for index in range(len(data))])
+    assert 0 < len(drawn.sides) < 12 - len(drawn.lengths) and 0 < len(drawn.lengths)
+    assert (drawn.sides.prod(1) <= device_augmentation.LARGER_CROPS * SIZE[0] * SIZE[1]).all()
+    expected, actual = batch(True, images, **options), drawn.to(torch.device("cpu"))
+    difference = (actual["pixel_values"] - expected["pixel_values"]).abs() * 255 * 0.22
+    # The workers' resize rounds between its two passes.
+    assert difference.max() < 2.5 and difference.mean() < 0.2
+    assert torch.equal(actual["labels"], expected["labels"])
+
+
 def test_what_the_device_cannot_decode():
     """Turned, of four colours or cut off: the workers' decoder; damaged inside: named, or read as Pillow reads it."""
     image = photo(1)
@@ -216,6 +234,58 @@ def test_batches_come_from_workers_as_one_tensor(start, workers):
             assert drawn.key == (3, epoch, 4 * number)
             for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
                 assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
+def test_batches_lie_in_memory_that_is_shared_once(start, workers):
+    """Whatever is taken at once is whole, in epoch after epoch; what does not fit has memory of its own."""
+    images = [encode(photo(seed, *((240, 320) if seed < 8 else (60, 90)))) for seed in range(24)]
+    data, collate = dataset(True, images, device_decode=1.0)
+    assert not collate.share(4, workers, 2, torch.device("cpu"))  # Pinned.
+    memory = collate.shared.memory
+    loader = torch.utils.data.DataLoader(
+        data, 4, num_workers=workers, collate_fn=collate, multiprocessing_context=start, timeout=120
+    )
+    fitted = []
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        for number, drawn in enumerate(loader):
+            begin = drawn.data.data_ptr() - memory.data_ptr()
+            fitted.append(0 <= begin < len(memory))
+            assert fitted[-1] == (len(drawn.data) <= collate.shared.length)
+            here = collate([data[index] for index in range(4 * number, 4 * number + 4)])
+            for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
+                assert torch.equal(actual, expected)
+    assert fitted == ([False] * 2 + [True] * 4) * 2
+
+
+def test_no_place_is_written_to_before_it_is_copied():
+    """By when a loader asks a worker for the batch that will lie in a place, the one that lay there has been copied."""
+    workers, ahead, log = 3, 2, []
+
+    class Copy:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def synchronize(self):
+            log.append(self.batch)
+
+    shared = device_augmentation.SharedBatches(workers, ahead, 64, torch.device("cpu"))
+    for batch in range(20):
+        # The loader hands over `batch`, and asks its worker for another one, `ahead` of its own later.
+        overwritten = batch + workers * ahead - workers * shared.places
+        assert overwritten < 0 or overwritten in log
+        shared.taken(Copy(batch))
+    assert log == sorted(log)
+
+
+def test_little_shared_memory_is_told(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(device_augmentation, "SYSTEM_MEMORY", tmp_path)
+    monkeypatch.setattr(device_augmentation.shutil, "disk_usage", lambda path: mock.Mock(free=1000))
+    _, collate = dataset(True, [])
+    assert not collate.share(256, 15, 2, torch.device("cpu"))
+    assert collate.shared is None
+    assert "--dataloader_num_workers" in caplog.text and "--shm-size" in caplog.text
 
 
 def test_noise_of_erasing():
