@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_karat_vit import KArAtViTConfig
 from modeling_karat_vit import attention as attention_module
@@ -378,13 +378,16 @@ class TestMemoryThatIsKept:
         assert attention_module._Maps.spare == []
 
     def test_what_looks_on_sees_new_memory(self):
-        """A mode that counts memory finds the same in every call."""
+        """Modes that count memory or products, and such that have neither."""
         operator, inputs = make_operator(), make_inputs()
         attend(operator, *inputs)
         (memory,) = attention_module._Maps.spare
-        with TorchDispatchMode():
+        memory.fill_(7.0)
+        with FlopCounterMode(display=False) as counter:
             attend(operator, *inputs)
-        assert attention_module._Maps.spare[0] is memory
+        # Scores, H, W^T V and their product, of two images with two heads of five tokens.
+        assert counter.get_total_flops() == 2 * 4 * (5 * 5 * 4 + 5 * 5 * 2 * 3 * 3 + 2 * 5 * 3 * 4)
+        assert (memory == 7.0).all()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = [mode.from_tensor(x) for x in inputs]
             assert attend(operator, *fake)[0].shape == inputs[0].shape
