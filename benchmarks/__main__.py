@@ -83,8 +83,8 @@ def attention_on_cpu(table: Table) -> None:
 
 
 def models_on_cpu(table: Table) -> None:
-    every = ["softmax", "karat_portable", "eager", "naive"]  # The memory of what ran before is not given back.
-    training_step.run("cpu", table, "tiny", "fourier G=3", G3, 8, 7, every)
+    every = ["softmax", "karat_portable", "eager", "naive"]
+    training_step.run_in_turn(table, "tiny", "fourier G=3", G3, 8, 15, every)
 
 
 PARTS = {

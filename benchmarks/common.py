@@ -89,17 +89,36 @@ def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float
         gpu = {"gpu_ms": gpu_time(step)}
     else:
         gpu = {}
-        times = []
         with PeakMemory() as memory:
-            for _ in range(repeats):
-                start = time.perf_counter()
-                step()
-                times.append((time.perf_counter() - start) * 1e3)
+            times = [stopped(step) for _ in range(repeats)]
         peak = memory.gib
-    p20, median, p80 = (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    )
-    return {"p20_ms": p20, "median_ms": median, "p80_ms": p80, "peak_gib": peak, **gpu}
+    return {**percentiles(times), "peak_gib": peak, **gpu}
+
+
+def measure_in_turn(steps: dict, repeats: int, warmup: int = 3) -> dict[str, dict[str, float]]:
+    """
+    The times of several steps by name, on a CPU, one after the other and over again: what slows a shared machine down
+    for seconds then meets all of them, and not one.
+    """
+    times = {name: [] for name in steps}
+    for index in range(warmup + repeats):
+        for name, step in steps.items():
+            taken = stopped(step)
+            if index >= warmup:
+                times[name].append(taken)
+    return {name: percentiles(taken) for name, taken in times.items()}
+
+
+def stopped(step) -> float:
+    """What a call takes, in ms."""
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    values = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+    return dict(zip(("p20_ms", "median_ms", "p80_ms"), values.tolist()))
 
 
 def gpu_time(step, repeats: int = 5) -> float:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole training step, and inference, of a ViT: softmax by Transformers beside every way to compute KArAt."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 
 import torch
@@ -8,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
-from .common import Table, measure, relative_error
+from .common import PeakMemory, Table, measure, measure_in_turn, relative_error
 from .naive import naive
 
 
@@ -92,6 +94,59 @@ def run(
             if device == "cuda":
                 torch.compiler.reset()
                 torch.cuda.empty_cache()
+
+
+def run_in_turn(table: Table, size: str, basis: str, options: dict, batch: int, repeats: int, providers) -> None:
+    """
+    Rows of eager mode on a CPU: every model's step in turn, in this process, and the peak memory of each in a process
+    of its own, libraries included.
+    """
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 10, (batch,))
+    row = {"benchmark": "model", "model": size, "batch": batch, "tokens": 197, "dtype": "float32", "mode": "eager"}
+    models = {provider: build(provider, size, options, "cpu", 224) for provider in providers}
+    errors = {provider: error(model, provider, images, labels) for provider, model in models.items()}
+    for provider, wrong in errors.items():
+        if not wrong < LIMIT:
+            table.add(**row, provider=provider, basis=basis, what="train", error=f"wrong by {wrong:.1e}, not timed")
+            del models[provider]
+    steps = {provider: cpu_steps(model, provider, images, labels) for provider, model in models.items()}
+    for what in ("train", "infer"):
+        times = measure_in_turn({provider: pair[what] for provider, pair in steps.items()}, repeats)
+        for provider, measured in times.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                peak = process.submit(cpu_peak, provider, size, options, batch, what, torch.get_num_threads()).result()
+            name = {"provider": provider, "basis": "" if provider == "softmax" else basis}
+            table.add(**row, **name, what=what, error=f"{errors[provider]:.1e}", **measured, peak_gib=peak)
+
+
+def cpu_steps(model, provider: str, images, labels) -> dict:
+    """A training step and inference of one model."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def train():
+        model.train()
+        with naive() if provider == "naive" else nullcontext():
+            model(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def infer():
+        model.eval()
+        with naive() if provider == "naive" else nullcontext(), torch.no_grad():
+            model(pixel_values=images)
+
+    return {"train": train, "infer": infer}
+
+
+def cpu_peak(provider: str, size: str, options: dict, batch: int, what: str, threads: int) -> float:
+    """Peak memory of this process in GiB, over a few steps."""
+    torch.set_num_threads(threads)
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 10, (batch,))
+    step = cpu_steps(build(provider, size, options, "cpu", 224), provider, images, labels)[what]
+    with PeakMemory() as memory:
+        for _ in range(4):
+            step()
+    return memory.gib
 
 
 def time_one(device: str, table: Table, row: dict, model, images, labels, repeats: int) -> None:

@@ -18,13 +18,13 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import initialization as init
 
 from .basis import (
     LinearEdgeFunctions,
     Start,
     make_edges,
-    maps_of,
     weighted_sum,
     weighted_sum_backward_weights,
     weighted_sum_backward_x,
@@ -273,13 +273,14 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
     if torch.compiler.is_compiling():
         # The compiler plans memory and recomputation itself.
         return attend(keep, query, key, value, *tensors.values())
-    scores_per_image = query.shape[1] * query.shape[2] * key.shape[2]
-    floats = scores_per_image * max(step.floats_per_score for step in operator.edges)
-    chunk = max(1, _budget(query.device) // floats)
+    floats = query.shape[2] * key.shape[2] * max(step.floats_per_score for step in operator.edges)
+    maps = max(1, _budget(query.device) // floats)
     if factored and isinstance(operator.edges[0], LinearEdgeFunctions):
         (step,) = operator.edges
         coefficients = step.lean_coefficients(_of(tensors, "edges.0."))
-        return _ChunkedFactored.apply(step, scaling, chunk, keep, query, key, value, coefficients, tensors["projector"])
+        chunks = _Chunks(query, maps)
+        return _Factored.apply(step, scaling, chunks, keep, query, key, value, coefficients, tensors["projector"])
+    chunk = max(1, maps // query.shape[1])
     return _ChunkedRecompute.apply(attend, chunk, keep, query, key, value, *tensors.values())
 
 
@@ -332,7 +333,7 @@ def why_not_fused(config, device_type: str, dtype: torch.dtype | None = None) ->
 
 def _budget(device: torch.device) -> int:
     """Floats that a chunk of the portable path may hold: within the caches of a CPU, filling the machine on a GPU."""
-    return 2**21 if device.type == "cpu" else 2**28
+    return 2**20 * torch.get_num_threads() if device.type == "cpu" else 2**28
 
 
 class _ChunkedRecompute(torch.autograd.Function):
@@ -376,82 +377,6 @@ class _ChunkedRecompute(torch.autograd.Function):
         return None, None, None, *batched_grads, *parameter_grads
 
 
-class _ChunkedFactored(torch.autograd.Function):
-    """
-    H (W^T V) of the linear families over chunks of the batch. The backward pass, written out, redoes scores and
-    features; H, of r columns, is kept, so that it does not redo the products.
-    """
-
-    @staticmethod
-    def forward(ctx, step, scaling, chunk, keep, query, key, value, coefficients, projector):
-        ctx.step, ctx.scaling, ctx.chunk = step, scaling, chunk
-        output, hidden = torch.empty_like(query), []
-        memory = _maps(1 + step.maps, chunk, query, key)
-        start, size = 0, None
-        for keep_part, q, k, v in _chunks(chunk, keep, query, key, value):
-            images = q.shape[0]
-            if images != size or keep is not None:
-                size, weights = images, weights_of(coefficients, keep_part, images)
-                project = maps_of(projector, images, step.heads)
-            scores, *maps = memory[:, : images * step.heads].unbind(0)
-            scores = _visible_scores(q, k, scaling, keep_part, out=scores)
-            hidden.append(weighted_sum(step.lean_features(scores, maps), weights))
-            v = _zero_rows(v.to(scores.dtype), keep_part).flatten(0, 1)
-            part = torch.bmm(hidden[-1].mT, torch.bmm(project.mT, v))
-            output[start : start + images] = part.unflatten(0, (images, step.heads))
-            start += images
-        ctx.save_for_backward(keep, query, key, value, coefficients, projector, *hidden)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        step, scaling = ctx.step, ctx.scaling
-        # Gradient checkpointing allows to read `saved_tensors` once.
-        keep, query, key, value, coefficients, projector, *hidden = ctx.saved_tensors
-        batched = (query, key, value)
-        needs_q, needs_k, needs_v, needs_coefficients, needs_projector = needed = ctx.needs_input_grad[4:]
-        d_query, d_key, d_value = (torch.empty_like(x) if need else None for x, need in zip(batched, needed))
-        d_coefficients = torch.zeros_like(coefficients) if needs_coefficients else None
-        d_projector = torch.zeros_like(projector) if needs_projector else None
-        memory = _maps(2 + step.maps, ctx.chunk, query, key)
-        derivative = step.derivative_coefficients(coefficients)
-        start, size = 0, None
-        with _no_autocast(grad_output.device.type):
-            for h, (keep_part, q, k, v, dy) in zip(hidden, _chunks(ctx.chunk, keep, *batched, grad_output)):
-                images, part = q.shape[0], slice(start, start + q.shape[0])
-                start += images
-                if images != size or keep is not None:
-                    size, slopes = images, weights_of(derivative, keep_part, images)
-                    project = maps_of(projector, images, step.heads)
-                shape = (images, step.heads)
-                v = _zero_rows(v.to(h.dtype), keep_part).flatten(0, 1)
-                dy = dy.to(h.dtype).flatten(0, 1)
-                d_reduced = torch.bmm(h, dy)
-                if needs_v:
-                    d_value[part] = _zero_rows(torch.bmm(project, d_reduced).unflatten(0, shape), keep_part)
-                if needs_projector:
-                    d_projector += torch.bmm(v, d_reduced.mT).unflatten(0, shape).sum(0)
-                if not (needs_q or needs_k or needs_coefficients):
-                    continue
-                dh = torch.bmm(torch.bmm(project.mT, v), dy.mT)
-                scores, product, *maps = memory[:, : images * step.heads].unbind(0)
-                scores = _visible_scores(q, k, scaling, keep_part, out=scores)
-                features, derivatives = step.lean_features_and_derivatives(scores, maps)
-                if needs_coefficients:
-                    d_coefficients += weighted_sum_backward_weights(features, dh, keep_part, step.heads)
-                if needs_q or needs_k:
-                    # The features are there, and the scores no longer needed.
-                    d_scores = weighted_sum_backward_x(derivatives, slopes, dh, scores, product)
-                if needs_q:
-                    d_q = torch.bmm(d_scores, k.to(h.dtype).flatten(0, 1)).mul_(scaling)
-                    d_query[part] = d_q.unflatten(0, shape)
-                if needs_k:
-                    d_k = torch.bmm(d_scores.mT, q.to(h.dtype).flatten(0, 1)).mul_(scaling)
-                    d_key[part] = d_k.unflatten(0, shape)
-        return None, None, None, None, d_query, d_key, d_value, d_coefficients, d_projector
-
-
 def _chunks(size: int, keep, *batched):
     """Parts of at most `size` images; `keep` may have a batch of its own or one for all."""
     batch = batched[0].shape[0]
@@ -459,6 +384,197 @@ def _chunks(size: int, keep, *batched):
     for start in range(0, max(batch, 1), size):
         part = slice(start, start + size)
         yield (keep if keep is None or keep.shape[0] == 1 else keep[part]), *(x[part] for x in batched)
+
+
+class _Chunks:
+    """
+    The maps of a batch, about `maps` of them at a time. Every tensor is cut the same way, into a list of its parts; M
+    is the number of maps in a part.
+
+    On a CPU a part has several images of one head: the same number for every thread, because products of batches of
+    matrices are split by whole matrices, and the three heads of an image would keep the second of two threads idle for
+    half of the time. With fewer images than threads, and on other devices, where a few large launches are best, a part
+    has all heads of its images.
+    """
+
+    def __init__(self, query: torch.Tensor, maps: int):
+        self.batch, self.heads = query.shape[:2]
+        threads = torch.get_num_threads()
+        self.by_head = query.device.type == "cpu" and self.batch >= threads
+        self.images = max(1, maps // threads) * threads if self.by_head else max(1, maps // self.heads)
+
+    @property
+    def most(self) -> int:
+        """The largest M."""
+        return min(self.images, self.batch) * (1 if self.by_head else self.heads)
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """New memory for something of the shape of `x`, (B, h, ...), of which the parts are views."""
+        return torch.empty_like(x) if self.by_head else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Of (B, h, ...), one entry for each map: (M, ...)."""
+        if self.by_head:
+            return [part for head in x.unbind(1) for part in head.split(self.images)]
+        return list(x.flatten(0, 1).split(self.images * self.heads))
+
+    def parameters(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Of (h, ...), one entry for each head: (M, ...)."""
+        sizes = [min(self.images, self.batch - first) for first in range(0, max(self.batch, 1), self.images)]
+        if self.by_head:
+            return [head.expand(size, *head.shape) for head in x.unbind(0) for size in sizes]
+        all_maps = x.repeat(sizes[0], *(1,) * (x.dim() - 1))
+        return [all_maps[: size * self.heads] for size in sizes]
+
+    def sums(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Where to sum what `parameters` gave: of (h, ...) the heads of each part, (1 or h, ...)."""
+        count = -(-max(self.batch, 1) // self.images)
+        return [head for head in x.split(1) for _ in range(count)] if self.by_head else [x] * count
+
+
+class _Factored(torch.autograd.Function):
+    """
+    H (W^T V) of the linear families, a chunk at a time. The backward pass, written out, redoes scores and features; H
+    and W^T V, of r columns and r rows, are kept, so that it does not redo the products.
+
+    Scores, features and H are transposed, so that one product serves all features (see `weighted_sum`).
+    """
+
+    @staticmethod
+    def forward(ctx, step, scaling, chunks, keep, query, key, value, coefficients, projector):
+        ctx.step, ctx.scaling, ctx.chunks = step, scaling, chunks
+        output, kept = chunks.like(query), []
+        memory = _Maps(chunks.most, 1, coefficients.shape[1], query, key)
+        masks = _masks(chunks, keep, query)
+        tensors = (chunks.parts(x) for x in (query, key, value, output))
+        parameters = (chunks.parameters(x) for x in (coefficients.transpose(1, 2).flatten(2), projector.mT))
+        for mask, q, k, v, y, weights, project in zip(masks, *tensors, *parameters):
+            (scores,), features, places = memory.of(len(q))
+            step.lean_features(_transposed_scores(q, k, scaling, mask, scores), places)
+            hidden = weighted_sum(features, weights_of(weights, mask))
+            projected = torch.bmm(project, _zero_rows(v.to(hidden.dtype), mask))
+            _multiply(hidden.mT, projected, y)
+            kept += hidden, projected
+        memory.give_back()
+        ctx.save_for_backward(keep, query, key, value, coefficients, projector, *kept)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        step, scaling, chunks = ctx.step, ctx.scaling, ctx.chunks
+        # Gradient checkpointing allows to read `saved_tensors` once.
+        keep, query, key, value, coefficients, projector, *kept = ctx.saved_tensors
+        needs_q, needs_k, needs_v, needs_coefficients, needs_projector = ctx.needs_input_grad[4:]
+        memory = _Maps(chunks.most, 2, coefficients.shape[1], query, key)
+        grads = [chunks.like(x) for x in (query, key, value)]
+        slopes = (step.derivative_coefficients(coefficients) * scaling).transpose(1, 2).flatten(2)
+        d_weights = torch.zeros_like(coefficients.transpose(1, 2).flatten(2))
+        d_projector = torch.zeros_like(projector)
+        masks = _masks(chunks, keep, query)
+        tensors = (chunks.parts(x) for x in (query, key, value, grad_output, *grads))
+        parameters = (chunks.parameters(x) for x in (slopes, projector))
+        sums = (chunks.sums(x) for x in (d_weights, d_projector))
+        rows = zip(kept[::2], kept[1::2], masks, *tensors, *parameters, *sums)
+        with _no_autocast(grad_output.device.type):
+            for hidden, projected, mask, q, k, v, dy, dq, dk, dv, slope, project, d_weight, d_project in rows:
+                q, k, v, dy = (x.to(hidden.dtype) for x in (q, k, v, dy))
+                d_projected = torch.bmm(hidden, dy)
+                if needs_v:
+                    _multiply(project, d_projected, dv)
+                    if mask is not None:
+                        dv.masked_fill_(~mask.mT, 0.0)
+                if needs_projector:
+                    _add(d_project, torch.bmm(_zero_rows(v, mask), d_projected.mT))
+                if not (needs_q or needs_k or needs_coefficients):
+                    continue
+                d_hidden = torch.bmm(projected, dy.mT)
+                (scores, product), features, places = memory.of(len(q))
+                _, derivatives = step.lean_features_and_derivatives(
+                    _transposed_scores(q, k, scaling, mask, scores), places
+                )
+                if needs_coefficients:
+                    _add(d_weight, weighted_sum_backward_weights(features, d_hidden, mask))
+                if needs_q or needs_k:
+                    # The features are there, and the scores no longer needed.
+                    slope = weights_of(slope, mask)
+                    d_scores = weighted_sum_backward_x(derivatives, slope, d_hidden, scores, product)
+                if needs_q:
+                    _multiply(d_scores.mT, k, dq)
+                if needs_k:
+                    _multiply(d_scores, q, dk)
+        memory.give_back()
+        d_coefficients = d_weights.unflatten(2, coefficients.shape[1::2]).transpose(1, 2)
+        found = (*grads, d_coefficients, d_projector)
+        return None, None, None, None, *(x if need else None for x, need in zip(found, ctx.needs_input_grad[4:]))
+
+
+class _Maps:
+    """
+    Memory for the chunks of a call: `count` times the scores of M maps at most, transposed, and `features` of them.
+
+    On a CPU it is kept from call to call (`give_back`): new pages cost more than the arithmetic on them.
+    """
+
+    spare: list[torch.Tensor] = []  # One or none; who takes it has it for himself, in any thread.
+    MOST_KEPT = 2**24  # floats
+
+    def __init__(self, most: int, count: int, features: int, query: torch.Tensor, key: torch.Tensor):
+        shape = (count + features, most, key.shape[2], query.shape[2])
+        self.memory = self.take(math.prod(shape), query)
+        memory = self.memory[: math.prod(shape)].view(shape)
+        self.scores, self.features = memory[:count], memory[count:].view(most, features, *shape[2:])
+        self.size = None
+
+    @classmethod
+    def take(cls, floats: int, like: torch.Tensor) -> torch.Tensor:
+        """At least so many floats."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if cls.may_keep(like):
+            try:
+                memory = cls.spare.pop()
+            except IndexError:
+                memory = None
+            if memory is not None and memory.dtype == dtype and len(memory) >= floats:
+                return memory
+            # A tensor of the inference mode could not be written to outside.
+            with torch.inference_mode(False):
+                return like.new_empty(floats, dtype=dtype)
+        return like.new_empty(floats, dtype=dtype)
+
+    @staticmethod
+    def may_keep(like: torch.Tensor) -> bool:
+        """Not what is no memory (fake tensors), and nothing while a mode looks on that counts memory."""
+        return like.device.type == "cpu" and type(like) is torch.Tensor and not is_in_torch_dispatch_mode()
+
+    def give_back(self) -> None:
+        if not self.spare and len(self.memory) <= self.MOST_KEPT and self.may_keep(self.memory):
+            self.spare.append(self.memory)
+
+    def of(self, maps: int) -> tuple[tuple, torch.Tensor, list]:
+        """For M maps: `count` of (M, N, N); (M, features * N, N), and its views (M, N, N)."""
+        if maps != self.size:
+            self.size, features = maps, self.features[:maps]
+            self.views = self.scores[:, :maps].unbind(0), features.flatten(1, 2), list(features.unbind(1))
+        return self.views
+
+
+def _masks(chunks: _Chunks, keep: torch.Tensor | None, query: torch.Tensor):
+    """`keep`, (B or 1, 1, 1, N), for the maps of each part: (M, 1, N), or `None` again and again."""
+    return itertools.repeat(None) if keep is None else chunks.parts(keep.expand(*query.shape[:2], 1, -1))
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """The products a b of batches of matrices, in `out`, which may be of another dtype."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
+
+
+def _add(total: torch.Tensor, products: torch.Tensor) -> None:
+    """Add M matrices to those of their heads, (1 or h, ...)."""
+    total += products.unflatten(0, (-1, len(total))).sum(0)
 
 
 def project_on_simplex(rows: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -542,27 +658,19 @@ def _of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _maps(count: int, images: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Memory for `count` times the scores of at most `images` images, (count, images * h, N, N)."""
-    maps, dtype = min(images, query.shape[0]) * query.shape[1], torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(count, maps, query.shape[2], key.shape[2], dtype=dtype)
-
-
-def _visible_scores(query, key, scaling: float, keep: torch.Tensor | None, out=None) -> torch.Tensor:
-    """
-    Scores of the portable path, at least in fp32, 0 for keys that nobody may see: (B, h, N, N), or in `out`, of shape
-    (B * h, N, N).
-    """
+def _visible_scores(query, key, scaling: float, keep: torch.Tensor | None) -> torch.Tensor:
+    """Scores of the portable path, at least in fp32, 0 for keys that nobody may see: (B, h, N, N)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     # The queries are fewer numbers to scale than the scores.
-    query, key = query.to(dtype) * scaling, key.to(dtype)
-    if out is None:
-        scores = query @ key.mT
-        return scores if keep is None else scores.masked_fill(~keep, 0.0)
-    torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out=out)
-    if keep is not None:
-        out.unflatten(0, query.shape[:2]).masked_fill_(~keep, 0.0)
-    return out
+    scores = (query.to(dtype) * scaling) @ key.to(dtype).mT
+    return scores if keep is None else scores.masked_fill(~keep, 0.0)
+
+
+def _transposed_scores(query, key, scaling: float, keep: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """The same of M maps in `out`, (M, N, N), with keys as rows and queries as columns; `keep` is (M, 1, N)."""
+    query, key = query.to(out.dtype), key.to(out.dtype)
+    torch.baddbmm(out, key, query.mT, beta=0, alpha=scaling, out=out)
+    return out if keep is None else out.masked_fill_(~keep.mT, 0.0)
 
 
 def _zero_rows(value: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

@@ -3,12 +3,15 @@
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_karat_vit import KArAtViTConfig
 from modeling_karat_vit import attention as attention_module
@@ -261,30 +264,160 @@ def test_strong_scores(basis, variant):
     assert_agree(results(operator, inputs), results(operator, inputs, need_maps=True), 1e-10)
 
 
-@pytest.mark.parametrize("mask", ["none", "keys", "one for all"])
-def test_chunks_of_the_batch(basis, variant, monkeypatch, mask):
+@pytest.fixture
+def use_threads():
+    """Sets PyTorch's number of threads for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def mask_of(kind: str, batch: int) -> torch.Tensor | None:
+    return {"none": None, "keys": key_mask(batch), "one for all": key_mask(batch)[:1]}[kind]
+
+
+masks = pytest.mark.parametrize("mask", ["none", "keys", "one for all"])
+
+
+@masks
+def test_chunks_of_the_batch(basis, variant, monkeypatch, mask, use_threads):
     """However the batch is cut, the last chunk smaller than the others included."""
+    use_threads(1)
     operator = make_operator(base_fn="silu", **basis, **variant)
     inputs = make_inputs(batch=5)
-    keep = {"none": None, "keys": key_mask(5), "one for all": key_mask(5)[:1]}[mask]
+    keep = mask_of(mask, 5)
     sizes = []
-    chunks = attention_module._chunks
+    chunks, maps_of = attention_module._chunks, attention_module._Maps.of
 
     def spy(size, *args):
         for part in chunks(size, *args):
             sizes.append(part[1].shape[0])
             yield part
 
+    def spy_on_maps(self, maps):
+        sizes.append(maps)
+        return maps_of(self, maps)
+
     monkeypatch.setattr(attention_module, "_chunks", spy)
+    monkeypatch.setattr(attention_module._Maps, "of", spy_on_maps)
     expected = results(operator, inputs, keep)
-    assert sizes == [5, 5]
-    floats_per_image = 2 * 5 * 5 * max(step.floats_per_score for step in operator.edges)
+    # Families that are linear in their coefficients go through the images of one head after the other.
+    by_head = basis["basis_type"] in ("fourier", "spline") and not variant
+    times = 2 if by_head else 1
+    assert sizes == [5] * times * 2
+    floats_per_image = 5 * 5 * max(step.floats_per_score for step in operator.edges) * (1 if by_head else 2)
     for budget, wanted in ((1, [1] * 5), (2 * floats_per_image, [2, 2, 1])):
         sizes.clear()
         monkeypatch.setattr(attention_module, "_budget", lambda device, budget=budget: budget)
         assert_agree(results(operator, inputs, keep), expected, 1e-12)
         # Forwards and backwards.
-        assert sizes == wanted * 2
+        assert sizes == wanted * times * 2
+
+
+@masks
+@pytest.mark.parametrize(
+    ("threads", "sizes"), [(1, [1] * 10), (2, [2, 2, 1] * 2), (3, [3, 2] * 2), (5, [5, 5]), (8, [2] * 5)]
+)
+def test_every_thread_gets_as_many_maps(threads, sizes, mask, monkeypatch, use_threads):
+    """Images of one head, as many as threads; with fewer images than threads, all heads of an image."""
+    operator = make_operator(base_fn="silu")
+    inputs, keep = make_inputs(batch=5), mask_of(mask, 5)
+    expected = results(operator, inputs, keep, need_maps=True)
+    found, maps_of = [], attention_module._Maps.of
+    monkeypatch.setattr(attention_module, "_budget", lambda device: 1)
+    monkeypatch.setattr(attention_module._Maps, "of", lambda self, maps: found.append(maps) or maps_of(self, maps))
+    use_threads(threads)
+    assert_agree(results(operator, inputs, keep), expected, 1e-10)
+    assert found == sizes * 2
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_the_same_bits(threads, dtype, use_threads):
+    use_threads(threads)
+    operator = make_operator(torch.float32, tokens=65, karat_rank=12)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in make_inputs(torch.float32, tokens=65, batch=3)]
+    first, second = results(operator, inputs), results(operator, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TestMemoryThatIsKept:
+    """Of the portable path on a CPU, from call to call."""
+
+    @pytest.fixture(autouse=True)
+    def none_yet(self, monkeypatch):
+        monkeypatch.setattr(attention_module._Maps, "spare", [])
+
+    def test_what_was_in_it_does_not_matter(self, use_threads):
+        use_threads(1)
+        operator, inputs, keep = make_operator(base_fn="silu"), make_inputs(batch=3), key_mask(3)
+        expected = results(operator, inputs, keep)
+        (memory,) = attention_module._Maps.spare
+        for content in (math.nan, math.inf):
+            memory.fill_(content)
+            found = results(operator, inputs, keep)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            assert attention_module._Maps.spare[0] is memory
+
+    def test_calls_of_all_modes_and_sizes_share_it(self):
+        operator = make_operator(torch.float32, tokens=17)
+        small = make_operator()
+        for size in (1, 3, 2):
+            inputs = make_inputs(torch.float32, tokens=17, batch=size)
+            with torch.inference_mode():
+                output = attend(operator, *inputs)[0]
+            # Memory of the inference mode could not be written to here.
+            torch.testing.assert_close(results(operator, inputs)["output"], output)
+            assert_agree(results(small, make_inputs()), results(small, make_inputs(), need_maps=True), 1e-10)
+            assert len(attention_module._Maps.spare) == 1
+
+    def test_large_memory_is_given_back(self, monkeypatch):
+        monkeypatch.setattr(attention_module._Maps, "MOST_KEPT", 10)
+        results(make_operator(), make_inputs())
+        assert attention_module._Maps.spare == []
+
+    def test_what_looks_on_sees_new_memory(self):
+        """Modes that count memory or products, and such that have neither."""
+        operator, inputs = make_operator(), make_inputs()
+        attend(operator, *inputs)
+        (memory,) = attention_module._Maps.spare
+        memory.fill_(7.0)
+        with FlopCounterMode(display=False) as counter:
+            attend(operator, *inputs)
+        # Scores, H, W^T V and their product, of two images with two heads of five tokens.
+        assert counter.get_total_flops() == 2 * 4 * (5 * 5 * 4 + 5 * 5 * 2 * 3 * 3 + 2 * 5 * 3 * 4)
+        assert (memory == 7.0).all()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [mode.from_tensor(x) for x in inputs]
+            assert attend(operator, *fake)[0].shape == inputs[0].shape
+        assert attention_module._Maps.spare[0] is memory
+
+    def test_an_error_leaves_nothing_behind(self, monkeypatch):
+        operator, inputs = make_operator(), make_inputs()
+        expected = results(operator, inputs)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+
+            def interrupted(*_):
+                raise KeyboardInterrupt
+
+            patched.setattr(attention_module, "weighted_sum", interrupted)
+            attend(operator, *inputs)
+        found = results(operator, inputs)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    def test_threads_of_a_server_do_not_share_it(self):
+        operator = make_operator(torch.float32, tokens=65, karat_rank=12)
+        inputs = [make_inputs(torch.float32, tokens=65, batch=4, seed=seed) for seed in range(4)]
+
+        def call(tensors):
+            with torch.no_grad():
+                return attend(operator, *tensors)[0]
+
+        expected = [call(tensors) for tensors in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(10):
+                assert all(torch.equal(a, b) for a, b in zip(pool.map(call, inputs), expected))
 
 
 @paths
