@@ -141,7 +141,8 @@ def test_sequences(images, layers, parts, affine):
     drawn = drawn_at_random(images, layers, parts, 5, height, width, affine)
     augmentation = finish(random_erasing_mode="const")
     pixels = pictures(height, width).permute(0, 2, 3, 1).repeat(2, 1, 1, 1)[:images].contiguous()
-    whole = DrawnBatch(pixels, (height, width), (images, layers, parts), [], np.zeros((0, 4)), [], None, KEY, "")
+    counts, nothing = (images, layers, parts), np.zeros((0, 4))
+    whole = DrawnBatch(pixels, None, (height, width), counts, nothing, [], nothing, [], None, KEY, "")
     expected = augmentation.change(pixels, drawn, whole)
     actual = augmentation.change_by_kernels(device_kernels, pixels, drawn, whole)
     difference = (actual - expected).abs() * 255 * 0.22
