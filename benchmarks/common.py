@@ -124,7 +124,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
 def gpu_time(step, repeats: int = 5) -> float:
     """
     What a step takes the GPU in ms, where it never waits for a launch: they all wait for it, behind a pause. (PyTorch's
-    profiler would tell as much, but once used it makes each later launch of the process several times as slow.)
+    profiler would tell as much, but once used it makes later launches of the process up to twice as slow.)
     """
     torch.cuda.synchronize()
     began = time.perf_counter()
