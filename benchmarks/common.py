@@ -123,7 +123,8 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 def gpu_time(step, repeats: int = 5) -> float:
     """
-    What a step takes the GPU in ms, where it never waits for a launch: they all wait for it, behind a pause. (PyTorch's
+    What a step takes the GPU in ms, where it does not wait for launches: they wait for it, behind a pause (about a
+    thousand of them; the rest are launched while it works). (PyTorch's
     profiler would tell as much, but once used it makes later launches of the process up to twice as slow.)
     """
     torch.cuda.synchronize()

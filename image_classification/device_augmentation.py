@@ -24,6 +24,7 @@ import functools
 import io
 import logging
 import math
+import os
 import shutil
 import uuid
 import weakref
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from PIL import ExifTags, Image
 from torch._utils import _flatten_dense_tensors
@@ -461,11 +463,12 @@ class DrawnNumbers:
 
 
 class Place(NamedTuple):
-    """Of a batch of `count` bytes in `SharedBatches`, which may not hold as many."""
+    """Of a batch of `count` bytes in `SharedBatches`; or, where it is not `held` there, in the order of batches."""
 
     key: str
     number: int
     count: int
+    held: bool
 
 
 @dataclass
@@ -506,20 +509,21 @@ class DrawnBatch:
         return self.counts[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "data": None} if self._lies_in_place() else vars(self)
+        return {**vars(self), "data": None} if self.place is not None and self.place.held else vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.data is None:
             self.data = SHARED[self.place.key].find(self.place)
 
-    def _lies_in_place(self) -> bool:
-        """Or in memory of its own."""
-        return self.place is not None and self.place.count <= SHARED[self.place.key].length
+    @property
+    def _shared(self) -> "SharedBatches | None":
+        return None if self.place is None else SHARED.get(self.place.key)
 
     def _pinned(self) -> torch.Tensor:
         """`data`, from which a GPU copies without waiting."""
-        return self.data if self._lies_in_place() and SHARED[self.place.key].pinned else self.data.pin_memory()
+        shared = self._shared
+        return self.data if shared is not None and shared.pinned and self.place.held else self.data.pin_memory()
 
     def pin_memory(self) -> "DrawnBatch":
         """Called by PyTorch's data loader in a thread of its own: what is to be decoded is, while a step trains."""
@@ -535,8 +539,8 @@ class DrawnBatch:
             if device.type == "cuda":
                 copied = _stream(device, bool(self.lengths)).record_event()
                 torch.cuda.current_stream(device).wait_event(copied)
-        if self.place is not None:
-            SHARED[self.place.key].taken(copied)
+        if (shared := self._shared) is not None:
+            shared.taken(copied)
         made = AUGMENTATIONS[self.augmentation](batch, device)
         if batch.data.is_cuda:
             _keep(batch.data)
@@ -556,7 +560,8 @@ class DrawnBatch:
         with _own_stream(device, bool(self.lengths)) as finished:
             # First: see `_own_stream`.
             decoded = decode_files(list(data[files:].split(self.lengths)), self.names, device) if self.lengths else []
-            moved = data[:files].to(device, non_blocking=True)
+            # Other devices than CUDA's have no event to wait for, before the memory is written to again.
+            moved = data[:files].to(device, non_blocking=device.type == "cuda")
             if len(self.sides) + len(self.lengths) == 0:
                 return dataclasses.replace(self, data=moved)
             whole = torch.empty(
@@ -600,6 +605,12 @@ def _keep(data: torch.Tensor) -> None:
     _being_read.append((torch.cuda.current_stream(data.device).record_event(), data))
     while _being_read and _being_read[0][0].query():
         _being_read.popleft()
+
+
+def let_go() -> None:
+    """Of what the device may still read, once it has."""
+    while _being_read:
+        _being_read.popleft()[0].synchronize()
 
 
 @functools.cache
@@ -665,8 +676,9 @@ class SharedBatches:
         self.key = uuid.uuid4().hex
         self.places, self.length, self.workers = ahead + 1, length, workers
         self.memory = _shared(workers * self.places * length)
-        # Batches of each worker, also in former epochs.
+        # Batches of each worker, also in former epochs, and the process that it is.
         self.written = torch.zeros(workers, dtype=torch.int64).share_memory_()
+        self.writer = torch.zeros(workers, dtype=torch.int64).share_memory_()
         self.copies: collections.deque[torch.cuda.Event | None] = collections.deque()
         self.pinned = device.type == "cuda" and _pin(self.memory)
         if self.pinned:
@@ -683,14 +695,23 @@ class SharedBatches:
     def next_place(self, count: int) -> Place:
         """In a worker."""
         worker = torch.utils.data.get_worker_info().id
+        if worker >= self.workers or not self._is_mine(worker):
+            return Place(self.key, 0, count, False)
         number = worker * self.places + int(self.written[worker]) % self.places
         self.written[worker] += 1
-        return Place(self.key, number, count)
+        return Place(self.key, number, count, count <= self.length)
 
-    def find(self, place: Place) -> torch.Tensor | None:
-        """The batch's uint8 (bytes,), if it fits."""
-        if place.count > self.length:
-            return None
+    def _is_mine(self, worker: int) -> bool:
+        """Two iterators of one loader have workers of the same numbers: the one that was first has the places."""
+        other = int(self.writer[worker])
+        if other != os.getpid():
+            if other and psutil.pid_exists(other):
+                return False
+            self.writer[worker] = os.getpid()
+        return True
+
+    def find(self, place: Place) -> torch.Tensor:
+        """The batch's uint8 (bytes,), if it is held."""
         return self.memory[place.number * self.length :][: place.count]
 
     def taken(self, copied: torch.cuda.Event | None) -> None:
@@ -711,12 +732,15 @@ def _shared(count: int) -> torch.Tensor:
 
 
 def _pin(memory: torch.Tensor) -> bool:
+    """Whether it could be."""
     status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if status != 0:
         logger.warning(
             f"{memory.nbytes / 2**30:.1f} GiB of memory for batches cannot be pinned (CUDA error {status}): each batch "
             "is copied once more. Fewer --dataloader_num_workers or smaller batches need less."
         )
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # Takes the error along, which would be raised by the next operation.
     return status == 0
 
 
@@ -754,15 +778,21 @@ class CollateDrawn:
         pixels = images * 3 * math.prod(self.size)
         length = DrawnNumbers.length(images, MOST_LAYERS, self.parts)
         length += math.ceil(pixels * (LARGER_BATCH if self.device_resize else 1) / 64) * 64
-        needed = length * workers * (ahead + 1)
-        if SYSTEM_MEMORY.is_dir() and needed > (room := shutil.disk_usage(SYSTEM_MEMORY).free):
-            logger.warning(
-                f"{SYSTEM_MEMORY} has {room / 2**30:.1f} GiB left; with {needed / 2**30:.1f}, batches would reach the "
-                "device without another copy. Fewer --dataloader_num_workers need less (Docker: --shm-size)."
-            )
-            return False
-        self.shared = SharedBatches(workers, ahead, length, device)
-        return self.shared.pinned
+        needed, room = length * workers * (ahead + 1), math.inf
+        self.shared = None
+        if SYSTEM_MEMORY.is_dir():
+            room = shutil.disk_usage(SYSTEM_MEMORY).free / 2  # Evaluation has batches, too.
+        try:
+            if needed <= room:
+                self.shared = SharedBatches(workers, ahead, length, device)
+                return self.shared.pinned
+        except RuntimeError:  # Another process was faster.
+            pass
+        logger.warning(
+            f"{SYSTEM_MEMORY} has too little left for {needed / 2**30:.1f} GiB of batches, which would reach the "
+            "device without another copy. Fewer --dataloader_num_workers need less (Docker: --shm-size)."
+        )
+        return False
 
     def __call__(self, rows: list[dict]):
         if "key" not in rows[0]:
@@ -810,7 +840,7 @@ class CollateDrawn:
         working = torch.utils.data.get_worker_info() is not None
         if working and self.shared is not None:
             place = self.shared.next_place(count)
-            data = self.shared.find(place)
+            data = self.shared.find(place) if place.held else None
         if data is None and working:
             # In shared memory from the start, as PyTorch's own collation has it: sending it is then no copy.
             data = _shared(count)

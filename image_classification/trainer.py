@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from . import ema
 from .arguments import RunArguments
 from .augmentation import RepeatedAugmentation
+from .device_augmentation import let_go
 from .divergence import DivergenceGuard
 from .errors import InputError
 from .resumable import ResumableTrainer
@@ -124,8 +125,9 @@ class ImageClassificationTrainer(ResumableTrainer):
         inner = getattr(loader, "base_dataloader", loader)  # Of accelerate's.
         collate = self.data_collator
         if kwargs.get("is_training") and hasattr(collate, "share") and inner.num_workers and inner.in_order:
-            images = self.args.per_device_train_batch_size
+            images = self._train_batch_size
             pinned = collate.share(images, inner.num_workers, inner.prefetch_factor, self.args.device)
+            inner.shared = collate.shared  # As long as there is the loader, whatever other ones are made.
             if pinned and not collate.decodes:
                 inner.pin_memory = False  # Nothing is left for the thread that does.
         return loader
@@ -134,6 +136,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         super()._end_data_workers()
         if hasattr(self.data_collator, "share"):
             self.data_collator.shared = None
+            let_go()
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

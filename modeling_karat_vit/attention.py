@@ -270,7 +270,7 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
             output = operator.activate(scores, tensors, keep, lean=True) @ value
         return output.to(query.dtype)
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         # The compiler plans memory and recomputation itself.
         return attend(keep, query, key, value, *tensors.values())
     floats = query.shape[2] * key.shape[2] * max(step.floats_per_score for step in operator.edges)
@@ -393,14 +393,14 @@ class _Chunks:
 
     On a CPU a part has several images of one head: the same number for every thread, because products of batches of
     matrices are split by whole matrices, and the three heads of an image would keep the second of two threads idle for
-    half of the time. With fewer images than threads, and on other devices, where a few large launches are best, a part
-    has all heads of its images.
+    half of the time. With fewer images, or room for fewer maps, than threads, and on other devices, where a few large
+    launches are best, a part has all heads of its images.
     """
 
     def __init__(self, query: torch.Tensor, maps: int):
         self.batch, self.heads = query.shape[:2]
         threads = torch.get_num_threads()
-        self.by_head = query.device.type == "cpu" and self.batch >= threads
+        self.by_head = query.device.type == "cpu" and min(self.batch, maps) >= threads
         self.images = max(1, maps // threads) * threads if self.by_head else max(1, maps // self.heads)
 
     @property
@@ -517,7 +517,7 @@ class _Maps:
     """
 
     spare: list[torch.Tensor] = []  # One or none; who takes it has it for himself, in any thread.
-    MOST_KEPT = 2**24  # floats
+    KEPT = 2**24  # Floats, or as many as the budget is.
 
     def __init__(self, most: int, count: int, features: int, query: torch.Tensor, key: torch.Tensor):
         shape = (count + features, most, key.shape[2], query.shape[2])
@@ -548,7 +548,8 @@ class _Maps:
         return like.device.type == "cpu" and type(like) is torch.Tensor and not is_in_torch_dispatch_mode()
 
     def give_back(self) -> None:
-        if not self.spare and len(self.memory) <= self.MOST_KEPT and self.may_keep(self.memory):
+        most = max(self.KEPT, _budget(self.memory.device))
+        if not self.spare and len(self.memory) <= most and self.may_keep(self.memory):
             self.spare.append(self.memory)
 
     def of(self, maps: int) -> tuple[tuple, torch.Tensor, list]:
@@ -669,7 +670,10 @@ def _visible_scores(query, key, scaling: float, keep: torch.Tensor | None) -> to
 def _transposed_scores(query, key, scaling: float, keep: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
     """The same of M maps in `out`, (M, N, N), with keys as rows and queries as columns; `keep` is (M, 1, N)."""
     query, key = query.to(out.dtype), key.to(out.dtype)
-    torch.baddbmm(out, key, query.mT, beta=0, alpha=scaling, out=out)
+    if out.device.type == "cpu":
+        torch.baddbmm(out, key, query.mT, beta=0, alpha=scaling, out=out)
+    else:  # Not on every device does zero times what lies there give zero.
+        torch.bmm(key, (query * scaling).mT, out=out)
     return out if keep is None else out.masked_fill_(~keep.mT, 0.0)
 
 

@@ -207,7 +207,7 @@ class LinearEdgeFunctions(EdgeFunctions):
     def activate(self, x, tensors, keep=None, lean=False):
         if lean:
             coefficients = self.lean_coefficients(tensors)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():
                 features = [_masked(feature, keep) for feature in self.lean_features(x)]
                 return sum(feature @ coefficients[:, index].mT for index, feature in enumerate(features))
             return _FeatureProduct.apply(self, x, keep, coefficients)
@@ -583,12 +583,13 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 def _cos_and_sin(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: torch.Tensor) -> None:
     """
-    cos(x) and sin(x) in fp32, to about 3e-7, into `cos` and `sin`: sixteen passes of multiplications, which take three
-    fifths of the time of `torch.cos` and `torch.sin`.
+    cos(x) and sin(x) in fp32, into `cos` and `sin`: seventeen passes of simple arithmetic, which take three fifths of
+    the time of `torch.cos` and `torch.sin`. To 6e-7 up to 1e4, to 3e-5 up to 1e7; beyond, they are bounded.
     """
     # theta = x - 2 pi n. The first part of 2 pi has so few bits that its product with n is exact.
     turns = torch.mul(x, 0.5 / math.pi, out=cos).round_()
     theta = torch.sub(x, turns, alpha=6.28125, out=sin).sub_(turns, alpha=2 * math.pi - 6.28125)
+    theta.clamp_(-math.pi, math.pi)
     square = torch.mul(theta, theta, out=scratch)
     half_sin = _horner(square, _HALF_SIN, out=cos).mul_(theta)
     half_cos = _horner(square, _HALF_COS, out=sin)

@@ -3,6 +3,7 @@
 
 import importlib.util
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -244,7 +245,13 @@ def test_batches_lie_in_memory_that_is_shared_once(start, workers):
     assert not collate.share(4, workers, 2, torch.device("cpu"))  # Pinned.
     memory = collate.shared.memory
     loader = torch.utils.data.DataLoader(
-        data, 4, num_workers=workers, collate_fn=collate, multiprocessing_context=start, timeout=120
+        data,
+        4,
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context=start,
+        persistent_workers=start == "spawn",
+        timeout=120,
     )
     fitted = []
     for epoch in range(2):
@@ -257,6 +264,23 @@ def test_batches_lie_in_memory_that_is_shared_once(start, workers):
             for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
                 assert torch.equal(actual, expected)
     assert fitted == ([False] * 2 + [True] * 4) * 2
+
+
+def test_two_iterators_share_no_place():
+    """A callback may look into the loader that the training goes through."""
+    images = [encode(photo(seed)) for seed in range(24)]
+    data, collate = dataset(True, images)
+    collate.share(4, 1, 2, torch.device("cpu"))
+    loader = torch.utils.data.DataLoader(data, 4, num_workers=1, collate_fn=collate, timeout=120)
+    first, held = iter(loader), []
+    for _ in range(3):
+        for drawn in (next(first), *itertools.islice(loader, 4)):
+            held.append(drawn.place.held)
+            begin = drawn.key[2]
+            here = collate([data[index] for index in range(begin, begin + 4)])
+            for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
+                assert torch.equal(actual, expected)
+    assert held == [True, False, False, False, False] * 3
 
 
 def test_no_place_is_written_to_before_it_is_copied():

@@ -316,15 +316,17 @@ def test_chunks_of_the_batch(basis, variant, monkeypatch, mask, use_threads):
 
 @masks
 @pytest.mark.parametrize(
-    ("threads", "sizes"), [(1, [1] * 10), (2, [2, 2, 1] * 2), (3, [3, 2] * 2), (5, [5, 5]), (8, [2] * 5)]
+    ("threads", "room", "sizes"),
+    [(1, 1, [1] * 10), (2, 2, [2, 2, 1] * 2), (3, 5, [3, 2] * 2), (5, 5, [5, 5]), (8, 8, [8, 2]), (3, 2, [2] * 5)],
 )
-def test_every_thread_gets_as_many_maps(threads, sizes, mask, monkeypatch, use_threads):
-    """Images of one head, as many as threads; with fewer images than threads, all heads of an image."""
+def test_every_thread_gets_as_many_maps(threads, room, sizes, mask, monkeypatch, use_threads):
+    """Images of one head, as many as threads; with fewer images, or room for fewer maps, all heads of an image."""
     operator = make_operator(base_fn="silu")
     inputs, keep = make_inputs(batch=5), mask_of(mask, 5)
     expected = results(operator, inputs, keep, need_maps=True)
     found, maps_of = [], attention_module._Maps.of
-    monkeypatch.setattr(attention_module, "_budget", lambda device: 1)
+    floats = inputs[0].shape[2] ** 2 * operator.edges[0].floats_per_score
+    monkeypatch.setattr(attention_module, "_budget", lambda device: room * floats)
     monkeypatch.setattr(attention_module._Maps, "of", lambda self, maps: found.append(maps) or maps_of(self, maps))
     use_threads(threads)
     assert_agree(results(operator, inputs, keep), expected, 1e-10)
@@ -373,7 +375,8 @@ class TestMemoryThatIsKept:
             assert len(attention_module._Maps.spare) == 1
 
     def test_large_memory_is_given_back(self, monkeypatch):
-        monkeypatch.setattr(attention_module._Maps, "MOST_KEPT", 10)
+        monkeypatch.setattr(attention_module._Maps, "KEPT", 10)
+        monkeypatch.setattr(attention_module, "_budget", lambda device: 10)
         results(make_operator(), make_inputs())
         assert attention_module._Maps.spare == []
 
