@@ -5,13 +5,13 @@ Training augmentation on the device that trains, a batch at a time, where CPU wo
 A worker reads an image, crops and resizes it, and draws the random numbers of everything else, with the very objects
 and generators of `TrainTransform`: for the same key both ways crop, flip, change and erase alike. The drawn operations
 travel with the batch (`DrawnBatch`), which carries them out where it is moved to: every operation once, on all images
-that drew it. Of the JPEGs a share may be left to the GPU's own decoder (nvJPEG), in the thread of PyTorch's data loader
-that pins memory, while the step before trains.
+that drew it. Where there are kernels for it, crops are resized there, too; and of the JPEGs a share may be left to the
+GPU's own decoder (nvJPEG), in the thread of PyTorch's data loader that pins memory, while the step before trains.
 
 A training step of a small model is bound by Python and launches, and whatever else runs Python in its process, another
-thread too, makes it slower. So a batch comes from a worker as one tensor in shared memory, numbers and all, and on a
-GPU a few kernels change all its images at once (`device_kernels.py`). The formulas here are what those are held
-against, and what runs without CUDA or Triton.
+thread too, makes it slower. So a batch comes from a worker as one tensor, numbers and all, in memory that is shared and
+pinned once (`SharedBatches`), and on a GPU a few kernels change all its images at once (`device_kernels.py`). The
+formulas here are what those are held against, and what runs without CUDA or Triton.
 
 The formulas are Pillow's, in whole numbers; affine operations interpolate by torch's bicubic (a = -0.75; Pillow: -1),
 and the noise of random erasing comes from the device's generator.
