@@ -15,8 +15,7 @@ import torch
 import transformers
 
 
-# At least: no GPU's clock is faster.
-_CYCLES_PER_SECOND = 3e9
+_CYCLES_PER_SECOND = 3e9  # No GPU's clock is faster.
 FIELDS = (
     "benchmark",
     "model",
@@ -124,8 +123,8 @@ def percentiles(times: list[float]) -> dict[str, float]:
 def gpu_time(step, repeats: int = 5) -> float:
     """
     What a step takes the GPU in ms, where it does not wait for launches: they wait for it, behind a pause (about a
-    thousand of them; the rest are launched while it works). (PyTorch's
-    profiler would tell as much, but once used it makes later launches of the process up to twice as slow.)
+    thousand of them; the rest are launched while it works). PyTorch's profiler would tell as much, but once used it
+    makes later launches of the process up to twice as slow.
     """
     torch.cuda.synchronize()
     began = time.perf_counter()

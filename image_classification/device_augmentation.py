@@ -555,18 +555,17 @@ class DrawnBatch:
         interpolation, area = AUGMENTATIONS[self.augmentation].interpolation, 3 * math.prod(self.size)
         # Pinned, also for nvJPEG: copying other memory to a GPU may wait for it.
         data = self._pinned() if device.type == "cuda" and self.lengths else self.data
-        resized = DrawnNumbers.length(*self.counts) + area * (self.counts[0] - len(self.sides) - len(self.lengths))
+        missing = len(self.sides) + len(self.lengths)
+        resized = DrawnNumbers.length(*self.counts) + area * (len(self) - missing)
         files = len(data) - sum(self.lengths)
         with _own_stream(device, bool(self.lengths)) as finished:
             # First: see `_own_stream`.
             decoded = decode_files(list(data[files:].split(self.lengths)), self.names, device) if self.lengths else []
             # Other devices than CUDA's have no event to wait for, before the memory is written to again.
             moved = data[:files].to(device, non_blocking=device.type == "cuda")
-            if len(self.sides) + len(self.lengths) == 0:
+            if missing == 0:
                 return dataclasses.replace(self, data=moved)
-            whole = torch.empty(
-                resized + area * (len(self.sides) + len(self.lengths)), dtype=torch.uint8, device=device
-            )
+            whole = torch.empty(resized + area * missing, dtype=torch.uint8, device=device)
             whole[:resized].copy_(moved[:resized])
             images = whole[resized:].view(-1, *self.size, 3)
             if len(self.sides):
@@ -711,7 +710,7 @@ class SharedBatches:
         return True
 
     def find(self, place: Place) -> torch.Tensor:
-        """The batch's uint8 (bytes,), if it is held."""
+        """Of a batch that is held: uint8 (bytes,)."""
         return self.memory[place.number * self.length :][: place.count]
 
     def taken(self, copied: torch.cuda.Event | None) -> None:
@@ -836,16 +835,16 @@ class CollateDrawn:
         begin = head + len(images) * 3 * self.size[0] * self.size[1]
         rest = [*(crop.flatten() for crop in crops), *(file.content for file in files)]
         count = begin + sum(len(part) for part in rest)
-        place = data = None
-        working = torch.utils.data.get_worker_info() is not None
+        working, place = torch.utils.data.get_worker_info() is not None, None
         if working and self.shared is not None:
             place = self.shared.next_place(count)
-            data = self.shared.find(place) if place.held else None
-        if data is None and working:
+        if place is not None and place.held:
+            data = self.shared.find(place)
+        elif working:
             # In shared memory from the start, as PyTorch's own collation has it: sending it is then no copy.
             data = _shared(count)
             self.sent.append(data)
-        elif data is None:
+        else:
             data = torch.empty(count, dtype=torch.uint8)
         for pixels, image in zip(data[head:begin].view(len(images), *self.size, 3), images, strict=True):
             pixels.copy_(image.permute(1, 2, 0))

@@ -430,7 +430,8 @@ def resize_crops(images: list[torch.Tensor], crops, out: torch.Tensor, interpola
 def resize_whole(data: torch.Tensor, sides, out: torch.Tensor, interpolation: str) -> None:
     """`device_augmentation.resize_whole`, to within a rounding. Nothing waits for the device."""
     table = np.zeros((len(sides), 8), dtype=np.int64)
-    table[:, 0] = 3 * sides.prod(1).cumsum() - 3 * sides.prod(1)
+    lengths = 3 * sides.prod(1)
+    table[:, 0] = lengths.cumsum() - lengths
     table[:, 1], table[:, 2] = 1, 3 * sides[:, 1]
     table[:, 5:7] = sides
     _resize(data, 3, table, out, interpolation)

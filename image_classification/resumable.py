@@ -109,7 +109,7 @@ class ResumableTrainer(ParallelTrainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
-        inner = getattr(loader, "base_dataloader", loader)  # Of accelerate's.
+        inner = unwrapped(loader)
         # It draws when workers start, which is at each epoch or not: training must not depend on it.
         inner.generator = torch.Generator()
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
@@ -122,7 +122,7 @@ class ResumableTrainer(ParallelTrainer):
         asked = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(asked, str) and asked is not self._evaluated:
             if (before := getattr(self, "_eval_dataloaders", {}).pop("eval", None)) is not None:
-                before = getattr(before, "base_dataloader", before)
+                before = unwrapped(before)
                 self._loaders.remove(before)
                 _end_workers(before)
             self._evaluated = asked
@@ -393,6 +393,11 @@ class _Asked(Exception):
 
     def __init__(self, number: int):
         self.number = number
+
+
+def unwrapped(loader: DataLoader) -> DataLoader:
+    """PyTorch's own, which accelerate's has within it."""
+    return getattr(loader, "base_dataloader", loader)
 
 
 def _end_workers(loader: DataLoader) -> None:

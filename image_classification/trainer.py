@@ -25,7 +25,7 @@ from .augmentation import RepeatedAugmentation
 from .device_augmentation import let_go
 from .divergence import DivergenceGuard
 from .errors import InputError
-from .resumable import ResumableTrainer
+from .resumable import ResumableTrainer, unwrapped
 
 
 # Position embeddings and tokens are matrices in shape only; ViT does not decay them.
@@ -122,8 +122,7 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
-        inner = getattr(loader, "base_dataloader", loader)  # Of accelerate's.
-        collate = self.data_collator
+        inner, collate = unwrapped(loader), self.data_collator
         if kwargs.get("is_training") and hasattr(collate, "share") and inner.num_workers and inner.in_order:
             images = self._train_batch_size
             pinned = collate.share(images, inner.num_workers, inner.prefetch_factor, self.args.device)
