@@ -37,7 +37,7 @@ def attention_on_cuda(table: Table) -> None:
 
 def models_on_cuda(table: Table) -> None:
     training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 15, FUSED)
-    for basis in ("spline", "mexican_hat", "morlet", "rational"):
+    for basis in ("spline", "mexican_hat", "morlet", "dog", "meyer", "shannon", "rational"):
         training_step.run("cuda", table, "tiny", basis, attention.BASES[basis], 256, 10, ["karat_triton"])
     training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 5, ["karat_portable", "eager", "naive"])
     training_step.run("cuda", table, "tiny", "fourier G=3", G3, 32, 30, FUSED)

@@ -7,9 +7,10 @@ Fused Triton kernels of phi1_w2 attention, for every basis.
 Families that are linear in their coefficients have M features F_m (Fourier: cos x, sin x, cos 2x, ...; B-spline: B_0,
 B_1, ...), and so has the base function; then H = sum_m F_m(x) C_m^T, on the matrix units. Wavelets and rational
 functions are evaluated per score and output. Scores and features live in registers: device memory sees (B, h, N, r) at
-most. The backward pass recomputes the scores twice: once per query tile for dq, once per key tile for dk and the
-parameters, whose gradients are summed over a chunk of images in registers, written as one partial sum per chunk, and
-reduced. No atomics: two runs give equal bits.
+most. The backward pass of the former recomputes the scores twice: once per query tile for dq, once per key tile for dk
+and the parameters, whose gradients are summed over a chunk of images in registers, written as one partial sum per
+chunk, and reduced. That of the latter, where every function of every score counts, evaluates them once: dq grows from
+one tile of keys to the next in device memory. No atomics: two runs give equal bits.
 
 Shapes: B images, h heads, N tokens, d head size, r rank; RP is r and DP is d, padded to a power of two of at least 16.
 Importing this file needs Triton; `attention.py` goes without it. With TRITON_INTERPRET=1 the kernels run on a CPU.
@@ -58,7 +59,23 @@ MAX_HEAD_SIZE = 128
 MAX_RANK = 64
 
 # Numbers that change from batch to batch are no reason to compile anew, as Triton would for 1 and for multiples of 16.
-_COUNTS = ("B", "H", "N", "PARTS", "CHUNK", "FIRST", "TILES", "END", "CHUNKS", "REST_CHUNKS", "W_CHUNKS", "REST")
+_COUNTS = (
+    "B",
+    "H",
+    "N",
+    "PARTS",
+    "CHUNK",
+    "FIRST",
+    "TILES",
+    "END",
+    "CHUNKS",
+    "REST_CHUNKS",
+    "W_CHUNKS",
+    "REST",
+    "KEY_PARTS",
+    "QUERY_PARTS",
+    "SIZE",
+)
 _kernel = triton.jit(do_not_specialize=_COUNTS)
 
 
@@ -321,9 +338,31 @@ def _horner(x, ptr, step, COUNT: tl.constexpr):
     value = tl.load(ptr + (COUNT - 1) * step) + tl.zeros_like(x)
     slope = tl.zeros_like(x)
     for j in tl.static_range(COUNT - 2, -1, -1):
-        slope = slope * x + value
+        slope = value if j == COUNT - 2 else slope * x + value
         value = value * x + tl.load(ptr + j * step)
     return value, slope
+
+
+@triton.jit
+def _powers(x, weight, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """weight * x^FIRST and the next COUNT - 1 powers: by even ones, so that no product waits for all those before."""
+    square = x * x
+    even = tl.full(x.shape, 1.0, tl.float32)
+    odd = weight * x
+    powers = ()
+    for j in tl.static_range(FIRST + COUNT):
+        if j > 1 and j % 2 == 0:
+            even = square if j == 2 else even * square
+        if j >= FIRST:
+            if j == 0:
+                powers = powers + (weight,)
+            elif j == 1:
+                powers = powers + (odd,)
+            elif j % 2 == 0:
+                powers = powers + (weight * even,)
+            else:
+                powers = powers + (odd * even,)
+    return powers
 
 
 @triton.jit
@@ -355,27 +394,19 @@ def _edge(
     DENOMINATOR: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """scale * basis(x) and its derivative for one output of a family that is not linear in its parameters."""
+    """scale * basis(x) for one output of a family that is not linear in its parameters."""
     if FAMILY == 2:
-        scale = tl.load(ptr)
-        inverse = tl.load(ptr + 2 * step)
-        value, derivative = _wavelet(x * inverse + tl.load(ptr + step), WAVELET, FAST)
-        return scale * value, (scale * inverse) * derivative
+        value, _ = _wavelet(x * tl.load(ptr + 2 * step) + tl.load(ptr + step), WAVELET, FAST)
+        return tl.load(ptr) * value
     else:
-        value, reciprocal, signed, p_slope, q_slope = _rational(x, ptr, step, NUMERATOR, DENOMINATOR, FAST)
-        return value, (p_slope - signed * q_slope) * reciprocal
+        value, _, _, _, _ = _rational(x, ptr, step, NUMERATOR, DENOMINATOR, FAST)
+        return value
 
 
 @triton.jit
 def _add_row_sums(total, values, chosen):
     """Add the sums of the rows of `values` to one column of `total`, where `chosen`, (1, RP), is 1."""
     return total + tl.sum(values, axis=1)[:, None] * chosen
-
-
-@triton.jit
-def _column(matrix, p, r):
-    """Column p of `matrix`, (rows, RP), as (rows, 1)."""
-    return tl.sum(tl.where(r[None, :] == p, matrix.to(tl.float32), 0.0), axis=1)[:, None]
 
 
 @triton.jit
@@ -642,7 +673,7 @@ def _forward(
         if FAMILY >= 2:
             for p in tl.range(0, R, loop_unroll_factor=2):
                 own_edges = edges_ptr + p * NP + keys[None, :]
-                values, _ = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
+                values = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
                 if HAS_KEEP:
                     values = tl.where(visible[None, :], values, 0.0)
                 hidden = _add_row_sums(hidden, values, tl.where(r[None, :] == p, 1.0, 0.0))
@@ -669,13 +700,18 @@ def _backward_hidden(
     H,
     N,
     PARTS,
+    NP: tl.constexpr,
+    EDGES: tl.constexpr,
     PRECISION: tl.constexpr,
     RP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dH = d_out U^T, and dU = H^T d_out, of a part of the queries of one image and head."""
+    """
+    dH = d_out U^T, and dU = H^T d_out, of a part of the queries of one image and head. dH is (B, h, N, RP), or, for
+    families whose functions are taken one by one, (B, h, RP, NP).
+    """
     dtype = u_ptr.dtype.element_ty
     pid = tl.program_id(0)
     part = pid % PARTS
@@ -694,7 +730,10 @@ def _backward_hidden(
         d_out = _tile(d_out_ptr, rows, o_n, columns, N, D, DP)
         hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
         d_hidden = tl.dot(d_out, tl.trans(u), input_precision=PRECISION)
-        tl.store(d_hidden_ptr + at, d_hidden.to(dtype), mask=inside)
+        if EDGES == 0:
+            tl.store(d_hidden_ptr + at, d_hidden.to(dtype), mask=inside)
+        else:
+            tl.store(d_hidden_ptr + (own * RP + r[None, :]) * NP + rows[:, None], d_hidden.to(dtype))
         d_u = tl.dot(tl.trans(hidden), d_out, d_u, input_precision=PRECISION)
     tl.store(d_u_ptr + (own * PARTS + part) * RP * DP + square, d_u.to(d_u_ptr.dtype.element_ty))
 
@@ -704,7 +743,6 @@ def _backward_queries(
     q_ptr,
     k_ptr,
     packed_ptr,
-    edges_ptr,
     keep_ptr,
     d_hidden_ptr,
     d_q_ptr,
@@ -721,16 +759,11 @@ def _backward_queries(
     FIRST,
     TILES,
     NP: tl.constexpr,
-    R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
     ORDER: tl.constexpr,
     LOW: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
     SLOPE: tl.constexpr,
     BASE: tl.constexpr,
     FAST: tl.constexpr,
@@ -742,7 +775,7 @@ def _backward_queries(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq of BM queries, as in `_forward`."""
+    """dq of BM queries, as in `_forward`, of a family that is linear in its coefficients."""
     dtype = q_ptr.dtype.element_ty
     # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
     pid = tl.program_id(0)
@@ -753,7 +786,6 @@ def _backward_queries(
     r = tl.arange(0, RP)
     own = b * H + head
     packed_ptr += (head * (2 * M + 1) + M + 1) * NP * RP
-    edges_ptr += head * EDGES * R * NP
     inside = rows[:, None] < N
     q = _tile(q_ptr + b * q_b + head * q_h, rows, q_n, columns, N, D, DP)
     at = (own * N + rows[:, None]) * RP + r[None, :]
@@ -773,11 +805,6 @@ def _backward_queries(
             _, derivative, state = _feature(m, x, state, FAMILY, K, ORDER, LOW, SLOPE, BASE, FAST)
             coefficients = tl.load(packed_ptr + m * NP * RP + edge)
             d_x += derivative * tl.dot(d_hidden, tl.trans(coefficients), input_precision=PRECISION)
-        if FAMILY >= 2:
-            for p in tl.range(0, R, loop_unroll_factor=2):
-                own_edges = edges_ptr + p * NP + keys[None, :]
-                _, derivatives = _edge(x, own_edges, R * NP, FAMILY, WAVELET, NUMERATOR, DENOMINATOR, FAST)
-                d_x += _column(d_hidden, p, r) * derivatives
         d_q = tl.dot(d_x.to(dtype), k, d_q, input_precision=PRECISION)
     d_q_ptr += ((b * N + rows[:, None]) * H + head) * D + columns[None, :]
     tl.store(d_q_ptr, (d_q * scaling).to(dtype), mask=inside & (columns[None, :] < D))
@@ -788,7 +815,6 @@ def _backward_keys(
     q_ptr,
     k_ptr,
     packed_ptr,
-    edges_ptr,
     keep_ptr,
     d_hidden_ptr,
     d_k_ptr,
@@ -808,16 +834,11 @@ def _backward_keys(
     TILES,
     END,
     NP: tl.constexpr,
-    R: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
     ORDER: tl.constexpr,
     LOW: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
     SLOPE: tl.constexpr,
     BASE: tl.constexpr,
     FAST: tl.constexpr,
@@ -832,7 +853,7 @@ def _backward_keys(
 ):
     """
     dk of BN keys, of TILES tiles from key FIRST to END, in a chunk of images, and the chunk's sums for the coefficients
-    of these keys: `partial` is (chunks, H, M + EDGES, END - FIRST, RP).
+    of these keys: `partial` is (chunks, H, M, END - FIRST, RP).
     """
     dtype = q_ptr.dtype.element_ty
     pid = tl.program_id(0)
@@ -845,15 +866,13 @@ def _backward_keys(
     edge = keys[:, None] * RP + r[None, :]
     inside = keys[:, None] < END
     packed_ptr += head * (2 * M + 1) * NP * RP
-    edges_ptr += head * EDGES * R * NP + keys[:, None]
-    partial_ptr += ((chunk * H + head).to(tl.int64) * (M + EDGES) * (END - FIRST) - FIRST) * RP
+    partial_ptr += ((chunk * H + head).to(tl.int64) * M * (END - FIRST) - FIRST) * RP
     slopes = ()
     if KEPT:
         for m in tl.static_range(M):
             slopes = slopes + (tl.load(packed_ptr + (M + 1 + m) * NP * RP + edge),)
     sums = ()
-    # M sums for the features, and one for each parameter of wavelets and rational functions.
-    for _ in tl.static_range(M + EDGES):
+    for _ in tl.static_range(M):
         sums = sums + (tl.zeros([BN, RP], tl.float32),)
     for image in range(chunk * CHUNK, tl.minimum(B, (chunk + 1) * CHUNK)):
         b = tl.cast(image, tl.int64)
@@ -879,44 +898,6 @@ def _backward_keys(
                 if HAS_KEEP:
                     feature = tl.where(visible[:, None], feature, 0.0)
                 new = new + (tl.dot(feature.to(dtype), d_hidden, sums[m], input_precision=PRECISION),)
-            if FAMILY >= 2:
-                edge_sums = ()
-                for j in tl.static_range(EDGES):
-                    edge_sums = edge_sums + (sums[M + j],)
-                for p in tl.range(0, R, loop_unroll_factor=2):
-                    column = tl.load(d_hidden_ptr + (own * N + rows) * RP + p, mask=rows < N, other=0.0)
-                    gradient = column.to(tl.float32)[None, :]
-                    if HAS_KEEP:
-                        gradient = tl.where(visible[:, None], gradient, 0.0)
-                    at_p = edges_ptr + p * NP
-                    added = ()
-                    if FAMILY == 2:
-                        inverse = tl.load(at_p + 2 * R * NP)
-                        t = x * inverse + tl.load(at_p + R * NP)
-                        value, derivative = _wavelet(t, WAVELET, FAST)
-                        moved = gradient * derivative
-                        d_x += (tl.load(at_p) * inverse) * moved
-                        added = (gradient * value, moved, moved * t)
-                    else:
-                        _, reciprocal, signed, p_slope, q_slope = _rational(
-                            x, at_p, R * NP, NUMERATOR, DENOMINATOR, FAST
-                        )
-                        power = gradient * reciprocal
-                        lower = -power * signed
-                        d_x += power * p_slope
-                        d_x += lower * q_slope
-                        for _ in tl.static_range(NUMERATOR):
-                            added = added + (power,)
-                            power = power * x
-                        for _ in tl.static_range(DENOMINATOR):
-                            lower = lower * x
-                            added = added + (lower,)
-                    chosen = tl.where(r[None, :] == p, 1.0, 0.0)
-                    grown = ()
-                    for j in tl.static_range(EDGES):
-                        grown = grown + (_add_row_sums(edge_sums[j], added[j], chosen),)
-                    edge_sums = grown
-                new = new + edge_sums
             sums = new
             d_k = tl.dot(d_x.to(dtype), q, d_k, input_precision=PRECISION)
         at = ((b * N + keys[:, None]) * H + head) * D + columns[None, :]
@@ -924,8 +905,195 @@ def _backward_keys(
         if HAS_KEEP:
             d_k = tl.where(visible[:, None], d_k, 0.0)
         tl.store(d_k_ptr + at, (d_k * scaling).to(dtype), mask=store)
-    for m in tl.static_range(M + EDGES):
+    for m in tl.static_range(M):
         tl.store(partial_ptr + m * (END - FIRST) * RP + edge, sums[m], mask=inside)
+
+
+@triton.jit
+def _add_edges(
+    x,
+    gradient,
+    d_x,
+    sums,
+    edges_ptr,
+    chosen,
+    step,
+    FAMILY: tl.constexpr,
+    WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    EDGES: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Add what output p has for dx, (BN, BM), and for the sums of its parameters, each (BN, RP)."""
+    if FAMILY == 2:
+        inverse = tl.load(edges_ptr + 2 * step)
+        t = x * inverse + tl.load(edges_ptr + step)
+        value, derivative = _wavelet(t, WAVELET, FAST)
+        moved = gradient * derivative
+        d_x += (tl.load(edges_ptr) * inverse) * moved
+        added = (gradient * value, moved, moved * t)
+    else:
+        _, reciprocal, signed, p_slope, q_slope = _rational(x, edges_ptr, step, NUMERATOR, DENOMINATOR, FAST)
+        weight = gradient * reciprocal
+        lower = -weight * signed
+        d_x += weight * p_slope
+        d_x += lower * q_slope
+        added = _powers(x, weight, 0, NUMERATOR) + _powers(x, lower, 1, DENOMINATOR)
+    grown = ()
+    for j in tl.static_range(EDGES):
+        grown = grown + (_add_row_sums(sums[j], added[j], chosen),)
+    return d_x, grown
+
+
+@_kernel
+def _backward_edges(
+    q_ptr,
+    k_ptr,
+    packed_ptr,
+    edges_ptr,
+    keep_ptr,
+    d_hidden_ptr,
+    d_q_ptr,
+    d_k_ptr,
+    partial_ptr,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    B,
+    H,
+    N,
+    scaling,
+    CHUNK,
+    KEY_PARTS,
+    QUERY_PARTS,
+    NP: tl.constexpr,
+    R: tl.constexpr,
+    FAMILY: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    EDGES: tl.constexpr,
+    BASE: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    RP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """
+    dq, dk and the sums for the parameters of a family whose functions are taken one by one, of a chunk of images, a
+    part of the keys and a part of the queries: `d_q` (KEY_PARTS, B, N, H, D), fp32, `d_k` (QUERY_PARTS, B, N, H, D),
+    and `partial` (chunks x QUERY_PARTS, H, M + EDGES, N, RP). dq grows from one tile of keys to the next.
+    """
+    dtype = q_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    chunks = tl.cdiv(B, CHUNK)
+    query_part = pid % QUERY_PARTS
+    key_part = pid // QUERY_PARTS % KEY_PARTS
+    chunk = pid // (QUERY_PARTS * KEY_PARTS) % chunks
+    head = pid // (QUERY_PARTS * KEY_PARTS * chunks)
+    columns = tl.arange(0, DP)
+    r = tl.arange(0, RP)
+    packed_ptr += (head * (2 * M + 1) + M + 1) * NP * RP
+    edges_ptr += head * EDGES * R * NP
+    partial_ptr += ((chunk * QUERY_PARTS + query_part) * H + head).to(tl.int64) * (M + EDGES) * N * RP
+    key_tiles = tl.cdiv(N, BN)
+    query_tiles = tl.cdiv(N, BM)
+    first_tile = key_part * key_tiles // KEY_PARTS
+    first_row = query_part * query_tiles // QUERY_PARTS * BM
+    last_row = (query_part + 1) * query_tiles // QUERY_PARTS * BM
+    for tile in range(first_tile, (key_part + 1) * key_tiles // KEY_PARTS):
+        keys = tile * BN + tl.arange(0, BN)
+        edge = keys[:, None] * RP + r[None, :]
+        inside = (keys[:, None] < N) & (columns[None, :] < D)
+        own_edges = edges_ptr + keys[:, None]
+        sums = ()
+        for _ in tl.static_range(M + EDGES):
+            sums = sums + (tl.zeros([BN, RP], tl.float32),)
+        for image in range(chunk * CHUNK, tl.minimum(B, (chunk + 1) * CHUNK)):
+            b = tl.cast(image, tl.int64)
+            own_hidden = d_hidden_ptr + (b * H + head) * RP * NP
+            own_d_q = d_q_ptr + ((key_part * B + b) * N * H + head) * D
+            own_d_k = d_k_ptr + ((query_part * B + b) * N * H + head) * D
+            k = _tile(k_ptr + b * k_b + head * k_h, keys, k_n, columns, N, D, DP)
+            if HAS_KEEP:
+                visible = _visible(keep_ptr, b, keys, N)
+                k = tl.where(visible[:, None], k, 0.0).to(dtype)
+            d_k = tl.zeros([BN, DP], tl.float32)
+            for start in range(first_row, last_row, BM):
+                rows = start + tl.arange(0, BM)
+                q = _tile(q_ptr + b * q_b + head * q_h, rows, q_n, columns, N, D, DP)
+                x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scaling
+                d_x = tl.zeros([BN, BM], tl.float32)
+                new = ()
+                if M == 1:
+                    d_hidden = tl.trans(tl.load(own_hidden + r[:, None] * NP + rows[None, :]))
+                    feature, derivative = _base(x, BASE)
+                    coefficients = tl.load(packed_ptr + edge)
+                    d_x += derivative * tl.dot(coefficients, tl.trans(d_hidden), input_precision=PRECISION)
+                    if HAS_KEEP:
+                        feature = tl.where(visible[:, None], feature, 0.0)
+                    new = new + (tl.dot(feature.to(dtype), d_hidden, sums[0], input_precision=PRECISION),)
+                edge_sums = ()
+                for j in tl.static_range(EDGES):
+                    edge_sums = edge_sums + (sums[M + j],)
+                for p in tl.range(0, R, loop_unroll_factor=UNROLL):
+                    gradient = tl.load(own_hidden + p * NP + rows).to(tl.float32)[None, :]
+                    if HAS_KEEP:
+                        gradient = tl.where(visible[:, None], gradient, 0.0)
+                    chosen = tl.where(r[None, :] == p, 1.0, 0.0)
+                    d_x, edge_sums = _add_edges(
+                        x,
+                        gradient,
+                        d_x,
+                        edge_sums,
+                        own_edges + p * NP,
+                        chosen,
+                        R * NP,
+                        FAMILY,
+                        WAVELET,
+                        NUMERATOR,
+                        DENOMINATOR,
+                        EDGES,
+                        FAST,
+                    )
+                sums = new + edge_sums
+                half_d_x = d_x.to(dtype)
+                d_k = tl.dot(half_d_x, q, d_k, input_precision=PRECISION)
+                d_q = tl.dot(tl.trans(half_d_x), k, input_precision=PRECISION) * scaling
+                at = own_d_q + rows[:, None] * (H * D) + columns[None, :]
+                store = (rows[:, None] < N) & (columns[None, :] < D)
+                if tile > first_tile:
+                    d_q += tl.load(at, mask=store, other=0.0)
+                tl.store(at, d_q, mask=store)
+            if HAS_KEEP:
+                d_k = tl.where(visible[:, None], d_k, 0.0)
+            d_k = (d_k * scaling).to(d_k_ptr.dtype.element_ty)
+            tl.store(own_d_k + keys[:, None] * (H * D) + columns[None, :], d_k, mask=inside)
+        for m in tl.static_range(M + EDGES):
+            tl.store(partial_ptr + m * N * RP + edge, sums[m], mask=keys[:, None] < N)
+        # What one tile of keys wrote, the next one reads.
+        tl.debug_barrier()
+
+
+@_kernel
+def _add_parts(parts_ptr, out_ptr, PARTS, SIZE, BLOCK: tl.constexpr):
+    """The sum over the first dimension of `parts`, (PARTS, SIZE)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(PARTS):
+        total += tl.load(parts_ptr + part * SIZE.to(tl.int64) + at, mask=at < SIZE, other=0.0)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < SIZE)
 
 
 @_kernel
@@ -1148,21 +1316,15 @@ def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
     that are full and, where that pays, for the small ones of a rest; and how many programs sum gradients over images,
     as many as run at a time.
     """
-    programs = {"_backward_keys": 264, "_backward_keys_rest": 1056, "_backward_values": 1056}
+    programs = {"_backward_keys": 264, "_backward_keys_rest": 1056, "_backward_edges": 1584, "_backward_values": 1056}
     if form.family >= FAMILIES["wavelet"]:
         tiles = {
             "_forward": (64, 32, 2, 2),
             "_forward_rest": (16, 64, 1, 2),
-            "_backward_queries": (32, 32, 2, 2),
-            "_backward_keys": (32, 16, 1, 2),
+            "_backward_edges": (16, 16, 1, 1),
         }
-        # The special functions of a score are a limit of their own.
-        wavelet = form.wavelet if form.family == FAMILIES["wavelet"] else None
-        if wavelet in (WAVELETS["morlet"], WAVELETS["meyer"], WAVELETS["shannon"]):
-            tiles["_backward_queries"] = (32, 16, 2, 2)
-        if wavelet in (WAVELETS["meyer"], WAVELETS["shannon"]):
-            tiles |= {"_forward": (64, 32, 4, 2), "_backward_keys": (16, 16, 1, 2)}
-        programs["_backward_keys"] = 1056
+        if form.family == FAMILIES["wavelet"] and form.wavelet in (WAVELETS["meyer"], WAVELETS["shannon"]):
+            tiles["_forward"] = (64, 32, 4, 2)
     else:
         tiles = {
             "_forward": (64, 16, 4, 3),
@@ -1178,9 +1340,13 @@ def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
             tiles |= {"_forward": (64, 32, 4, 4), "_backward_queries": (64, 32, 4, 4), "_backward_keys": (16, 64, 4, 4)}
             programs["_backward_keys"] = 396
     tiles = {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
+    if "_backward_edges" in tiles:
+        # Of these registers, twelve warps share a multiprocessor.
+        tiles["_backward_edges"] |= {"UNROLL": 1 if form.family == FAMILIES["rational"] else 2, "maxnreg": 168}
     return tiles | {
         "_backward_hidden": {"BLOCK": _PADDING, "num_stages": 3},
         "_backward_values": {"BLOCK": 32, "num_warps": 2, "num_stages": 3},
+        "_add_parts": {"BLOCK": 2048},
         "_reduce": {"BLOCK": 16, "ROWS": 128, "num_warps": 2},
     }, programs
 
@@ -1230,6 +1396,8 @@ class _Plan:
             "DP": self.head_size_padded,
         }
         self.tiles, self.programs = _tiles(form)
+        if self.rank_padded > 16:
+            self.tiles.get("_backward_edges", {}).pop("maxnreg", None)
         self._fit(dtype.itemsize, _loadable(device))
         own = self.tiles | {"_prepare": {"BLOCK": _PADDING}}
         self.options = {}
@@ -1346,6 +1514,18 @@ def _chunk(images: int, programs_per_image: int, programs: int) -> int:
     return max(1, min(images, _cdiv(images * programs_per_image, programs)))
 
 
+def _shares(images: int, heads: int, tiles: int, programs: int) -> tuple[int, int, int]:
+    """
+    Images for each of about so many programs that take all keys and queries of their images; and, where images and
+    heads would leave a GPU idle, in how many parts tiles of keys and of queries are shared out.
+    """
+    each = programs // (images * heads)
+    if each < 4:
+        return max(1, images * heads // programs), max(1, min(tiles, each)), 1
+    key_parts = min(tiles, math.isqrt(each))
+    return 1, key_parts, min(tiles, each // key_parts)
+
+
 def _parts(programs: int, tokens: int) -> int:
     """In how many parts U and dU are summed, where tokens are many and images and heads would leave a GPU idle."""
     return min(_cdiv(tokens, _PADDING * _BLOCKS), _cdiv(_PROGRAMS, max(1, programs)))
@@ -1426,7 +1606,7 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     sizes = (images, heads, tokens)
     q_strides, k_strides = q.stride()[:3], k.stride()[:3]
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
-    d_hidden = torch.empty_like(hidden)
+    d_hidden = q.new_empty(images, heads, rp, _padded(tokens)) if plan.edges else torch.empty_like(hidden)
     batch_stride, row_stride, head_stride, _ = d_out.stride()
     strides = (batch_stride, head_stride, row_stride)
     parts = _parts(images * heads, tokens)
@@ -1434,23 +1614,37 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     tensors = (d_out, hidden, u, d_hidden, d_u)
     launch(_backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
     d_u = _sum_of_parts(d_u, q.dtype)
-    few = images * heads < _PROGRAMS
-    tensors = (q, k, packed, edges, visible, d_hidden, d_q)
     numbers = (*q_strides, *k_strides, *sizes, scaling)
-    for name, first, tiles in plan.launches("_backward_queries", "BM", tokens, few):
-        launch(_backward_queries, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
-    launches = plan.launches("_backward_keys", "BN", tokens, few)
-    ends = [*(first for _, first, _ in launches[1:]), tokens]
-    sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
-    chunks = [_cdiv(images, size) for size in sizes_of_chunks]
     sums = heads * (plan.features + plan.edges) * rp
-    areas = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
-    partial = q.new_empty(sum(areas), dtype=torch.float32)
-    areas = partial.split(areas)
-    for (name, first, tiles), end, size, n, area in zip(launches, ends, sizes_of_chunks, chunks, areas):
-        tensors = (q, k, packed, edges, visible, d_hidden, d_k, area)
-        ranges = (size, first, tiles, end)
-        launch(_backward_keys, heads * n * tiles, *tensors, *numbers, *ranges, name=name)
+    if plan.edges:
+        tiles = _cdiv(tokens, plan.tiles["_backward_edges"]["BN"])
+        size, *parts = _shares(images, heads, tiles, plan.programs["_backward_edges"])
+        chunks, ends = [_cdiv(images, size) * parts[1]], [tokens]
+        grown_q = q.new_empty(parts[0], *d_q.shape, dtype=torch.float32)
+        grown_k = d_k if parts[1] == 1 else q.new_empty(parts[1], *d_k.shape, dtype=torch.float32)
+        partial = q.new_empty(chunks[0] * sums * tokens, dtype=torch.float32)
+        tensors = (q, k, packed, edges, visible, d_hidden, grown_q, grown_k, partial)
+        launch(_backward_edges, heads * chunks[0] * parts[0], *tensors, *numbers, size, *parts)
+        programs = _cdiv(d_q.numel(), plan.options["_add_parts"]["BLOCK"])
+        launch(_add_parts, programs, grown_q, d_q, parts[0], d_q.numel())
+        if parts[1] > 1:
+            launch(_add_parts, programs, grown_k, d_k, parts[1], d_k.numel())
+    else:
+        few = images * heads < _PROGRAMS
+        for name, first, tiles in plan.launches("_backward_queries", "BM", tokens, few):
+            tensors = (q, k, packed, visible, d_hidden, d_q)
+            launch(_backward_queries, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
+        launches = plan.launches("_backward_keys", "BN", tokens, few)
+        ends = [*(first for _, first, _ in launches[1:]), tokens]
+        sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
+        chunks = [_cdiv(images, size) for size in sizes_of_chunks]
+        areas = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
+        partial = q.new_empty(sum(areas), dtype=torch.float32)
+        for (name, first, tiles), end, size, n, area in zip(
+            launches, ends, sizes_of_chunks, chunks, partial.split(areas)
+        ):
+            tensors = (q, k, packed, visible, d_hidden, d_k, area)
+            launch(_backward_keys, heads * n * tiles, *tensors, *numbers, size, first, tiles, end, name=name)
     tiles = _cdiv(tokens, plan.options["_backward_values"]["BLOCK"])
     size = _chunk(images, heads * tiles, plan.programs["_backward_values"])
     w_chunks = _cdiv(images, size)
