@@ -166,7 +166,7 @@ def test_large_shapes(dtype, shape):
     check(dtype=dtype, **shape)
 
 
-LINEAR_OR_NOT = [{"grid_size": 1}, {"basis_type": "rational", "rational_order": (1, 1)}]
+LINEAR_OR_NOT = [{"grid_size": 1}, {"basis_type": "wavelet", "wavelet_type": "dog"}]
 
 
 @pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
