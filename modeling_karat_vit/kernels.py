@@ -147,7 +147,7 @@ def _signed(x, sign):
 def _root(j, order):
     """What the j-th truncated power of a cardinal B-spline is of: its binomial / order!, to the power 1 / order."""
     # Without `math`: inductor, which writes this function into its own code, would not import it there.
-    binomial = factorial = 1
+    binomial, factorial = 1, 1
     for i in range(j):
         binomial = binomial * (order + 1 - i) // (i + 1)
     for i in range(2, order + 1):
@@ -649,6 +649,7 @@ def _forward(
     backward pass wants.
     """
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
     pid = tl.program_id(0)
     head = pid // (B * TILES)
@@ -784,6 +785,7 @@ def _backward_queries(
 ):
     """dq of BM queries, as in `_forward`, of a family that is linear in its coefficients."""
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
     pid = tl.program_id(0)
     head = pid // (B * TILES)
@@ -863,6 +865,7 @@ def _backward_keys(
     of these keys: `partial` is (chunks, H, M, END - FIRST, RP).
     """
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     pid = tl.program_id(0)
     chunks = tl.cdiv(B, CHUNK)
     head = pid // (chunks * TILES)
