@@ -1006,6 +1006,7 @@ def _backward_edges(
     and `partial` (chunks x QUERY_PARTS, H, M + EDGES, N, RP). dq grows from one tile of keys to the next.
     """
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     pid = tl.program_id(0)
     chunks = tl.cdiv(B, CHUNK)
     query_part = pid % QUERY_PARTS
@@ -1102,7 +1103,7 @@ def _add_parts(parts_ptr, out_ptr, PARTS, SIZE, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(PARTS):
-        total += tl.load(parts_ptr + part * SIZE.to(tl.int64) + at, mask=at < SIZE, other=0.0)
+        total += tl.load(parts_ptr + part * tl.cast(SIZE, tl.int64) + at, mask=at < SIZE, other=0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < SIZE)
 
 
@@ -1553,7 +1554,10 @@ def _shares(images: int, heads: int, tiles: int, programs: int) -> tuple[int, in
     each = programs // (images * heads)
     if each < 4:
         return max(1, images * heads // programs), max(1, min(tiles, each)), 1
-    key_parts = min(tiles, math.isqrt(each))
+    # min(tiles, isqrt(each)), of whose value torch.compile would make a graph for each batch.
+    key_parts = 1
+    while key_parts < tiles and (key_parts + 1) ** 2 <= each:
+        key_parts += 1
     return 1, key_parts, min(tiles, each // key_parts)
 
 
