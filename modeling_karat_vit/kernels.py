@@ -20,6 +20,7 @@ import hashlib
 import os
 from dataclasses import dataclass, fields
 from functools import cache, wraps
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ _COUNTS = (
     "FIRST",
     "TILES",
     "END",
+    "AREA",
     "CHUNKS",
     "REST_CHUNKS",
     "W_CHUNKS",
@@ -842,6 +844,7 @@ def _backward_keys(
     FIRST,
     TILES,
     END,
+    AREA,
     NP: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
@@ -862,7 +865,7 @@ def _backward_keys(
 ):
     """
     dk of BN keys, of TILES tiles from key FIRST to END, in a chunk of images, and the chunk's sums for the coefficients
-    of these keys: `partial` is (chunks, H, M, END - FIRST, RP).
+    of these keys: `partial` is (chunks, H, M, END - FIRST, RP), from its row AREA of RP on.
     """
     dtype = q_ptr.dtype.element_ty
     scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
@@ -876,7 +879,7 @@ def _backward_keys(
     edge = keys[:, None] * RP + r[None, :]
     inside = keys[:, None] < END
     packed_ptr += head * (2 * M + 1) * NP * RP
-    partial_ptr += ((chunk * H + head).to(tl.int64) * M * (END - FIRST) - FIRST) * RP
+    partial_ptr += ((chunk * H + head).to(tl.int64) * M * (END - FIRST) + AREA - FIRST) * RP
     slopes = ()
     if KEPT:
         for m in tl.static_range(M):
@@ -1660,14 +1663,14 @@ def _run_backward(
     launch(_backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
     d_u = _sum_of_parts(d_u, q.dtype)
     numbers = (*q_strides, *k_strides, *sizes, scaling)
-    sums = heads * (plan.features + plan.edges) * rp
+    sums = heads * (plan.features + plan.edges)
     if plan.edges:
         tiles = _cdiv(tokens, plan.tiles["_backward_edges"]["BN"])
         size, *parts = _shares(images, heads, tiles, plan.programs["_backward_edges"])
         chunks, ends = [_cdiv(images, size) * parts[1]], [tokens]
         grown_q = q.new_empty(parts[0], *d_q.shape, dtype=torch.float32)
         grown_k = d_k if parts[1] == 1 else q.new_empty(parts[1], *d_k.shape, dtype=torch.float32)
-        partial = q.new_empty(chunks[0] * sums * tokens, dtype=torch.float32)
+        partial = q.new_empty(chunks[0] * sums * tokens * rp, dtype=torch.float32)
         tensors = (q, k, packed, edges, visible, d_hidden, grown_q, grown_k, partial)
         launch(_backward_edges, heads * chunks[0] * parts[0], *tensors, *numbers, size, *parts)
         programs = _cdiv(d_q.numel(), plan.options["_add_parts"]["BLOCK"])
@@ -1683,13 +1686,14 @@ def _run_backward(
         ends = [*(first for _, first, _ in launches[1:]), tokens]
         sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
         chunks = [_cdiv(images, size) for size in sizes_of_chunks]
-        areas = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
-        partial = q.new_empty(sum(areas), dtype=torch.float32)
-        for (name, first, tiles), end, size, n, area in zip(
-            launches, ends, sizes_of_chunks, chunks, partial.split(areas)
-        ):
-            tensors = (q, k, packed, visible, d_hidden, d_k, area)
-            launch(_backward_keys, heads * n * tiles, *tensors, *numbers, size, first, tiles, end, name=name)
+        rows = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
+        # Not views of it: what is written through a view, a compiler copies.
+        *areas, rows = accumulate(rows, initial=0)
+        partial = q.new_empty(rows * rp, dtype=torch.float32)
+        tensors = (q, k, packed, visible, d_hidden, d_k, partial)
+        for (name, first, tiles), n, size, end, area in zip(launches, chunks, sizes_of_chunks, ends, areas):
+            ranges = (size, first, tiles, end, area)
+            launch(_backward_keys, heads * n * tiles, *tensors, *numbers, *ranges, name=name)
     tiles = _cdiv(tokens, plan.options["_backward_values"]["BLOCK"])
     size = _chunk(images, heads * tiles, plan.programs["_backward_values"])
     w_chunks = _cdiv(images, size)
