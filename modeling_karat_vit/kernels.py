@@ -16,10 +16,12 @@ Shapes: B images, h heads, N tokens, d head size, r rank; RP is r and DP is d, p
 Importing this file needs Triton; `attention.py` goes without it. With TRITON_INTERPRET=1 the kernels run on a CPU.
 """
 
-import math
+import hashlib
 import os
 from dataclasses import dataclass, fields
 from functools import cache, wraps
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 
@@ -68,6 +70,7 @@ _COUNTS = (
     "FIRST",
     "TILES",
     "END",
+    "AREA",
     "CHUNKS",
     "REST_CHUNKS",
     "W_CHUNKS",
@@ -145,7 +148,13 @@ def _signed(x, sign):
 @triton.constexpr_function
 def _root(j, order):
     """What the j-th truncated power of a cardinal B-spline is of: its binomial / order!, to the power 1 / order."""
-    return (math.comb(order + 1, j) / math.factorial(order)) ** (1 / order)
+    # Without `math`: inductor, which writes this function into its own code, would not import it there.
+    binomial, factorial = 1, 1
+    for i in range(j):
+        binomial = binomial * (order + 1 - i) // (i + 1)
+    for i in range(2, order + 1):
+        factorial *= i
+    return (binomial / factorial) ** (1 / order)
 
 
 @triton.jit
@@ -642,6 +651,7 @@ def _forward(
     backward pass wants.
     """
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
     pid = tl.program_id(0)
     head = pid // (B * TILES)
@@ -777,6 +787,7 @@ def _backward_queries(
 ):
     """dq of BM queries, as in `_forward`, of a family that is linear in its coefficients."""
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     # Heads vary slowest: programs that run together share coefficients, which then stay in the cache.
     pid = tl.program_id(0)
     head = pid // (B * TILES)
@@ -833,6 +844,7 @@ def _backward_keys(
     FIRST,
     TILES,
     END,
+    AREA,
     NP: tl.constexpr,
     FAMILY: tl.constexpr,
     K: tl.constexpr,
@@ -853,9 +865,10 @@ def _backward_keys(
 ):
     """
     dk of BN keys, of TILES tiles from key FIRST to END, in a chunk of images, and the chunk's sums for the coefficients
-    of these keys: `partial` is (chunks, H, M, END - FIRST, RP).
+    of these keys: `partial` is (chunks, H, M, END - FIRST, RP), from its row AREA of RP on.
     """
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     pid = tl.program_id(0)
     chunks = tl.cdiv(B, CHUNK)
     head = pid // (chunks * TILES)
@@ -866,7 +879,7 @@ def _backward_keys(
     edge = keys[:, None] * RP + r[None, :]
     inside = keys[:, None] < END
     packed_ptr += head * (2 * M + 1) * NP * RP
-    partial_ptr += ((chunk * H + head).to(tl.int64) * M * (END - FIRST) - FIRST) * RP
+    partial_ptr += ((chunk * H + head).to(tl.int64) * M * (END - FIRST) + AREA - FIRST) * RP
     slopes = ()
     if KEPT:
         for m in tl.static_range(M):
@@ -995,6 +1008,7 @@ def _backward_edges(
     and `partial` (chunks x QUERY_PARTS, H, M + EDGES, N, RP). dq grows from one tile of keys to the next.
     """
     dtype = q_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
     pid = tl.program_id(0)
     chunks = tl.cdiv(B, CHUNK)
     query_part = pid % QUERY_PARTS
@@ -1092,7 +1106,7 @@ def _add_parts(parts_ptr, out_ptr, PARTS, SIZE, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(PARTS):
-        total += tl.load(parts_ptr + part * SIZE.to(tl.int64) + at, mask=at < SIZE, other=0.0)
+        total += tl.load(parts_ptr + part * tl.cast(SIZE, tl.int64) + at, mask=at < SIZE, other=0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < SIZE)
 
 
@@ -1221,7 +1235,7 @@ def _reduce(
     edge = r * N + n
     rest = n >= REST
     span = tl.where(rest, N - REST, REST).to(tl.int64) * RP
-    first = at + head * COUNT * span + tl.where(rest, CHUNKS.to(tl.int64) * H * COUNT * REST - REST, 0) * RP
+    first = at + head * COUNT * span + tl.where(rest, tl.cast(CHUNKS, tl.int64) * H * COUNT * REST - REST, 0) * RP
     step = H * COUNT * span
     chunks = tl.where(rest, REST_CHUNKS, CHUNKS)
     most = tl.max(tl.where(inside, chunks, 0), axis=0)
@@ -1492,6 +1506,27 @@ class _Launcher:
             binary.run(*grid, self.stream, binary.function, binary.packed_metadata, *none, *arguments, *constants)
 
 
+class _TracedLauncher:
+    """Writes launches into the graph of torch.compile, so that inductor makes them part of the code that it emits."""
+
+    def __init__(self, plan: _Plan, tensors, *sizes):
+        self.plan = plan
+
+    def __call__(self, kernel, programs: int, *arguments, name: str | None = None) -> None:
+        options = self.plan.options[name or kernel.__name__]
+        torch.library.wrap_triton(kernel)[(programs, 1, 1)](*arguments, **options)
+
+
+class _NoLauncher:
+    """Launches nothing, where only the shapes of the outputs are asked for."""
+
+    def __init__(self, plan: _Plan, tensors, *sizes):
+        pass
+
+    def __call__(self, kernel, programs: int, *arguments, name: str | None = None) -> None:
+        pass
+
+
 # Programs that keep an H100 or H200 busy: two for each multiprocessor. A number of the machine itself would make the
 # rounding depend on the machine.
 _PROGRAMS = 264
@@ -1524,7 +1559,10 @@ def _shares(images: int, heads: int, tiles: int, programs: int) -> tuple[int, in
     each = programs // (images * heads)
     if each < 4:
         return max(1, images * heads // programs), max(1, min(tiles, each)), 1
-    key_parts = min(tiles, math.isqrt(each))
+    # min(tiles, isqrt(each)), of whose value torch.compile would make a graph for each batch.
+    key_parts = 1
+    while key_parts < tiles and (key_parts + 1) ** 2 <= each:
+        key_parts += 1
     return 1, key_parts, min(tiles, each // key_parts)
 
 
@@ -1551,6 +1589,12 @@ def _padded(tokens: int) -> int:
     return _cdiv(tokens, _PADDING) * _PADDING
 
 
+def _sizes(q: torch.Tensor, parameters) -> tuple[int, ...]:
+    """B, h, N, d and r. The kernels are compiled for all but B, which alone may be a symbol of torch.compile."""
+    images, *sizes = q.shape
+    return images, *map(int, (*sizes, parameters[5].shape[-1]))
+
+
 def _on_its_device(run):
     """Triton launches on the current device: make that the one of the first tensor."""
 
@@ -1565,21 +1609,23 @@ def _on_its_device(run):
 
 
 @_on_its_device
-def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bool):
+def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bool, launcher=_Launcher):
     """
-    Output (B, N, h, d), and what the backward pass wants: the packed parameters, H and U, H empty unless `save`.
+    Output (B, N, h, d), and what the backward pass wants: the packed parameters, H and U, empty where there is none, H
+    also unless `save`.
 
     `parameters` are three of the basis (absent ones empty), scale_basis, scale_base, and the projector.
     """
-    images, heads, tokens, head_size = q.shape
+    images, heads, tokens, head_size, rank = _sizes(q, parameters)
     padded = _padded(tokens)
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, save, tokens, q.device)
+    plan = _Plan(form, rank, head_size, q.dtype, keep is not None, save, tokens, q.device)
     rp = plan.rank_padded
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     packed = q.new_empty(heads, 2 * plan.features + 1, padded, rp)
-    edges = q.new_empty(heads, plan.edges, plan.rank, padded, dtype=torch.float32) if plan.edges else packed
+    # What is written is never one tensor under two names: a compiler would keep one of the two.
+    edges = q.new_empty((heads, plan.edges, rank, padded) if plan.edges else 0, dtype=torch.float32)
     visible = q if keep is None else keep
-    launch = _Launcher(plan, (q, k, v, visible, *parameters), *q.shape)
+    launch = launcher(plan, (q, k, v, visible, *parameters), *q.shape)
     sizes = (images, heads, tokens)
     parts = _parts(images * heads, tokens)
     u = _new_square(q, plan, parts)
@@ -1588,7 +1634,7 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     launch(_prepare, programs, *tensors, *v.stride()[:3], *sizes, parts)
     u = _sum_of_parts(u, q.dtype)
     out = q.new_empty(images, tokens, heads, head_size)
-    hidden = q.new_empty(images, heads, tokens, rp) if save else out
+    hidden = q.new_empty((images, heads, tokens, rp) if save else 0)
     tensors = (q, k, packed, edges, visible, u, out, hidden)
     numbers = (*q.stride()[:3], *k.stride()[:3], *sizes, scaling)
     for name, first, tiles in plan.launches("_forward", "BM", tokens, images * heads < _PROGRAMS):
@@ -1597,14 +1643,16 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
 
 
 @_on_its_device
-def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form):
+def _run_backward(
+    d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form, launcher=_Launcher
+):
     """Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty."""
-    images, heads, tokens, head_size = q.shape
-    plan = _Plan(form, parameters[5].shape[-1], head_size, q.dtype, keep is not None, True, tokens, q.device)
+    images, heads, tokens, head_size, rank = _sizes(q, parameters)
+    plan = _Plan(form, rank, head_size, q.dtype, keep is not None, True, tokens, q.device)
     rp = plan.rank_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
-    launch = _Launcher(plan, (q, k, v, d_out, visible, *parameters), *q.shape)
+    launch = launcher(plan, (q, k, v, d_out, visible, *parameters), *q.shape)
     sizes = (images, heads, tokens)
     q_strides, k_strides = q.stride()[:3], k.stride()[:3]
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
@@ -1617,14 +1665,14 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     launch(_backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
     d_u = _sum_of_parts(d_u, q.dtype)
     numbers = (*q_strides, *k_strides, *sizes, scaling)
-    sums = heads * (plan.features + plan.edges) * rp
+    sums = heads * (plan.features + plan.edges)
     if plan.edges:
         tiles = _cdiv(tokens, plan.tiles["_backward_edges"]["BN"])
         size, *parts = _shares(images, heads, tiles, plan.programs["_backward_edges"])
         chunks, ends = [_cdiv(images, size) * parts[1]], [tokens]
         grown_q = q.new_empty(parts[0], *d_q.shape, dtype=torch.float32)
         grown_k = d_k if parts[1] == 1 else q.new_empty(parts[1], *d_k.shape, dtype=torch.float32)
-        partial = q.new_empty(chunks[0] * sums * tokens, dtype=torch.float32)
+        partial = q.new_empty(chunks[0] * sums * tokens * rp, dtype=torch.float32)
         tensors = (q, k, packed, edges, visible, d_hidden, grown_q, grown_k, partial)
         launch(_backward_edges, heads * chunks[0] * parts[0], *tensors, *numbers, size, *parts)
         programs = _cdiv(d_q.numel(), plan.options["_add_parts"]["BLOCK"])
@@ -1640,13 +1688,14 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
         ends = [*(first for _, first, _ in launches[1:]), tokens]
         sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
         chunks = [_cdiv(images, size) for size in sizes_of_chunks]
-        areas = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
-        partial = q.new_empty(sum(areas), dtype=torch.float32)
-        for (name, first, tiles), end, size, n, area in zip(
-            launches, ends, sizes_of_chunks, chunks, partial.split(areas)
-        ):
-            tensors = (q, k, packed, visible, d_hidden, d_k, area)
-            launch(_backward_keys, heads * n * tiles, *tensors, *numbers, size, first, tiles, end, name=name)
+        rows = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
+        # Not views of it: what is written through a view, a compiler copies.
+        *areas, rows = accumulate(rows, initial=0)
+        partial = q.new_empty(rows * rp, dtype=torch.float32)
+        tensors = (q, k, packed, visible, d_hidden, d_k, partial)
+        for (name, first, tiles), n, size, end, area in zip(launches, chunks, sizes_of_chunks, ends, areas):
+            ranges = (size, first, tiles, end, area)
+            launch(_backward_keys, heads * n * tiles, *tensors, *numbers, *ranges, name=name)
     tiles = _cdiv(tokens, plan.options["_backward_values"]["BLOCK"])
     size = _chunk(images, heads * tiles, plan.programs["_backward_values"])
     w_chunks = _cdiv(images, size)
@@ -1714,13 +1763,25 @@ class _FusedAttention(torch.autograd.Function):
 
 def _register_operators():
     """
-    The kernels as custom operators, which torch.compile and CUDA graphs take whole. Registered once per process, also
-    where this file is loaded a second time as remote code.
-    """
-    if hasattr(torch.ops.karat_vit, "attention_v1"):
-        return torch.ops.karat_vit.attention_v1
+    The kernels as operators, for torch.compile and what records through it. Inductor looks into them and launches the
+    kernels itself; Triton's interpreter, which has nothing that could be traced, runs them whole.
 
-    @torch.library.custom_op("karat_vit::attention_v1", mutates_args=())
+    They are named after the text of this file, for which they are registered once in a process: it may be loaded a
+    second time, or in another version, as remote code; and PyTorch keeps what it compiled by the names of operators.
+    """
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    name = f"attention_{version}"
+    if hasattr(torch.ops.karat_vit, name):
+        return getattr(torch.ops.karat_vit, name)
+    if INTERPRET:
+        operator, launcher = torch.library.custom_op, _Launcher
+    else:
+        operator, launcher = torch.library.triton_op, _TracedLauncher
+
+    def run_forward(q, k, v, parameters, keep, scaling, form, save, launcher):
+        return _run_forward(q, k, v, parameters, keep, float(scaling), Form.from_list(form), save, launcher)
+
+    @operator(f"karat_vit::{name}", mutates_args=())
     def attention(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -1731,29 +1792,20 @@ def _register_operators():
         form: list[float],
         save: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        out, packed, edges, hidden, u = _run_forward(q, k, v, parameters, keep, scaling, Form.from_list(form), save)
-        # An operator returns no tensor twice.
-        edges = q.new_empty(0) if edges is packed else edges
-        return out, packed, edges, hidden if save else q.new_empty(0), u
+        return run_forward(q, k, v, parameters, keep, scaling, form, save, launcher)
 
     @attention.register_fake
-    def _(q, k, v, parameters, keep, scaling, form, save):
-        images, heads, tokens, head_size = q.shape
-        # The kernels are compiled for these, so a graph is for one of each; the batch may be of any size.
-        rank, tokens, head_size = int(parameters[5].shape[-1]), int(tokens), int(head_size)
-        padded = _padded(tokens)
-        plan = _Plan(Form.from_list(form), rank, head_size, q.dtype, keep is not None, save, tokens, q.device)
-        rp = plan.rank_padded
-        edges = (heads, plan.edges, plan.rank, padded)
-        return (
-            q.new_empty(images, tokens, heads, head_size),
-            q.new_empty(heads, 2 * plan.features + 1, padded, rp),
-            q.new_empty(edges, dtype=torch.float32) if plan.edges else q.new_empty(0),
-            q.new_empty((images, heads, tokens, rp) if save else 0),
-            q.new_empty(images, heads, rp, plan.head_size_padded),
-        )
+    def _(*args):
+        return run_forward(*args, _NoLauncher)
 
-    @torch.library.custom_op("karat_vit::attention_backward_v1", mutates_args=())
+    def run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launcher):
+        saved = packed, edges, hidden, u
+        form = Form.from_list(form)
+        gradients = _run_backward(d_out, q, k, v, parameters, keep, *saved, float(scaling), form, launcher)
+        # An operator returns none of its arguments.
+        return [x if x.numel() else torch.empty_like(x) for x in gradients]
+
+    @operator(f"karat_vit::attention_backward_{version}", mutates_args=())
     def attention_backward(
         d_out: torch.Tensor,
         q: torch.Tensor,
@@ -1768,16 +1820,11 @@ def _register_operators():
         scaling: float,
         form: list[float],
     ) -> list[torch.Tensor]:
-        form = Form.from_list(form)
-        gradients = _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form)
-        # An operator returns none of its arguments.
-        return [x if x.numel() else torch.empty_like(x) for x in gradients]
+        return run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launcher)
 
     @attention_backward.register_fake
-    def _(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form):
-        images, heads, tokens, head_size = q.shape
-        d_qkv = [q.new_empty(images, tokens, heads, head_size) for _ in range(3)]
-        return d_qkv + [torch.empty_like(x) for x in parameters]
+    def _(*args):
+        return run_backward(*args, _NoLauncher)
 
     def setup_context(ctx, inputs, output):
         q, k, v, parameters, keep, scaling, form, _ = inputs
@@ -1787,14 +1834,14 @@ def _register_operators():
 
     def backward(ctx, d_out, *_):
         q, k, v, keep, packed, edges, hidden, u, *parameters = ctx.saved_tensors
-        gradients = torch.ops.karat_vit.attention_backward_v1(
+        gradients = attention_backward(
             d_out, q, k, v, parameters, keep, packed, edges, hidden, u, ctx.scaling, ctx.form
         )
         d_q, d_k, d_v = (x.transpose(1, 2) for x in gradients[:3])
         return d_q, d_k, d_v, gradients[3:], None, None, None, None
 
     attention.register_autograd(backward, setup_context=setup_context)
-    return torch.ops.karat_vit.attention_v1
+    return getattr(torch.ops.karat_vit, name)
 
 
 _attention = _register_operators()
