@@ -8,6 +8,7 @@ reads TRITON_INTERPRET when it is imported; on a machine with an NVIDIA GPU it c
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, kernels
 from modeling_karat_vit.attention import KArAtOperator, eager_karat_attention
@@ -334,6 +335,44 @@ def test_compile_takes_the_kernels_whole():
         torch.compiler.reset()
         compiled = torch.compile(operator, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         for actual, expected in zip(run(compiled), run(operator)):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="inductor launches the kernels on a GPU")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"basis_type": "spline", "base_fn": "silu"},
+        {"basis_type": "wavelet", "wavelet_type": "shannon"},
+        {"basis_type": "rational", "base_fn": "silu"},
+    ],
+    ids=str,
+)
+def test_inductor_launches_the_kernels_itself(monkeypatch, options, masked, mode):
+    monkeypatch.undo()  # Buffers are not poisoned: that would be traced, too.
+    torch.compiler.reset()
+    operator = make_operator(8, 9, 3, karat_rank=12, **options)
+    compiled = torch.compile(operator, fullgraph=True, mode=mode)
+    # A second number of images makes a graph for any.
+    for images in (4, 6, 9):
+        qkv = torch.randn(images, 73, 3, 3, 16, device=DEVICE, dtype=torch.bfloat16)
+        inputs = [x.transpose(1, 2).detach().requires_grad_() for x in qkv.unbind(2)]
+        keep = torch.rand(images, 73, device=DEVICE) > 0.3 if masked else None
+        leaves = [*inputs, *operator.parameters()]
+
+        def run(function, inputs=inputs, keep=keep, leaves=leaves):
+            output, _, _ = function(*inputs, 0.25, "karat_triton", keep)
+            gradients = torch.autograd.grad(output.float().square().sum(), leaves, materialize_grads=True)
+            return [x.clone() for x in (output, *gradients)]
+
+        found, code = run_and_get_code(run, compiled)
+        if images == 4:
+            assert any("_backward_values" in text for text in code)
+            assert not any("torch.ops.karat_vit" in text for text in code)
+        for actual, expected in zip(found, run(operator)):
             torch.testing.assert_close(actual, expected)
 
 
