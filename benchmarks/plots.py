@@ -14,7 +14,13 @@ from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"karat_triton": "fused", "karat_portable": "portable", "eager": "reference", "naive": "einsums"}
-WAVELETS = {"mexican_hat": "Mexican hat", "morlet": "Morlet"}
+WAVELETS = {
+    "mexican_hat": "Mexican hat",
+    "morlet": "Morlet",
+    "dog": "DOG",
+    "meyer": "Meyer",
+    "shannon": "Shannon",
+}
 TIME, MEMORY = "#0072b2", "#e69f00"  # Okabe and Ito's, which the colour-blind can tell apart.
 
 

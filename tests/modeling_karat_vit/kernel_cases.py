@@ -8,6 +8,7 @@ reads TRITON_INTERPRET when it is imported; on a machine with an NVIDIA GPU it c
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, kernels
@@ -322,20 +323,53 @@ def test_gradients_are_equal_where_activations_are_not_kept(way):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_compile_takes_the_kernels_whole():
-    operator = make_operator(4, 4, 2, karat_rank=2, grid_size=1)
-    inputs = [torch.randn(3, 2, 17, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
-    leaves = [*inputs, *operator.parameters()]
+def compiled_and_eager(operator, compiled, images: int, head_size=16, masked=False, dtype=torch.float32):
+    """Output and gradients of the compiled operator, and of the operator itself, for the same inputs."""
+    tokens, heads = operator.config.num_tokens, operator.config.num_attention_heads
+    # As the projections give them.
+    qkv = torch.randn(images, tokens, 3, heads, head_size, device=DEVICE, dtype=dtype, requires_grad=True)
+    keep = torch.rand(images, tokens, device=DEVICE) > 0.3 if masked else None
+    names = ["qkv", *(name for name, _ in operator.named_parameters())]
+    leaves = [qkv, *operator.parameters()]
 
     def run(function):
-        output, _, _ = function(*inputs, 0.25, "karat_triton")
-        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))
+        output, _, _ = function(query, key, value, 0.25, "karat_triton", keep)
+        gradients = torch.autograd.grad(output.float().square().mean(), leaves, materialize_grads=True)
+        # What a CUDA graph hands out is its own, until the next step.
+        return {"output": output.detach().clone(), **{name: x.clone() for name, x in zip(names, gradients)}}
 
-    for dynamic in (False, True):
+    return run(compiled), run(operator)
+
+
+@pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
+def test_compile_takes_the_kernels_whole(basis):
+    operator = make_operator(4, 4, 2, karat_rank=2, **basis)
+    for dynamic, batches in ((False, [4]), (True, [4, 6, 5])):
         torch.compiler.reset()
-        compiled = torch.compile(operator, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        for actual, expected in zip(run(compiled), run(operator)):
-            torch.testing.assert_close(actual, expected)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(operator, fullgraph=True, backend=counter, dynamic=dynamic)
+        graphs = []
+        for images in batches:
+            torch.testing.assert_close(*compiled_and_eager(operator, compiled, images))
+            graphs.append(counter.frame_count)
+        assert graphs[-1] == graphs[0]
+
+
+@pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
+def test_the_operators_keep_their_promises(monkeypatch, basis):
+    """They write to no argument and return none; shapes, strides and gradients are what they say."""
+    monkeypatch.undo()  # NaN is not equal to itself.
+    operator = make_operator(2, 3, 2, karat_rank=2, **basis)
+    calls, attention = [], kernels._attention
+    monkeypatch.setattr(kernels, "_attention", lambda *args: calls.append(args) or attention(*args))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    query, key, value = (torch.randn(2, 2, 7, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    keep = torch.rand(2, 7, device=DEVICE) > 0.3
+    operator(query, key, value, 0.25, "karat_triton", keep)
+    monkeypatch.undo()
+    (arguments,) = calls
+    torch.library.opcheck(attention.default, arguments)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="inductor launches the kernels on a GPU")
