@@ -360,17 +360,10 @@ def _powers(x, weight, FIRST: tl.constexpr, COUNT: tl.constexpr):
     odd = weight * x
     powers = ()
     for j in tl.static_range(FIRST + COUNT):
-        if j > 1 and j % 2 == 0:
-            even = square if j == 2 else even * square
+        if j > 0 and j % 2 == 0:
+            even = even * square
         if j >= FIRST:
-            if j == 0:
-                powers = powers + (weight,)
-            elif j == 1:
-                powers = powers + (odd,)
-            elif j % 2 == 0:
-                powers = powers + (weight * even,)
-            else:
-                powers = powers + (odd * even,)
+            powers = powers + ((weight if j % 2 == 0 else odd) * even,)
     return powers
 
 
@@ -986,7 +979,6 @@ def _backward_edges(
     NP: tl.constexpr,
     R: tl.constexpr,
     FAMILY: tl.constexpr,
-    K: tl.constexpr,
     M: tl.constexpr,
     WAVELET: tl.constexpr,
     NUMERATOR: tl.constexpr,
@@ -1332,15 +1324,12 @@ def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
     """
     programs = {"_backward_keys": 264, "_backward_keys_rest": 1056, "_backward_edges": 1584, "_backward_values": 1056}
     if form.family >= FAMILIES["wavelet"]:
-        tiles = {
-            "_forward": (64, 32, 2, 2),
-            "_forward_rest": (16, 64, 1, 2),
-            "_backward_edges": (16, 16, 1, 1),
-        }
-        if form.family == FAMILIES["wavelet"] and form.wavelet in (WAVELETS["meyer"], WAVELETS["shannon"]):
-            tiles["_forward"] = (64, 32, 4, 2)
-        if form.family == FAMILIES["rational"]:
-            del tiles["_forward_rest"]  # A few queries alone take longer than a tile that they leave empty.
+        tiles = {"_forward": (64, 32, 2, 2), "_backward_edges": (16, 16, 1, 1)}
+        if form.family == FAMILIES["wavelet"]:
+            # Of rational functions, a few queries alone take longer than a tile that they leave empty.
+            tiles["_forward_rest"] = (16, 64, 1, 2)
+            if form.wavelet in (WAVELETS["meyer"], WAVELETS["shannon"]):
+                tiles["_forward"] = (64, 32, 4, 2)
     else:
         tiles = {
             "_forward": (64, 16, 4, 3),
@@ -1356,9 +1345,6 @@ def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
             tiles |= {"_forward": (64, 32, 4, 4), "_backward_queries": (64, 32, 4, 4), "_backward_keys": (16, 64, 4, 4)}
             programs["_backward_keys"] = 396
     tiles = {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
-    if "_backward_edges" in tiles:
-        # Of so many registers, twelve warps share a multiprocessor.
-        tiles["_backward_edges"]["maxnreg"] = 168
     return tiles | {
         "_backward_hidden": {"BLOCK": _PADDING, "num_stages": 3},
         "_backward_values": {"BLOCK": 32, "num_warps": 2, "num_stages": 3},
@@ -1412,8 +1398,9 @@ class _Plan:
             "DP": self.head_size_padded,
         }
         self.tiles, self.programs = _tiles(form)
-        if self.rank_padded > 16:
-            self.tiles.get("_backward_edges", {}).pop("maxnreg", None)
+        if self.edges and self.rank_padded == 16:
+            # Of so many registers, twelve warps share a multiprocessor; larger ranks need more.
+            self.tiles["_backward_edges"]["maxnreg"] = 168
         self._fit(dtype.itemsize, _loadable(device))
         own = self.tiles | {"_prepare": {"BLOCK": _PADDING}}
         self.options = {}
@@ -1654,7 +1641,6 @@ def _run_backward(
     visible = q if keep is None else keep
     launch = launcher(plan, (q, k, v, d_out, visible, *parameters), *q.shape)
     sizes = (images, heads, tokens)
-    q_strides, k_strides = q.stride()[:3], k.stride()[:3]
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
     d_hidden = q.new_empty(images, heads, rp, _padded(tokens)) if plan.edges else torch.empty_like(hidden)
     batch_stride, row_stride, head_stride, _ = d_out.stride()
@@ -1664,34 +1650,35 @@ def _run_backward(
     tensors = (d_out, hidden, u, d_hidden, d_u)
     launch(_backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
     d_u = _sum_of_parts(d_u, q.dtype)
-    numbers = (*q_strides, *k_strides, *sizes, scaling)
+    numbers = (*q.stride()[:3], *k.stride()[:3], *sizes, scaling)
     sums = heads * (plan.features + plan.edges)
     if plan.edges:
         tiles = _cdiv(tokens, plan.tiles["_backward_edges"]["BN"])
-        size, *parts = _shares(images, heads, tiles, plan.programs["_backward_edges"])
-        chunks, ends = [_cdiv(images, size) * parts[1]], [tokens]
-        grown_q = q.new_empty(parts[0], *d_q.shape, dtype=torch.float32)
-        grown_k = d_k if parts[1] == 1 else q.new_empty(parts[1], *d_k.shape, dtype=torch.float32)
+        size, key_parts, query_parts = _shares(images, heads, tiles, plan.programs["_backward_edges"])
+        chunks, ends = [_cdiv(images, size) * query_parts], [tokens]
+        grown_q = q.new_empty(key_parts, *d_q.shape, dtype=torch.float32)
+        grown_k = d_k if query_parts == 1 else q.new_empty(query_parts, *d_k.shape, dtype=torch.float32)
         partial = q.new_empty(chunks[0] * sums * tokens * rp, dtype=torch.float32)
         tensors = (q, k, packed, edges, visible, d_hidden, grown_q, grown_k, partial)
-        launch(_backward_edges, heads * chunks[0] * parts[0], *tensors, *numbers, size, *parts)
+        ranges = (size, key_parts, query_parts)
+        launch(_backward_edges, heads * chunks[0] * key_parts, *tensors, *numbers, *ranges)
         programs = _cdiv(d_q.numel(), plan.options["_add_parts"]["BLOCK"])
-        launch(_add_parts, programs, grown_q, d_q, parts[0], d_q.numel())
-        if parts[1] > 1:
-            launch(_add_parts, programs, grown_k, d_k, parts[1], d_k.numel())
+        launch(_add_parts, programs, grown_q, d_q, key_parts, d_q.numel())
+        if query_parts > 1:
+            launch(_add_parts, programs, grown_k, d_k, query_parts, d_k.numel())
     else:
         few = images * heads < _PROGRAMS
+        tensors = (q, k, packed, visible, d_hidden, d_q)
         for name, first, tiles in plan.launches("_backward_queries", "BM", tokens, few):
-            tensors = (q, k, packed, visible, d_hidden, d_q)
             launch(_backward_queries, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
         launches = plan.launches("_backward_keys", "BN", tokens, few)
         ends = [*(first for _, first, _ in launches[1:]), tokens]
         sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
         chunks = [_cdiv(images, size) for size in sizes_of_chunks]
         rows = [n * sums * (end - first) for n, (_, first, _), end in zip(chunks, launches, ends)]
-        # Not views of it: what is written through a view, a compiler copies.
-        *areas, rows = accumulate(rows, initial=0)
-        partial = q.new_empty(rows * rp, dtype=torch.float32)
+        # Where in `partial` each launch begins. Not views of it: what is written through a view, a compiler copies.
+        *areas, all_rows = accumulate(rows, initial=0)
+        partial = q.new_empty(all_rows * rp, dtype=torch.float32)
         tensors = (q, k, packed, visible, d_hidden, d_k, partial)
         for (name, first, tiles), n, size, end, area in zip(launches, chunks, sizes_of_chunks, ends, areas):
             ranges = (size, first, tiles, end, area)
