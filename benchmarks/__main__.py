@@ -46,14 +46,14 @@ def models_on_cuda(table: Table) -> None:
     training_step.run("cuda", table, "base", "fourier G=1", G1, 128, 10, FUSED)
 
 
-def graphs_on_cuda(table: Table) -> None:
-    for batch in (32, 256):
-        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 20, FUSED, ("step graph",))
-
-
 def compiled_on_cuda(table: Table) -> None:
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 32, 20, FUSED, ("cudagraphs",))
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 20, FUSED, ("compile",))
+    for batch in (32, 256):
+        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 20, FUSED, ("compile",))
+
+
+def single_image_on_cuda(table: Table) -> None:
+    modes = ("eager", "compile")
+    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 1, 50, FUSED, modes, whats=("infer",))
 
 
 def many_tokens_on_cuda(table: Table) -> None:
@@ -90,8 +90,8 @@ PARTS = {
     "cuda": {
         "attention": attention_on_cuda,
         "models": models_on_cuda,
-        "graphs": graphs_on_cuda,
         "compiled": compiled_on_cuda,
+        "single-image": single_image_on_cuda,
         "many-tokens": many_tokens_on_cuda,
         "input-pipeline": input_pipeline_on_cuda,
         "devices": lambda table: devices.run("cuda", table),

@@ -36,6 +36,7 @@ FIELDS = (
     "ratio_memory",
     "error",
     "hardware",
+    "cpu",
     "torch",
     "transformers",
     "triton",
@@ -47,6 +48,12 @@ def hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def cpu() -> str:
+    """The processor's name, on which whatever is bound by Python depends."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def versions() -> dict[str, str]:
@@ -177,7 +184,7 @@ class Table:
 
     def __init__(self, device: str):
         self.rows: list[dict] = []
-        self.constant = {"hardware": hardware(device), **versions()}
+        self.constant = {"hardware": hardware(device), "cpu": cpu(), **versions()}
 
     def add(self, **row) -> None:
         same = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
@@ -214,7 +221,7 @@ class Table:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.fields)
+            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
             if new:
                 writer.writeheader()
             for row in self.rows:
@@ -227,7 +234,7 @@ class Rates(Table):
 
     fields = (
         *("benchmark", "model", "provider", "mode", "basis", "batch", "dtype", "what", "images_per_second", "ratio"),
-        *("ms", "cpu_ms", "error", "hardware", "cores", "torch", "transformers", "triton", "date"),
+        *("ms", "cpu_ms", "error", "hardware", "cpu", "cores", "torch", "transformers", "triton", "date"),
     )
 
     def add(self, **row) -> None:

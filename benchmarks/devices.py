@@ -74,7 +74,7 @@ class Devices(Table):
 
     fields = (
         *("benchmark", "model", "provider", "processes", "dtype", "batch", "what", "images_per_second", "ratio"),
-        *("peak_gib", "ratio_memory", "error", "hardware", "torch", "transformers", "triton", "date"),
+        *("peak_gib", "ratio_memory", "error", "hardware", "cpu", "torch", "transformers", "triton", "date"),
     )
 
     def add(self, **row) -> None:

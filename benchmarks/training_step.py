@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from image_classification.softmax_attention import UNMASKED
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
 from .common import PeakMemory, Table, measure, measure_in_turn, relative_error
@@ -27,7 +28,7 @@ def build(provider: str, size: str, options: dict, device: str, image_size: int)
     torch.manual_seed(0)
     shape = {**SIZES[size], "image_size": image_size, "num_labels": 10}
     if provider == "softmax":
-        return ViTForImageClassification(ViTConfig(**shape)).to(device)
+        return ViTForImageClassification(ViTConfig(**shape, attn_implementation=UNMASKED)).to(device)
     model = KArAtViTForImageClassification(KArAtViTConfig(**shape, **options)).to(device)
     model.set_attn_implementation("karat_portable" if provider == "naive" else provider)
     return model
@@ -65,6 +66,7 @@ def run(
     providers,
     modes=("eager",),
     image_size: int = 224,
+    whats=("train", "infer"),
 ) -> None:
     images = torch.randn(batch, 3, image_size, image_size, device=device)
     labels = torch.randint(0, 10, (batch,), device=device)
@@ -88,9 +90,10 @@ def run(
                     images,
                     labels,
                     repeats,
+                    whats,
                 )
             except torch.cuda.OutOfMemoryError:
-                table.add(**row, **name, what="train", error="out of memory")
+                table.add(**row, **name, what=whats[0], error="out of memory")
             if device == "cuda":
                 torch.compiler.reset()
                 torch.cuda.empty_cache()
@@ -149,34 +152,20 @@ def cpu_peak(provider: str, size: str, options: dict, batch: int, what: str, thr
     return memory.gib
 
 
-def time_one(device: str, table: Table, row: dict, model, images, labels, repeats: int) -> None:
-    """
-    Rows for training and inference of one model, if it agrees with `eager`.
-
-    The modes: `eager`; `compile`; `cudagraphs`, compiled with `mode="reduce-overhead"`, which records forward and
-    backward pass; `step graph`, the whole eager step, the optimiser's part included, recorded as one CUDA graph.
-    """
-    provider, mode = row["provider"], row["mode"]
+def time_one(device: str, table: Table, row: dict, model, images, labels, repeats: int, whats) -> None:
+    """Rows for training and inference of one model, `eager` or by `torch.compile`, if it agrees with `eager`."""
+    provider, half = row["provider"], device == "cuda"
     wrong = error(model, provider, images, labels)
     if not wrong < LIMIT:
-        table.add(**row, what="train", error=f"wrong by {wrong:.1e}, not timed")
+        table.add(**row, what=whats[0], error=f"wrong by {wrong:.1e}, not timed")
         return
-    recorded = mode == "step graph"
-    options = {"capturable": True} if recorded else {}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, **options)
-    function = model
-    if mode in ("compile", "cudagraphs"):
-        how = {"mode": "reduce-overhead"} if mode == "cudagraphs" else {}
-        function = torch.compile(model, fullgraph=True, **how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    function = torch.compile(model, fullgraph=True) if row["mode"] == "compile" else model
 
     def precision():
-        # A recorded step must cast the weights anew.
-        half = device == "cuda"
-        return torch.autocast(device, torch.bfloat16, cache_enabled=not recorded) if half else nullcontext()
+        return torch.autocast(device, torch.bfloat16) if half else nullcontext()
 
     def train():
-        if mode == "cudagraphs":
-            torch.compiler.cudagraph_mark_step_begin()
         with precision():
             loss = function(pixel_values=images, labels=labels).loss
         loss.backward()
@@ -188,25 +177,7 @@ def time_one(device: str, table: Table, row: dict, model, images, labels, repeat
             function(pixel_values=images)
 
     with naive() if provider == "naive" else nullcontext():
-        for what, step in (("train", train), ("infer", infer)):
-            if what == "infer" and mode in ("compile", "cudagraphs"):
-                continue  # another compilation, of minutes
+        for what in whats:
             model.train(what == "train")
-            measured = measure(record(step) if recorded else step, device, repeats)
-            if recorded:
-                del measured["peak_gib"]  # PyTorch does not count what lies in a graph's own pool.
-            table.add(**row, what=what, error=f"{wrong:.1e}", **measured)
-
-
-def record(step):
-    """`step` as one CUDA graph; calling the result replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+            step = {"train": train, "infer": infer}[what]
+            table.add(**row, what=what, error=f"{wrong:.1e}", **measure(step, device, repeats))

@@ -26,6 +26,7 @@ from modeling_karat_vit.modeling_karat_vit import drop_path
 from . import hub
 from .arguments import CONFIGURATION, NOT_OF_THE_CONFIG, ModelArguments
 from .errors import InputError, did_you_mean, more
+from .softmax_attention import UNMASKED
 from .transforms import height_and_width
 
 
@@ -99,7 +100,7 @@ def build_model(args: ModelArguments, labels: list[str]) -> PreTrainedModel:
         InputError: see `build_config`; or the weights do not fit the model.
     """
     config = build_config(args, labels)
-    how = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    how = _attention(args, config)
     try:
         if args.finetune is None:
             model = AutoModelForImageClassification.from_config(config, **how)
@@ -112,6 +113,12 @@ def build_model(args: ModelArguments, labels: list[str]) -> PreTrainedModel:
         raise
     except (ValueError, OSError, ImportError) as error:
         raise InputError(str(error)) from error
+
+
+def _attention(args: ModelArguments, config: PreTrainedConfig) -> dict[str, str]:
+    """The argument that chooses how attention is computed, where it is not left to the model."""
+    name = args.attn_implementation or (UNMASKED if config.model_type == "vit" else None)
+    return {} if name is None else {"attn_implementation": name}
 
 
 def add_drop_path(model: PreTrainedModel, rate: float) -> None:
@@ -154,9 +161,10 @@ def load_trained(folder: str, args: ModelArguments, labels: list[str]) -> PreTra
     elif _given(args):
         check_same_model(build_config(_with(args, finetune=folder)), config, folder)
     check_labels(config, labels, folder)
-    how = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True, **how)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder, output_loading_info=True, **_attention(args, config)
+        )
     except (ValueError, OSError, ImportError) as error:
         raise InputError(str(error)) from error
     absent = sorted(info["missing_keys"])
