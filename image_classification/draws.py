@@ -30,12 +30,17 @@ TRIES = 10  # To find a crop, or a part to erase, that lies within the image: to
 
 # What the kernels call the operations; 0 is for none.
 CODES = {
-    name: code
-    for code, name in enumerate(
-        ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd")
-        + ("Color", "Contrast", "Brightness", "Sharpness", "Affine"),
-        start=1,
-    )
+    "AutoContrast": 1,
+    "Equalize": 2,
+    "Invert": 3,
+    "Posterize": 4,
+    "Solarize": 5,
+    "SolarizeAdd": 6,
+    "Color": 7,
+    "Contrast": 8,
+    "Brightness": 9,
+    "Sharpness": 10,
+    "Affine": 11,
 }
 
 

@@ -61,8 +61,14 @@ def check_counts(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     "sides, options",
-    [((60, 90), {}), ((300, 40), {}), ((20, 90), {}), ((9, 200), {"train_crop_scale": [0.5, 1.0]}), ((40, 40), {})]
-    + [((50, 60), {"train_crop_scale": [0.2, 0.4], "train_crop_ratio": [0.5, 0.8]})],
+    [
+        ((60, 90), {}),
+        ((300, 40), {}),
+        ((20, 90), {}),
+        ((9, 200), {"train_crop_scale": [0.5, 1.0]}),
+        ((40, 40), {}),
+        ((50, 60), {"train_crop_scale": [0.2, 0.4], "train_crop_ratio": [0.5, 0.8]}),
+    ],
 )
 def test_crops(sides, options):
     args = DataArguments(**options)
@@ -117,8 +123,16 @@ def applied(rows: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     "policy",
-    ["rand-m15-n2-mstd1.0-inc1", "rand-m9-n3-mstd0.5", "rand-m9-n3-tweights-mstd0.5", "rand-m8-n2-mstd101-p0.7"]
-    + ["rand-m12-n1-mmax15-mstd2-inc1", "original-mstd0.5", "v0r", "v0-mstd1"],
+    [
+        "rand-m15-n2-mstd1.0-inc1",
+        "rand-m9-n3-mstd0.5",
+        "rand-m9-n3-tweights-mstd0.5",
+        "rand-m8-n2-mstd101-p0.7",
+        "rand-m12-n1-mmax15-mstd2-inc1",
+        "original-mstd0.5",
+        "v0r",
+        "v0-mstd1",
+    ],
 )
 def test_policies(policy):
     """Which operations follow each other, and their numbers, one operation at a time."""
@@ -198,8 +212,13 @@ def test_erased_parts(mode, count):
 
 @pytest.mark.parametrize(
     "options",
-    [{"mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.3}, {"mixup": 0.1}, {"cutmix": 0.5, "mixup_prob": 0.6}]
-    + [{"mixup": 0.4, "cutmix_minmax": [0.3, 0.6]}, {"mixup": 2.0, "mixup_prob": 0.7}],
+    [
+        {"mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.3},
+        {"mixup": 0.1},
+        {"cutmix": 0.5, "mixup_prob": 0.6},
+        {"mixup": 0.4, "cutmix_minmax": [0.3, 0.6]},
+        {"mixup": 2.0, "mixup_prob": 0.7},
+    ],
 )
 def test_mixing(options):
     args = DataArguments(**options)
