@@ -13,9 +13,11 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
+import torch
 import yaml
+from accelerate.utils import DynamoBackend
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import HubStrategy
@@ -47,6 +49,62 @@ EXCLUSIVE = (
 
 
 MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Range:
+    """
+    What a number, or each number of a list, may be. What is not finite is in no range.
+
+    Args:
+        low, high: the bounds, which are in it unless `above`, `below`.
+    """
+
+    low: float = -(2.0**53)  # What lies beyond is no number that anyone means, and overflows somewhere.
+    high: float = 2.0**53
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        low = number > self.low if self.above else number >= self.low
+        return low and (number < self.high if self.below else number <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == Range.high:
+            return f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
+        bounds = ("more than " if self.above else "", "less than " if self.below else "")
+        if not any(bounds):
+            return f"between {self.low:.12g} and {self.high:.12g}"
+        return f"{bounds[0] or 'at least '}{self.low:g} and {bounds[1] or 'at most '}{self.high:g}"
+
+
+NOT_NEGATIVE, POSITIVE, COUNT = Range(0), Range(0, above=True), Range(1)
+SHARE, POSITIVE_SHARE, DROPPED = Range(0, 1), Range(0, 1, above=True), Range(0, 1, below=True)
+SIDE, WIDTH, DEGREE = Range(1, 2**14), Range(1, 2**16), Range(0, 64)
+SEED, PROCESSES = Range(0, 2**32 - 1), Range(0, 1024)
+
+# Of the numbers that `TrainingArguments` declares, and whose range it does not check.
+THEIR_RANGES = {
+    "adam_beta1": DROPPED,
+    "adam_beta2": DROPPED,
+    "data_seed": SEED,
+    "dataloader_prefetch_factor": COUNT,
+    "ddp_bucket_cap_mb": COUNT,
+    "ddp_timeout": Range(1, 2**31 - 1),
+    "eval_accumulation_steps": COUNT,
+    "eval_delay": NOT_NEGATIVE,
+    "eval_steps": NOT_NEGATIVE,
+    "gradient_accumulation_steps": COUNT,
+    "label_smoothing_factor": SHARE,
+    "local_rank": Range(-1),
+    "logging_steps": NOT_NEGATIVE,
+    "max_steps": Range(-1),
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "save_steps": POSITIVE,
+    "seed": SEED,
+    "torch_empty_cache_steps": COUNT,
+    "warmup_steps": NOT_NEGATIVE,
+}
 
 
 def cores_to_use() -> int:
@@ -85,30 +143,41 @@ class ModelArguments:
         "How attention is computed: eager (the reference), karat_portable, or for softmax heads sdpa, ... Unset: the "
         "fastest that applies."
     )
-    image_size: list[int] | None = _optional("Image side in pixels, or height and width.")
-    patch_size: list[int] | None = _optional("Patch side in pixels, or height and width.")
-    hidden_size: int | None = _optional("Width of the model.")
-    num_hidden_layers: int | None = _optional("Number of blocks.")
-    num_attention_heads: int | None = _optional("Heads in each block.")
-    intermediate_size: int | None = _optional("Width of the MLPs.")
-    hidden_dropout_prob: float | None = _optional("Dropout after attention and MLP.")
-    attention_probs_dropout_prob: float | None = _optional("Dropout of attention weights; softmax heads only.")
-    drop_path_rate: float | None = _optional("Stochastic depth: rate of the last block; blocks before it less.")
+    image_size: Annotated[list[int] | None, SIDE] = _optional("Image side in pixels, or height and width.")
+    patch_size: Annotated[list[int] | None, SIDE] = _optional("Patch side in pixels, or height and width.")
+    hidden_size: Annotated[int | None, WIDTH] = _optional("Width of the model.")
+    num_hidden_layers: Annotated[int | None, Range(1, 1024)] = _optional("Number of blocks.")
+    num_attention_heads: Annotated[int | None, Range(1, 1024)] = _optional("Heads in each block.")
+    intermediate_size: Annotated[int | None, Range(1, 2**18)] = _optional("Width of the MLPs.")
+    hidden_dropout_prob: Annotated[float | None, DROPPED] = _optional("Dropout after attention and MLP.")
+    attention_probs_dropout_prob: Annotated[float | None, DROPPED] = _optional(
+        "Dropout of attention weights; softmax heads only."
+    )
+    drop_path_rate: Annotated[float | None, DROPPED] = _optional(
+        "Stochastic depth: rate of the last block; blocks before it less."
+    )
+    initializer_range: Annotated[float | None, POSITIVE] = _optional(
+        "Standard deviation of the initial weights (ViT's own, not the learnable functions')."
+    )
     basis_type: str | None = _optional("Basis of the learnable functions: fourier, spline, wavelet, rational.")
     wavelet_type: str | None = _optional("mexican_hat, morlet, dog, meyer or shannon.")
-    grid_size: int | None = _optional("G: harmonics of the Fourier basis, or intervals of the spline's grid.")
-    spline_order: int | None = _optional("Degree of the B-splines.")
+    grid_size: Annotated[int | None, Range(1, 1024)] = _optional(
+        "G: harmonics of the Fourier basis, or intervals of the spline's grid."
+    )
+    spline_order: Annotated[int | None, DEGREE] = _optional("Degree of the B-splines.")
     grid_range: list[float] | None = _optional("The two scores between which the splines' grid lies.")
-    rational_order: list[int] | None = _optional("Degrees of numerator and denominator.")
+    rational_order: Annotated[list[int] | None, DEGREE] = _optional("Degrees of numerator and denominator.")
     base_fn: str | None = _optional("Base function: zero, or the name of an activation (silu, gelu, ...).")
-    karat_rank: int | None = _optional("r, the width between the operator's two steps.")
-    karat_depth: int | None = _optional("Steps of the operator; 1 is full rank.")
+    karat_rank: Annotated[int | None, Range(1, 2**14)] = _optional("r, the width between the operator's two steps.")
+    karat_depth: Annotated[int | None, Range(1, 64)] = _optional("Steps of the operator; 1 is full rank.")
     modular_mode: str | None = _optional("phi1_w2, w1_phi2, or none for an operator whose every step is learnable.")
     sharing: str | None = _optional("blockwise (each block has its operator) or universal (all blocks share one).")
-    num_karat_heads: int | None = _optional(
+    num_karat_heads: Annotated[int | None, Range(0, 1024)] = _optional(
         "KArAt heads in each block, the others softmax. 0 is the paper's number: 1, 3, 6 for Tiny, Small, Base."
     )
-    karat_layers: list[int] | None = _optional("Blocks with KArAt heads (from 0; -1 is the last); unset: all.")
+    karat_layers: Annotated[list[int] | None, Range(-1024, 1023)] = _optional(
+        "Blocks with KArAt heads (from 0; -1 is the last); unset: all."
+    )
     project_l1: bool | None = _optional("Project activated rows on the probability simplex.")
     train_basis: bool | None = _optional("false freezes the basis.")
     train_base: bool | None = _optional("false freezes the scale of the base function.")
@@ -139,7 +208,7 @@ class DataArguments:
     validation_split: str | None = _optional("Split to evaluate on; unset: validation, valid, val or test.")
     image_column: str | None = _optional("Column of the images; unset: the one that holds images.")
     label_column: str | None = _optional("Column of the labels; unset: the one that holds class labels.")
-    validation_fraction: float = field(
+    validation_fraction: Annotated[float, SHARE] = field(
         default=0.1,
         metadata={"help": "Where there is no split to evaluate on: the part of the training split that is held out."},
     )
@@ -150,14 +219,14 @@ class DataArguments:
             "larger than the disk."
         },
     )
-    shuffle_buffer: int = field(
+    shuffle_buffer: Annotated[int, COUNT] = field(
         default=4096,
         metadata={"help": "With streaming: images, undecoded in memory, among which the next one is drawn."},
     )
-    max_train_samples: int | None = _optional(
+    max_train_samples: Annotated[int | None, COUNT] = _optional(
         "Train on this many images, drawn with the seed (of a stream: the first)."
     )
-    max_eval_samples: int | None = _optional(
+    max_eval_samples: Annotated[int | None, COUNT] = _optional(
         "Evaluate on this many images, drawn with the seed (of a stream: the first)."
     )
     check_images: str = field(
@@ -175,27 +244,31 @@ class DataArguments:
             "training starts."
         },
     )
-    image_mean: list[float] | None = _optional(
+    image_mean: Annotated[list[float] | None, SHARE] = _optional(
         "Mean of each channel, pixels from 0 to 1; unset: of the --finetune checkpoint, else ImageNet's."
     )
-    image_std: list[float] | None = _optional("Standard deviation of each channel; unset as for the mean.")
-    eval_crop_ratio: float | None = _optional(
+    image_std: Annotated[list[float] | None, POSITIVE] = _optional(
+        "Standard deviation of each channel; unset as for the mean."
+    )
+    eval_crop_ratio: Annotated[float | None, POSITIVE_SHARE] = _optional(
         "Evaluation resizes the shorter side to image size / ratio, bicubic, and crops the centre; 1 keeps it whole. "
         "Unset: of the checkpoint, else 0.9."
     )
-    train_crop_scale: list[float] = field(
+    train_crop_scale: Annotated[list[float], POSITIVE_SHARE] = field(
         default_factory=lambda: [0.08, 1.0],
         metadata={"help": "Training crops a random part of this size, as a share of the image, and resizes it."},
     )
-    train_crop_ratio: list[float] = field(
+    train_crop_ratio: Annotated[list[float], POSITIVE] = field(
         default_factory=lambda: [3 / 4, 4 / 3], metadata={"help": "Aspect ratios of the random crops."}
     )
     train_interpolation: str = field(
         default="bicubic",
         metadata={"help": "Interpolation of the training crops.", "choices": ["bicubic", "bilinear", "nearest"]},
     )
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
-    color_jitter: float = field(
+    horizontal_flip: Annotated[float, SHARE] = field(
+        default=0.5, metadata={"help": "Probability of a horizontal flip in training."}
+    )
+    color_jitter: Annotated[float, NOT_NEGATIVE] = field(
         default=0.4,
         metadata={
             "help": "Strength of the random changes of brightness, contrast and saturation; not beside auto_augment."
@@ -204,7 +277,9 @@ class DataArguments:
     auto_augment: str | None = _optional(
         "RandAugment, AutoAugment or AugMix by timm's string, as rand-m15-n2-mstd1.0-inc1; none: none."
     )
-    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a part of a training image."})
+    random_erasing: Annotated[float, SHARE] = field(
+        default=0.0, metadata={"help": "Probability of erasing a part of a training image."}
+    )
     random_erasing_mode: str = field(
         default="pixel",
         metadata={
@@ -212,14 +287,16 @@ class DataArguments:
             "choices": ["const", "rand", "pixel"],
         },
     )
-    random_erasing_count: int = field(default=1, metadata={"help": "Erase up to this many parts."})
-    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none."})
-    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none."})
-    cutmix_minmax: list[float] | None = _optional(
+    random_erasing_count: Annotated[int, COUNT] = field(default=1, metadata={"help": "Erase up to this many parts."})
+    mixup: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none."})
+    cutmix: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none."})
+    cutmix_minmax: Annotated[list[float] | None, SHARE] = _optional(
         "Smallest and largest side of CutMix's part, as shares of the image; in place of its alpha."
     )
-    mixup_prob: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed at all."})
-    mixup_switch_prob: float = field(
+    mixup_prob: Annotated[float, SHARE] = field(
+        default=1.0, metadata={"help": "Probability that a batch is mixed at all."}
+    )
+    mixup_switch_prob: Annotated[float, SHARE] = field(
         default=0.5, metadata={"help": "Where mixup and CutMix are both on: probability that a mixed batch has CutMix."}
     )
     mixup_mode: str = field(
@@ -239,7 +316,7 @@ class DataArguments:
             "choices": ["workers", "device"],
         },
     )
-    device_decode: float = field(
+    device_decode: Annotated[float, SHARE] = field(
         default=0.0,
         metadata={
             "help": "With augment_on device: the share of the JPEGs, from 0 to 1, that the GPU decodes (nvJPEG) in "
@@ -258,20 +335,20 @@ class RunArguments(TrainingArguments):
 
     _argument_group_name = "training (ours, and all of Transformers' TrainingArguments)"
 
-    base_lr: float | None = _optional(
+    base_lr: Annotated[float | None, NOT_NEGATIVE] = _optional(
         f"Learning rate for {REFERENCE_BATCH} images a step: the rate that runs is base_lr * global batch / "
         f"{REFERENCE_BATCH}. 5e-4 unless learning_rate is given, which runs as it is."
     )
     scale_lr: bool = field(default=True, metadata={"help": "Scale base_lr (and attn_lr beside it) with the batch."})
-    learning_rate: float | None = _optional("Learning rate as it runs, in place of base_lr.")
-    attn_lr: float | None = _optional(
+    learning_rate: Annotated[float | None, NOT_NEGATIVE] = _optional("Learning rate as it runs, in place of base_lr.")
+    attn_lr: Annotated[float | None, NOT_NEGATIVE] = _optional(
         "Learning rate of the KArAt parameters; scaled with the batch exactly when base_lr is. Unset: as all others."
     )
-    attn_weight_decay: float | None = _optional(
+    attn_weight_decay: Annotated[float | None, NOT_NEGATIVE] = _optional(
         "Weight decay of the KArAt parameters, of every one. Unset: weight_decay, as DeiT's code decays whatever is a "
         "matrix or more."
     )
-    layer_decay: float | None = _optional(
+    layer_decay: Annotated[float | None, POSITIVE_SHARE] = _optional(
         "Each block learns at this times the rate of the block above it, the embeddings likewise below the first "
         "block, the last block at this times the head's; an operator that all blocks share goes with the last."
     )
@@ -283,20 +360,30 @@ class RunArguments(TrainingArguments):
             "constant. `--lr_scheduler_type` takes Transformers' own instead.",
         },
     )
-    warmup_epochs: float | None = field(
+    warmup_epochs: Annotated[float | None, NOT_NEGATIVE] = field(
         default=5.0, metadata={"help": "Epochs in which the rate rises linearly from warmup_lr."}
     )
-    warmup_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the start of the warm-up."})
-    min_lr: float = field(default=1e-5, metadata={"help": "Lowest learning rate of cosine, linear, poly and tanh."})
-    cooldown_epochs: float = field(
+    warmup_lr: Annotated[float, NOT_NEGATIVE] = field(
+        default=1e-6, metadata={"help": "Learning rate at the start of the warm-up."}
+    )
+    min_lr: Annotated[float, NOT_NEGATIVE] = field(
+        default=1e-5, metadata={"help": "Lowest learning rate of cosine, linear, poly and tanh."}
+    )
+    cooldown_epochs: Annotated[float, NOT_NEGATIVE] = field(
         default=0.0, metadata={"help": "Epochs at min_lr at the end; num_train_epochs counts them."}
     )
-    decay_epochs: float = field(default=30.0, metadata={"help": "Epochs between the drops of the step schedule."})
-    decay_milestones: list[float] = field(
+    decay_epochs: Annotated[float, POSITIVE] = field(
+        default=30.0, metadata={"help": "Epochs between the drops of the step schedule."}
+    )
+    decay_milestones: Annotated[list[float], NOT_NEGATIVE] = field(
         default_factory=lambda: [30.0, 60.0], metadata={"help": "Epochs at which the multistep schedule drops."}
     )
-    decay_rate: float = field(default=0.1, metadata={"help": "Factor of each drop; the power of poly."})
-    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD (Nesterov's) and RMSprop."})
+    decay_rate: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.1, metadata={"help": "Factor of each drop; the power of poly."}
+    )
+    momentum: Annotated[float, DROPPED] = field(
+        default=0.9, metadata={"help": "Momentum of SGD (Nesterov's) and RMSprop."}
+    )
 
     optim: str = field(
         default="adamw_torch_fused",
@@ -322,19 +409,38 @@ class RunArguments(TrainingArguments):
             "in every checkpoint, and end with the better of the two."
         },
     )
-    model_ema_decay: float = field(default=0.99992, metadata={"help": "Decay of the average at each step."})
+    model_ema_decay: Annotated[float, SHARE] = field(
+        default=0.99992, metadata={"help": "Decay of the average at each step."}
+    )
     model_ema_device: str | None = _optional("Keep the average there, such as cpu; unset: beside the weights.")
 
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per device and step."})
-    per_device_eval_batch_size: int | None = _optional("Images per device in evaluation; unset: as in training.")
-    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, of matrices only."})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm at this; 0: never."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: epoch, steps, no."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: epoch, steps, no."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the training loss."})
-    save_total_limit: int | None = field(
+    per_device_train_batch_size: Annotated[int, COUNT] = field(
+        default=64, metadata={"help": "Images per device and step."}
+    )
+    per_device_eval_batch_size: Annotated[int | None, COUNT] = _optional(
+        "Images per device in evaluation; unset: as in training."
+    )
+    num_train_epochs: Annotated[float, NOT_NEGATIVE] = field(
+        default=100.0, metadata={"help": "Passes over the training images."}
+    )
+    weight_decay: Annotated[float, NOT_NEGATIVE] = field(
+        default=0.05, metadata={"help": "Weight decay, of matrices only."}
+    )
+    adam_epsilon: Annotated[float, NOT_NEGATIVE] = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    max_grad_norm: Annotated[float, NOT_NEGATIVE] = field(
+        default=1.0, metadata={"help": "Clip the gradient's norm at this; 0: never."}
+    )
+    eval_strategy: str = field(
+        default="epoch", metadata={"help": "When to evaluate: epoch, steps, no.", "choices": ["no", "steps", "epoch"]}
+    )
+    save_strategy: str = field(
+        default="epoch",
+        metadata={"help": "When to save a checkpoint: epoch, steps, no.", "choices": ["no", "steps", "epoch", "best"]},
+    )
+    logging_strategy: str = field(
+        default="epoch", metadata={"help": "When to log the training loss.", "choices": ["no", "steps", "epoch"]}
+    )
+    save_total_limit: Annotated[int | None, NOT_NEGATIVE] = field(
         default=2,
         metadata={"help": "Keep this many checkpoint-* folders of the run: the newest, and always the best (0: all)."},
     )
@@ -378,14 +484,14 @@ class RunArguments(TrainingArguments):
         metadata={"help": "Push over what is not this run's in the repository, whose history keeps it."},
     )
 
-    dataloader_num_workers: int | None = _optional(
+    dataloader_num_workers: Annotated[int | None, PROCESSES] = _optional(
         "Processes that read and augment images, for each process that trains; 0: none apart. Unset: one for each CPU "
         f"core but one, {MOST_WORKERS} at most."
     )
     dataloader_persistent_workers: bool | None = _optional(
         "Keep the data workers from one epoch to the next. Unset: yes, where there are any."
     )
-    cpu_threads: int | None = _optional(
+    cpu_threads: Annotated[int | None, Range(1, 1024)] = _optional(
         "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
     )
     ddp_find_unused_parameters: bool | None = field(
@@ -412,6 +518,12 @@ class RunArguments(TrainingArguments):
             self.optim = "adamw_torch"  # Transformers insists on a name of its own.
         self._set_trackers()
         super().__post_init__()
+        if self.dataloader_multiprocessing_context is not None and self.dataloader_num_workers == 0:
+            raise InputError("`dataloader_multiprocessing_context` is of data workers: `dataloader_num_workers` is 0.")
+        if self.model_ema_device is not None:
+            self._try_ema_device()
+        if self.torch_compile:
+            self._try_compiling()
         if self.fp16 and self.device.type == "cpu":
             raise InputError("`fp16` trains on GPUs: on the CPU it would not be used at all. Give --bf16, or none.")
         if self.device.type == "cpu":
@@ -421,17 +533,54 @@ class RunArguments(TrainingArguments):
             self.learning_rate = self.base_lr * factor
             self.attn_lr = None if self.attn_lr is None else self.attn_lr * factor
 
+    def _try_ema_device(self) -> None:
+        try:
+            torch.zeros(1, device=self.model_ema_device)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"`model_ema_device` is {self.model_ema_device!r}, expected a device that is here, as cpu: {reason}"
+            ) from error
+
+    def _try_compiling(self) -> None:
+        """Something small, before work is lost: a backend may not exist, or lack its package or a compiler."""
+        from torch._inductor import list_mode_options  # Slow to import.
+
+        how = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
+        try:
+            DynamoBackend(self.torch_compile_backend.upper())  # What accelerate knows.
+            if how["mode"] is not None and how["mode"] not in (modes := list_mode_options()):
+                raise ValueError(f"the modes are {', '.join(modes)}")
+            torch.compile(lambda number: number + 1, **how)(torch.zeros(1, device=self.device))
+        except Exception as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(
+                f"`torch_compile` with `torch_compile_backend` {how['backend']!r}, `torch_compile_mode` "
+                f"{how['mode']!r} does not work here: {reason}. Choose others (inductor is the usual backend), or "
+                "leave it out."
+            ) from error
+
     def _set_trackers(self) -> None:
-        from transformers.integrations import is_tensorboard_available, is_wandb_available
+        from transformers.integrations import (
+            get_available_reporting_integrations,
+            is_tensorboard_available,
+            is_wandb_available,
+        )
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
         available = {"wandb": is_wandb_available, "tensorboard": is_tensorboard_available}
         if self.report_to is None:
             # As in the official code Weights & Biases; its commands name a run and must run without it, too.
             self.report_to = [name for name, is_available in available.items() if is_available()][:1]
         asked = [name for name in self.report_to if name != "none"]
+        for name in asked:
+            if name not in (*INTEGRATION_TO_CALLBACK, "all"):
+                hint, known = did_you_mean(name, INTEGRATION_TO_CALLBACK), ", ".join(INTEGRATION_TO_CALLBACK)
+                raise InputError(f"`report_to` is {name!r}{hint}, expected one of {known}, all, none.")
         self.report_to = asked if asked and self.run_name is not None else ["none"]
+        others = {"none", "all", "flyte", *get_available_reporting_integrations()}
         for name in self.report_to:
-            if name in available and not available[name]():
+            if not (available[name]() if name in available else name in others):
                 raise InputError(
                     f"`run_name` {self.run_name!r} is to be reported to {name}, which is not installed: pip install "
                     f"{name}. Or name another tracker with `report_to` (tensorboard, wandb), or leave out `run_name`, "
@@ -550,12 +699,14 @@ class Parser(HfArgumentParser):
         self.add_argument("recipe", nargs="?", help="YAML file of settings, such as configuration/digits.yaml.")
         for group in (ModelArguments, DataArguments, RunArguments):
             self._add_dataclass_arguments(group)
-        self.settings = {action.dest: action for action in self._actions if action.option_strings}
-        del self.settings["help"]
+        self.settings: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if action.option_strings and action.dest != "help":
+                self.settings.setdefault(action.dest, action)  # Not the `--no_...` after it.
         for action in self.settings.values():
-            # A bare `--flag` of a truth value that may be unset means true.
-            if action.type is string_to_bool and action.nargs is None:
-                action.nargs, action.const = "?", True
+            if action.type is string_to_bool:
+                # A bare `--flag` means true, also where the setting may be unset.
+                action.type, action.nargs, action.const = truth, "?", True
         group = self.add_argument_group("official command line (translated to the settings above)")
         for flag in OFFICIAL_FLAGS:
             if flag.name in self.settings:
@@ -579,25 +730,43 @@ class Parser(HfArgumentParser):
             message = f"unknown flag {', '.join(hints)}; --help lists all" if hints else message
         super().error(message)
 
-    def coerce(self, source: str, name: str, value: Any) -> Any:
-        """A value from YAML as the flag of that name would read it (`1e-3` is a string to YAML, for instance)."""
+    def coerce(self, source: str, name: str, value: str | list[str] | dict) -> Any:
+        """What a recipe gives for a setting, as the flag of that name would read it (`1e-3` is no number to YAML)."""
         action = self.settings[name]
-        if value is None or isinstance(value, dict):
+        if isinstance(value, list if name in MAPPINGS else dict):
+            expected = "a mapping" if name in MAPPINGS else "no mapping"
+            raise InputError(f"{source}: `{name}` is {value!r}, expected {expected}.")
+        if isinstance(value, dict):
             return value
+        if isinstance(value, list) and action.nargs != "+":
+            raise InputError(f"{source}: `{name}` is the list {value!r}, expected one value.")
         try:
             if action.nargs == "+":
-                return [action.type(str(element)) for element in official_flags.split_numbers(value)]
-            if isinstance(value, list):
-                return value
-            read = action.type(str(value)) if action.type is not None else value
+                return [action.type(element) for element in official_flags.split_numbers(value)]
+            read = action.type(value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             kind = getattr(action.type, "__name__", str(action.type))
-            raise InputError(f"{source}: `{name}` is {value!r}, expected {kind}.") from error
-        choices = {"sched": SCHEDULES, "optim": [known.value for known in OptimizerNames]}.get(name, action.choices)
-        timm = name == "optim" and str(read).startswith(official_flags.TIMM)  # Checked where timm is asked.
-        if choices is not None and read not in choices and not timm:
-            raise InputError(f"{source}: `{name}` is {value!r}, expected one of {', '.join(map(str, choices))}.")
+            raise InputError(f"{source}: `{name}` is {value!r}, expected {EXPECTED.get(kind, kind)}.") from error
+        self.check_choice(name, read, f"{source}: ")
         return read
+
+    def check_choice(self, name: str, value: Any, source: str = "") -> None:
+        """Raise an `InputError` for a value that is none of the setting's choices, if it has any."""
+        if name == "optim" and str(value).startswith(official_flags.TIMM):
+            return  # Checked where timm is asked.
+        choices = {"sched": SCHEDULES, "optim": [known.value for known in OptimizerNames]}
+        if (known := choices.get(name, self.settings[name].choices)) is not None and value not in known:
+            hint = did_you_mean(str(value), map(str, known))
+            raise InputError(f"{source}`{name}` is {value!r}{hint}, expected one of {', '.join(map(str, known))}.")
+
+
+def truth(text: str) -> bool:
+    """`true`, `yes`, `on`, `t`, `y` or `1`, or their opposites."""
+    return string_to_bool({"on": "yes", "off": "no"}.get(text.lower(), text))
+
+
+# In words, where the name of a type is none that everybody knows.
+EXPECTED = {"truth": "true or false", "int": "a whole number (int)", "float": "a number (float)", "str": "text"}
 
 
 def parse_settings(argv: list[str]) -> Settings:
@@ -616,6 +785,8 @@ def parse_settings(argv: list[str]) -> Settings:
     blank = {action.dest: None for action in parser._actions}
     namespace = parser.parse_args(argv, argparse.Namespace(**blank, given=[]))
     flags, warnings = _from_flags(namespace.given)
+    for name in {"sched", "optim"} & flags.keys():
+        parser.check_choice(name, flags[name])
     recipe = namespace.recipe
     if recipe is None and not any(flags.get(name) for name in ("model", "finetune", *_DATA_SOURCES)):
         if flags.get("resume_from_checkpoint") is None or flags.get("do_train", True):
@@ -631,6 +802,7 @@ def parse_settings(argv: list[str]) -> Settings:
     if "warmup_steps" in given:
         given["warmup_epochs"] = None
     record = default_record() | given
+    _check(record)
     parts = [
         group(**{name: record[name] for owner, name in _fields() if owner is group})
         for group in (ModelArguments, DataArguments)
@@ -638,12 +810,29 @@ def parse_settings(argv: list[str]) -> Settings:
     training = {name: record[name] for owner, name in _fields() if owner is RunArguments}
     try:
         arguments = RunArguments(**training)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    _check_ranges(*parts, arguments)
+    except InputError:
+        raise
+    except Exception as error:  # Whatever Transformers, accelerate and DeepSpeed say of a setting.
+        reason = " ".join(str(error).split())
+        raise InputError(f"The settings of training cannot be used: {reason or type(error).__name__}") from error
     return Settings(*parts, arguments, record, Path(recipe) if recipe else None, reported, warnings)
 
 
+# Settings whose value is a mapping: in a recipe as such, on the command line in JSON.
+MAPPINGS = (*RunArguments._VALID_DICT_FIELDS, "liger_kernel_config")
+# Transformers' settings with which a run of this script would fail, after an epoch or at once, or without a word.
+NOT_HERE = {
+    "batch_eval_metrics": "the metrics are computed over all images",
+    "eval_do_concat_batches": "the metrics are computed over all images",
+    "prediction_loss_only": "the accuracy needs the predictions",
+    "label_names": "the labels are called `labels`",
+    "include_for_metrics": "accuracy and loss need nothing more",
+    "train_sampling_strategy": "images have no length; `repeated_aug` draws in another way",
+    "use_liger_kernel": "Liger has no kernels for ViT",
+    "liger_kernel_config": "Liger has no kernels for ViT",
+    "parallelism_config": "the layout is that of the `accelerate` configuration, or of `fsdp`",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
+}
 # What a recipe may name of the paper's figures.
 REPORTED = {"top1", "top5"}
 _DATA_SOURCES = ("data_set", "data_path", "dataset_name")
@@ -651,7 +840,9 @@ _DATA_SOURCES = ("data_set", "data_path", "dataset_name")
 
 def _from_flags(spelt: list[tuple[str, str, Any]]) -> tuple[dict[str, Any], list[str]]:
     given, warnings = [], []
-    for spelling, name, value in spelt:
+    # Of one flag given twice, the last one wins.
+    last = {spelling.lstrip("-").replace("-", "_"): (spelling, *rest) for spelling, *rest in spelt}
+    for spelling, name, value in last.values():
         official = name.startswith("official.")
         name = name.removeprefix("official.")
         if official:
@@ -685,6 +876,8 @@ def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tu
     """
     if path.resolve() in above:
         raise InputError(f"{path} extends itself, by way of {', '.join(str(other) for other in above)}.")
+    if path.suffix not in (".yaml", ".yml") and above:
+        raise InputError(f"{above[-1]} extends {path}, which is no .yaml file.")
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"{path}: a recipe is a .yaml file. Flags begin with --.")
     if not path.is_file():
@@ -693,30 +886,26 @@ def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tu
         known = {file.parent if file.parent.name != "configuration" else file for file in CONFIGURATION.rglob("*.yaml")}
         names = sorted(str(file.relative_to(CONFIGURATION.parent)) + "/" * file.is_dir() for file in known)
         raise InputError(f"There is no recipe {path}. Recipes here: {', '.join(names)}.")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected lines of `setting: value`, found a {type(content).__name__}.")
-    extended = content.pop("extends", None) or []
-    reported = content.pop("reported", None) or {}
-    numbers = isinstance(reported, dict) and all(isinstance(value, (int, float)) for value in reported.values())
-    if not numbers or not set(reported) <= REPORTED:
+    content = _read_yaml(path)
+    extended, reported = content.pop("extends", None) or [], content.pop("reported", None) or {}
+    if isinstance(extended, dict):
+        raise InputError(f"{path}: `extends` is {extended!r}, expected the path of a recipe, or a list of them.")
+    numbers = isinstance(reported, dict) and all(type(value) in (int, float) for value in reported.values())
+    if not numbers or not set(reported) <= REPORTED or not all(value in Range(0, 100) for value in reported.values()):
         raise InputError(
             f"{path}: `reported` is {reported!r}, expected numbers in percent, as top1: 76.69, top5: 98.57."
         )
     inherited: dict[str, Any] = {}
     for other in [extended] if isinstance(extended, str) else extended:
-        inherited |= _from_recipe(parser, path.parent / str(other), (*above, path.resolve()))[0]
+        inherited |= _from_recipe(parser, path.parent / other, (*above, path.resolve()))[0]
     settings = {}
     for key, value in content.items():
         if key not in parser.settings:
-            official = official_flags.BY_NAME.get(str(key).lstrip("-").replace("-", "_"))
+            official = official_flags.BY_NAME.get(key.lstrip("-").replace("-", "_"))
             if official is not None and official.settings:
                 hint = f": it is an official flag. Recipes use our name, `{'`, `'.join(official.settings)}`"
             else:
-                hint = did_you_mean(str(key), parser.settings)
+                hint = official_flags.hint_of_others(key) or did_you_mean(key, parser.settings)
             raise InputError(f"{path}: unknown setting `{key}`{hint}.")
         if value is None and key == "modular_mode":
             value = "none"
@@ -734,15 +923,38 @@ def _without_counterparts(lower: dict[str, Any], higher: dict[str, Any]) -> dict
     return {name: value for name, value in lower.items() if name not in gone}
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys silently."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+def _read_yaml(path: Path) -> dict[str, str | list[str] | dict | None]:
+    """
+    The keys of a YAML file and their values, as they are written: a `010`, a `1.10` or a `no` is read by the setting
+    that it is of, and not by YAML, which makes 8, 1.1 and false of them. What is in mappings is read by YAML.
+    """
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"{path}: expected lines of `setting: value`, found a {node.id}.")
+        keys = [str(key.value) for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise yaml.YAMLError(f"{', '.join(twice)} is given twice")
-        return super().construct_mapping(node, deep)
+            raise InputError(f"{path}: {', '.join(twice)} is given twice.")
+        loader.flatten_mapping(node)
+        return {str(key.value): _as_written(loader, value) for key, value in node.value}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is no valid YAML in UTF-8: {' '.join(str(error).split())}") from error
+
+
+def _as_written(loader: yaml.SafeLoader, node: yaml.Node) -> str | list[str] | dict | None:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node, deep=True)
+    if isinstance(node, yaml.ScalarNode):
+        if "\0" in node.value:
+            raise yaml.YAMLError("a value has the character NUL")
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    if not all(isinstance(element, yaml.ScalarNode) for element in node.value):
+        raise yaml.YAMLError("expected plain values in a list, found a list or a mapping in it")
+    return [element.value for element in node.value]
 
 
 def _normalised(name: str, value: Any) -> Any:
@@ -769,74 +981,69 @@ def _default(group: type, name: str) -> Any:
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
-def _check_ranges(model: ModelArguments, data: DataArguments, training: RunArguments) -> None:
-    """What neither the model's configuration nor Transformers checks."""
-    for owner, name, low, high in (
-        (data, "validation_fraction", 0.0, 1.0),
-        (data, "eval_crop_ratio", 0.0, 1.0),
-        (data, "horizontal_flip", 0.0, 1.0),
-        (data, "color_jitter", 0.0, None),
-        (data, "random_erasing", 0.0, 1.0),
-        (data, "random_erasing_count", 1, None),
-        (data, "device_decode", 0.0, 1.0),
-        (data, "mixup", 0.0, None),
-        (data, "cutmix", 0.0, None),
-        (data, "mixup_prob", 0.0, 1.0),
-        (data, "mixup_switch_prob", 0.0, 1.0),
-        (data, "shuffle_buffer", 1, None),
-        (data, "max_train_samples", 1, None),
-        (data, "max_eval_samples", 1, None),
-        (training, "num_train_epochs", 0.0, None),
-        (training, "per_device_train_batch_size", 1, None),
-        (training, "per_device_eval_batch_size", 1, None),
-        (training, "gradient_accumulation_steps", 1, None),
-        (training, "learning_rate", 0.0, None),
-        (training, "attn_lr", 0.0, None),
-        (training, "warmup_epochs", 0.0, None),
-        (training, "warmup_lr", 0.0, None),
-        (training, "min_lr", 0.0, None),
-        (training, "decay_epochs", 1e-9, None),
-        (training, "label_smoothing_factor", 0.0, 1.0),
-        (training, "weight_decay", 0.0, None),
-        (training, "attn_weight_decay", 0.0, None),
-        (training, "layer_decay", 0.0, 1.0),
-        (training, "cooldown_epochs", 0.0, None),
-        (training, "decay_rate", 0.0, None),
-        (training, "model_ema_decay", 0.0, 1.0),
-        (training, "cpu_threads", 1, None),
-    ):
-        value = getattr(owner, name)
-        if value is not None and (value < low or (high is not None and value > high) or value != value):
-            expected = f"{low:g} or more" if high is None else f"between {low:g} and {high:g}"
-            raise InputError(f"`{name}` is {value}, expected {expected}.")
-    if data.device_decode and data.augment_on != "device":
+def _ranges() -> dict[str, Range]:
+    """Of every setting that is a number, or a list of them."""
+    ranges = dict(THEIR_RANGES)
+    for group in (ModelArguments, DataArguments, RunArguments):
+        for name, hint in get_type_hints(group, include_extras=True).items():
+            for item in getattr(hint, "__metadata__", ()):
+                ranges[name] = item
+    return ranges
+
+
+def _check(record: dict[str, Any]) -> None:
+    """
+    What neither the model's configuration nor Transformers checks, before anything is derived from it.
+
+    Args:
+        record: all settings by name.
+    """
+    ranges = _ranges()
+    for name, value in record.items():
+        allowed = ranges.get(name, Range())
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and number not in allowed:
+                raise InputError(f"`{name}` is {value}, expected {allowed}.")
+    for name, why in NOT_HERE.items():
+        if record.get(name) not in (None, _default(RunArguments, name)):
+            raise InputError(f"`{name}` does not work here: {why}. Leave it out.")
+    for name in MAPPINGS:
+        _check_mapping(name, record.get(name))
+    if record["device_decode"] and record["augment_on"] != "device":
         raise InputError("`device_decode` is of the pipeline of `augment_on: device`. Give both, or neither.")
-    if data.eval_crop_ratio == 0:
-        raise InputError("`eval_crop_ratio` is 0, expected more than 0 and at most 1.")
-    if training.sched not in (None, *SCHEDULES):
-        raise InputError(f"`sched` is {training.sched!r}, expected one of {', '.join(SCHEDULES)}.")
-    if training.cooldown_epochs and training.sched not in FALLING:
+    sched = record["sched"]
+    if record["cooldown_epochs"] and sched not in FALLING:
         raise InputError(
-            f"`cooldown_epochs` stays at `min_lr`, to which {training.sched or training.lr_scheduler_type.value} does "
+            f"`cooldown_epochs` stays at `min_lr`, to which {sched or record['lr_scheduler_type']} does "
             f"not fall. Leave it out, or choose a `sched` of {', '.join(FALLING)}."
         )
-    if training.layer_decay == 0:
-        raise InputError("`layer_decay` is 0, expected more than 0 and at most 1.")
-    for name in ("train_crop_scale", "train_crop_ratio"):
-        pair = getattr(data, name)
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-            raise InputError(f"`{name}` is {pair}, expected two numbers, the smaller first, both above 0.")
-    minmax = data.cutmix_minmax
-    if minmax is not None and (len(minmax) != 2 or not 0 <= minmax[0] <= minmax[1] <= 1):
-        raise InputError(f"`cutmix_minmax` is {minmax}, expected two numbers between 0 and 1, the smaller first.")
-    for name in ("image_size", "patch_size"):
-        sides = getattr(model, name)
-        if sides is not None and (len(sides) > 2 or min(sides) < 1):
-            raise InputError(f"`{name}` is {sides}, expected one number of pixels, or height and width.")
+    for name in ("train_crop_scale", "train_crop_ratio", "cutmix_minmax", "grid_range"):
+        pair = record[name]
+        if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
+            raise InputError(f"`{name}` is {pair}, expected two numbers, the smaller first.")
+    for name, counts in (("image_size", (1, 2)), ("patch_size", (1, 2)), ("rational_order", (2,))):
+        values = record[name]
+        if values is not None and len(values) not in counts:
+            raise InputError(f"`{name}` is {values}, expected {' or '.join(map(str, counts))} numbers.")
     for name in ("image_mean", "image_std"):
-        values = getattr(data, name)
+        values = record[name]
         if values is not None and len(values) != 3:
             raise InputError(f"`{name}` is {values}, expected three numbers: red, green, blue.")
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    """Of a setting of `MAPPINGS`; a flag's is JSON, which Transformers reads without a word of the flag's name."""
+    if not isinstance(value, str):
+        return
+    if value.startswith("{"):
+        try:
+            json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"`{name}` is no valid JSON: {error}") from error
+    elif name.endswith("_kwargs"):
+        raise InputError(f"`{name}` is {value!r}, expected a mapping, as '{{\"key\": 1}}'.")
+    elif name != "deepspeed" and not Path(value).is_file():
+        raise InputError(f"`{name}` is {value!r}, expected a mapping, or a file of JSON. There is no such file.")
 
 
 def to_json(record: dict[str, Any]) -> dict[str, Any]:

@@ -323,9 +323,44 @@ def split_numbers(value: Any) -> list[str]:
     return [part for part in re.split(r"[\s,]+", text.strip("()[] ")) if part]
 
 
+# Flags of Transformers' `run_image_classification.py`, of earlier `TrainingArguments` and of timm's `train.py` -> ours.
+OTHERS = {
+    "train_dir": "--data_path, the folder with train/ and validation/ in it",
+    "validation_dir": "--data_path, the folder with train/ and validation/ in it",
+    "data_dir": "--data_path",
+    "model_name_or_path": "--finetune for weights to start from, --model for an architecture",
+    "model_type": "--model",
+    "config_name": "--model",
+    "image_column_name": "--image_column",
+    "label_column_name": "--label_column",
+    "train_val_split": "--validation_fraction",
+    "train_split_name": "--train_split",
+    "ignore_mismatched_sizes": "--finetune, which gives other classes a new head",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "evaluation_strategy": "--eval_strategy",
+    "no_cuda": "--use_cpu",
+    "warmup_ratio": "--warmup_steps with a number below 1, or --warmup_epochs",
+    "overwrite_output_dir": "another --output_dir: nothing is overwritten",
+    "img_size": "--image_size",
+    "workers": "--dataloader_num_workers",
+    "amp": "--bf16",
+    "teacher_model": "--teacher_attention, which takes over a teacher's attention maps",
+}
+
+
+def hint_of_others(flag: str) -> str:
+    """` (here: ...)` for a flag that Transformers' example or timm's script has, or nothing."""
+    known = OTHERS.get(flag.lstrip("-").replace("-", "_"))
+    return f" (here: {known})" if known else ""
+
+
 def suggest(flag: str, native: set[str]) -> str:
     """A hint for a flag that does not exist."""
-    return did_you_mean(flag, [f"--{name}" for name in native] + [known.flag for known in OFFICIAL_FLAGS])
+    flag = flag.partition("=")[0]
+    return hint_of_others(flag) or did_you_mean(
+        flag, [f"--{name}" for name in native] + [known.flag for known in OFFICIAL_FLAGS]
+    )
 
 
 def markdown_table() -> str:

@@ -2,11 +2,21 @@
 """Reading settings: precedence, contradictions, spelling, and the official flags."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from image_classification import official_flags
-from image_classification.arguments import DEFAULT_RECIPE, EXCLUSIVE, Parser, RunArguments, parse_settings
+from image_classification.arguments import (
+    DEFAULT_RECIPE,
+    EXCLUSIVE,
+    NOT_HERE,
+    Parser,
+    RunArguments,
+    _from_recipe,
+    parse_settings,
+    truth,
+)
 from image_classification.errors import InputError
 from image_classification.official_flags import OFFICIAL_FLAGS
 
@@ -67,10 +77,8 @@ def test_flag_replaces_the_recipes_other_spelling(recipe):
         ("--blockwise --universal", ("--blockwise", "--universal", "sharing")),
         ("--batch-size 8 --per_device_train_batch_size 16", ("--batch-size", "--per_device_train_batch_size")),
         ("--grid 3 --grid_size 5", ("--grid", "--grid_size")),
-        ("--grid 3 --grid 5", ("--grid", "3", "5")),
         ("--lr 0.1 --learning_rate 0.1", ("--lr", "--learning_rate")),
         ("--epochs 3 --max_steps 4", ("--epochs", "--max_steps")),
-        ("--basis_type FourierBasis --basis-type spline", ("--basis_type", "--basis-type")),
         ("--data_set digits --dataset_name a/b", ("--data_set", "--dataset_name")),
         ("--depth 2 --modular_mode phi1_w2 --karat_depth 3", ("--depth", "--karat_depth")),
     ],
@@ -79,6 +87,21 @@ def test_contradictions_name_both_spellings(words, names):
     with pytest.raises(InputError) as raised:
         parse(*words.split())
     assert all(name in str(raised.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    "words, setting, value",
+    [
+        ("--grid 3 --grid 5", "grid_size", 5),
+        ("--basis_type FourierBasis --basis-type spline", "basis_type", "spline"),
+        ("--batch-size 8 --batch_size 16", "per_device_train_batch_size", 16),
+        ("--mixed_head --num_attention 0 --num_attention 2", "num_karat_heads", 2),
+        ("--scale_lr false --scale-lr", "scale_lr", True),
+        ("--opt-betas 0.8 0.9 --opt-betas 0.7 0.8", "adam_beta1", 0.7),
+    ],
+)
+def test_of_one_flag_given_twice_the_last_one_wins(words, setting, value):
+    assert parse(*words.split()).record[setting] == value
 
 
 def test_the_same_value_twice_is_no_contradiction():
@@ -110,6 +133,30 @@ def test_unknown_and_abbreviated_flags_are_errors(word, hint, capsys):
         ("seed: 1\nseed: 2", ("seed", "twice")),
         ("- a\n- b", ("setting: value",)),
         ("a: [", ("YAML",)),
+        ("extends: 5", ("extends", "5", ".yaml")),
+        ("extends: {a: b}", ("extends", "path")),
+        ("extends: [a.yaml, 5]", ("a.yaml", "does not exist")),
+        ("seed: [1, 2]", ("seed", "one value")),
+        ("seed: {a: 1}", ("seed", "no mapping")),
+        ("output_dir: [a, b]", ("output_dir", "one value")),
+        ("lr_scheduler_kwargs: [1]", ("lr_scheduler_kwargs", "a mapping")),
+        ("image_size: [[8, 8], [8, 8]]", ("list",)),
+        ("image_size: [a, b]", ("image_size", "int")),
+        ("seed: yes", ("seed", "int")),
+        ("seed: 1.5", ("seed", "int")),
+        ("seed: 0x10", ("seed", "int")),
+        ("augment_on: gpu", ("augment_on", "workers, device")),
+        ("save_strategy: epochs", ("save_strategy", "did you mean `epoch`", "best")),
+        ("train_dir: x", ("train_dir", "--data_path")),
+        ("5: 3", ("5", "unknown setting")),
+        ("? [a, b]\n: 3", ("unknown setting",)),
+        ("seed: &x [*x]", ("YAML",)),
+        ("a: " + 1200 * "[", ("YAML",)),
+        ('output_dir: "a\\0b"', ("NUL",)),
+        ("seed: 1\n---\nseed: 2", ("YAML",)),
+        ("reported: {top1: yes}", ("reported", "percent")),
+        ("reported: {top1: 760}", ("reported", "percent")),
+        ("just words", ("setting: value",)),
     ],
 )
 def test_bad_recipes(recipe, text, parts):
@@ -117,6 +164,48 @@ def test_bad_recipes(recipe, text, parts):
     with pytest.raises(InputError) as raised:
         parse_settings([path, *MODEL])
     assert all(part in str(raised.value) for part in (*parts, path))
+
+
+def test_a_recipe_that_is_not_utf8(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for content in (b"output_dir: caf\xe9\n", b"\xff\xfes\x00e\x00e\x00d\x00", b"\x80\x81\x82\x83", b"seed: 1\x00"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path} is no valid YAML in UTF-8"):
+            parse_settings([str(path), *MODEL])
+
+
+# Every truth value there is, by what it is unless told otherwise.
+TRUTHS = {name: action.default for name, action in Parser().settings.items() if action.type is truth}
+
+
+@pytest.mark.parametrize("word, value", [("true", True), ("Yes", True), ("on", True), ("false", False), ("no", False)])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_truth_values_are_read_as_they_are_meant(recipe, word, value, quote):
+    """Also of what is true by default, and of what may be unset; refused settings are read before they are refused."""
+    assert {"scale_lr", "do_train", "dataloader_pin_memory", "eval_do_concat_batches"} <= TRUTHS.keys()
+    parser = Parser()
+    path = recipe("".join(f"{name}: {quote}{word}{quote}\n" for name in TRUTHS))
+    settings, _ = _from_recipe(parser, Path(path))
+    assert settings == dict.fromkeys(TRUTHS, value)
+
+
+@pytest.mark.parametrize("name", list(TRUTHS))
+@pytest.mark.parametrize("typo", ["flase", "2", "none", "[true]"])
+def test_what_is_no_truth_value_is_refused(recipe, name, typo):
+    with pytest.raises(InputError, match=f"`{name}`"):
+        _from_recipe(Parser(), Path(recipe(f"{name}: {typo}\n")))
+
+
+def test_recipe_values_are_what_is_written(recipe):
+    """YAML would make 8, 1.1, 90 and False of them."""
+    path = recipe("seed: 010\nhub_revision: 1.10\nrun_name: 1:30\nsave_strategy: no\noutput_dir: 2024-01-01\n")
+    record = parse_settings([path, *MODEL]).record
+    assert (record["seed"], record["hub_revision"], record["run_name"]) == (10, "1.10", "1:30")
+    assert (record["save_strategy"], record["output_dir"]) == ("no", "2024-01-01")
+    # But what is null is not given, and mappings hold what YAML reads.
+    path = recipe("seed: ~\nlr_scheduler_kwargs: {patience: 0, threshold: 1.0e+9}\n")
+    record = parse_settings([path, *MODEL]).record
+    assert (record["seed"], record["lr_scheduler_kwargs"]) == (42, {"patience": 0, "threshold": 1e9})
 
 
 def test_missing_recipe_lists_those_there_are():
@@ -131,13 +220,114 @@ def test_recipe_values_are_read_as_flags_would_be(recipe):
     assert (model.project_l1, model.image_size) == (True, [32])
 
 
+NUMBERS = [name for name, action in Parser().settings.items() if action.type in (int, float) and name not in NOT_HERE]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-1e30"])
+def test_no_number_is_unbounded(name, value):
+    value = str(int(-1e30)) if Parser().settings[name].type is int else value
+    with pytest.raises(InputError, match=rf"`{name}` is .*, expected .*(or more|between|above|at (least|most))"):
+        parse(f"--{name}={value}")
+
+
 @pytest.mark.parametrize(
     "words",
-    ["--num_train_epochs -1", "--eval_crop_ratio 0", "--eval_crop_ratio 1.5", "--train_crop_scale 1 0.5", "--lr nan"],
+    "seed -1|seed 4294967296|data_seed -1|adam_beta1 2|adam_beta1 1|adam_beta2 -0.1|adam_epsilon -1|cpu_threads 100000|"
+    "cpu_threads 0|dataloader_num_workers 100000|dataloader_num_workers -1|num_train_epochs -1|max_steps -2|"
+    "per_device_train_batch_size 0|per_device_eval_batch_size 0|gradient_accumulation_steps 0|weight_decay -0.1|"
+    "label_smoothing_factor 1.1|max_grad_norm -1|save_steps 0|save_total_limit -1|logging_steps -1|eval_steps -5|"
+    "eval_delay -1|eval_accumulation_steps 0|dataloader_prefetch_factor 0|ddp_timeout 0|ddp_timeout 10000000000|"
+    "momentum 1|"
+    "layer_decay 0|layer_decay 1.5|model_ema_decay 1.1|decay_epochs 0|decay_milestones -3|warmup_steps -1|base_lr -1|"
+    "attn_lr -1|eval_crop_ratio 0|eval_crop_ratio 1.5|train_crop_scale 1 0.5|train_crop_scale 0 1|train_crop_scale 1|"
+    "train_crop_ratio 0 1|image_std 0 1 1|image_std 1 1|image_mean 127 127 127|validation_fraction 1.5|mixup -1|"
+    "mixup_prob 1.5|random_erasing -0.1|random_erasing_count 0|max_train_samples 0|shuffle_buffer 0|"
+    "cutmix_minmax 0.8 0.2|cutmix_minmax 0.2 1.8|image_size 0|image_size 1000000|image_size 8 8 8|patch_size -4|"
+    "hidden_size 0|hidden_size 1000000000|num_hidden_layers 0|num_attention_heads 0|hidden_dropout_prob 1|"
+    "drop_path_rate 1|attention_probs_dropout_prob -0.1|initializer_range 0|karat_rank 0|grid_size 0|"
+    "grid_size 1000000000|karat_depth 0|spline_order -1|rational_order 5 -4|rational_order 4|grid_range 4|"
+    "grid_range 4 -4|image_mean 0.5|lr_scheduler_kwargs fast|"
+    "lr_scheduler_kwargs {bad|accelerator_config nowhere.json|fsdp_config nowhere.json|num_karat_heads -1".split("|"),
 )
 def test_values_out_of_range_name_the_setting(words):
-    with pytest.raises(InputError, match="rate" if "lr" in words else words.split()[0].lstrip("-")):
-        parse(*words.split())
+    name, *values = words.split()
+    with pytest.raises(InputError, match=f"`{name}` is"):
+        parse(f"--{name}", *values)
+
+
+@pytest.mark.parametrize(
+    "text", ["image_size: []", "image_std: []", "grid_range: []", "train_crop_scale: []", "rational_order: []"]
+)
+def test_lists_without_a_number(recipe, text):
+    with pytest.raises(InputError, match=text.split(":")[0]):
+        parse_settings([recipe(text), *MODEL])
+
+
+# What a package or a backend does, and what does nothing here
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--torch_compile_backend foo", "torch_compile_backend"),
+        ("--torch_compile_backend tvm", "torch_compile_backend"),
+        ("--torch_compile_backend aot_eager --torch_compile_mode fastest", "torch_compile_mode"),
+        ("--torch_compile_mode fastest", "torch_compile_mode"),
+        ("--use_liger_kernel", "use_liger_kernel"),
+        ("--report_to wandbb --run_name a", "did you mean `wandb`"),
+        ("--report_to wandbb", "did you mean `wandb`"),
+        ("--report_to mlflow --run_name a", "mlflow"),
+        ("--deepspeed nowhere.json", "eepspeed"),
+        ("--tf32 true", "tf32"),
+        ("--fp16", "fp16"),
+        ("--fp16 --bf16", "fp16"),
+        ("--model_ema --model_ema_device foo", "model_ema_device"),
+        ("--model_ema --model_ema_device cuda:9", "model_ema_device"),
+        ("--batch_eval_metrics", "batch_eval_metrics"),
+        ("--prediction_loss_only", "prediction_loss_only"),
+        ("--no_eval_do_concat_batches", "eval_do_concat_batches"),
+        ("--label_names label", "label_names"),
+        ("--include_for_metrics inputs", "include_for_metrics"),
+        ("--train_sampling_strategy group_by_length", "train_sampling_strategy"),
+        ("--lr_scheduler_type reduce_lr_on_plateau --eval_strategy no", "reduce_lr_on_plateau"),
+        ("--load_best_model_at_end --eval_strategy no", "load_best_model_at_end"),
+        ("--dataloader_num_workers 0 --dataloader_prefetch_factor 2", "dataloader_prefetch_factor"),
+        ("--dataloader_num_workers 0 --dataloader_multiprocessing_context fork", "dataloader_multiprocessing_context"),
+    ],
+)
+def test_what_is_not_here_or_does_not_go_together(words, said):
+    """Before anything is read; in one line."""
+    message = refused(*words.split())
+    assert said in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flag, setting",
+    [
+        ("--train_dir", "--data_path"),
+        ("--validation_dir", "--data_path"),
+        ("--train-dir=x", "--data_path"),
+        ("--model_name_or_path", "--finetune"),
+        ("--train_val_split", "--validation_fraction"),
+        ("--image_column_name", "--image_column"),
+        ("--label_column_name", "--label_column"),
+        ("--evaluation_strategy", "--eval_strategy"),
+        ("--no_cuda", "--use_cpu"),
+    ],
+)
+def test_flags_of_transformers_example_are_told_ours(flag, setting, capsys):
+    with pytest.raises(SystemExit):
+        parse(flag, "x")
+    assert f"here: {setting}" in capsys.readouterr().err
+    assert setting.lstrip("-") in Parser().settings
+
+
+def test_every_hint_names_a_setting_of_ours():
+    known = Parser().settings
+    for name, said in official_flags.OTHERS.items():
+        assert name not in known
+        assert {word.lstrip("-").rstrip(",:") for word in said.split() if word.startswith("--")} <= set(known), name
 
 
 def test_help_explains_every_flag(capsys):
@@ -282,7 +472,7 @@ def test_optimisers_of_timm_by_their_official_names():
     assert parse("--optim", "timm_lamb").training.timm_optimizer == "lamb"
     assert refused("--opt", "lambb").startswith("There is no optimiser lambb (did you mean `lamb")
     assert "There is no optimiser timm_adahessian" in refused("--optim", "timm_adahessian")
-    assert "not a valid OptimizerNames" in refused("--optim", "adamm")
+    assert refused("--optim", "adamm").startswith("`optim` is 'adamm'")
 
 
 def test_schedules_that_do_not_exist():

@@ -49,6 +49,21 @@ def test_softmax_baseline():
         build_model(small("vit_tiny_patch16_224", grid_size=3), LABELS)
 
 
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_tiny_patch16_224_karat"])
+def test_initializer_range(model):
+    """Of ViT's own weights; KArAt's functions and projectors begin as they do."""
+    built = [build_model(small(model, initializer_range=value), LABELS) for value in (None, 0.5)]
+    assert [model.config.initializer_range for model in built] == [0.02, 0.5]
+    for part in ("vit.layers.0.mlp.fc1.weight", "vit.layers.1.attention.q_proj.weight", "classifier.weight"):
+        # Truncated at two standard deviations in newer Transformers, so a little less.
+        narrow, wide = (model.get_parameter(part).std().item() for model in built)
+        assert 0.015 < narrow < 0.025 and 0.375 < wide < 0.625, part
+    karat = built[0].karat_parameter_names() if "karat" in model else []
+    for name in karat:
+        stds = [model.get_parameter(name).float().std(correction=0).item() for model in built]
+        assert stds[0] == pytest.approx(stds[1], rel=0.5), name
+
+
 def test_softmax_baseline_with_stochastic_depth(tmp_path):
     """As KArAt-ViT has it; configuration, parameters and checkpoints are those of Transformers' ViT."""
     settings = {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 24}
