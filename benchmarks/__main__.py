@@ -2,12 +2,17 @@
 """
 Time and memory of KArAt beside softmax:
 
-    python -m benchmarks --device cuda                      # everything; about ten minutes
-    python -m benchmarks --device cuda --only models        # or parts: attention, models, graphs, compiled, ...
+    python -m benchmarks --device cuda                      # everything; more than an hour
+    python -m benchmarks --device cuda --only models        # or parts: runs, rivals, attention, models, ...
+    python -m benchmarks --device cuda --only runs --rows tiny/32 --epochs 100 --data-path path/to/cifar10
     python -m benchmarks --device cpu                       # ViT-Tiny, batch 8
+    python -m benchmarks.table                              # the rows as tables
 
-Every row is a ratio to a softmax baseline of the same process, and is timed only if its output and gradients agree with
-the reference. The rows go to benchmarks/results/DEVICE.csv, behind those that are there.
+The part runs starts the training script as a user does, on CIFAR-10 or images like it, and rivals what one would take
+in its place; their rows go to benchmarks/results/DEVICE_runs.csv.
+
+In all others every row is a ratio to a softmax baseline of the same process, and is timed only if its output and
+gradients agree with the reference; the rows go to benchmarks/results/DEVICE.csv, behind those that are there.
 
 The part input-pipeline trains on JPEG files, and compares with training on tensors that are on the device already; its
 rows go to benchmarks/results/DEVICE_input_pipeline.csv. The part devices compares two GPUs with one; its rows go to
@@ -16,12 +21,14 @@ DEVICE_devices.csv.
 
 import argparse
 import os
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import attention, devices, input_pipeline, training_step
+from . import attention, devices, input_pipeline, rivals, runs, training_step
 from .common import Rates, Table
 
 
@@ -88,6 +95,8 @@ def models_on_cpu(table: Table) -> None:
 
 PARTS = {
     "cuda": {
+        "runs": partial(runs.run, "cuda"),
+        "rivals": partial(rivals.run, "cuda"),
         "attention": attention_on_cuda,
         "models": models_on_cuda,
         "compiled": compiled_on_cuda,
@@ -106,6 +115,8 @@ PARTS = {
 
 # Parts whose rows are of another kind, by what their file's name ends in.
 KINDS = {
+    "runs": "_runs",
+    "rivals": "_runs",
     "input-pipeline": "_input_pipeline",
     "devices": "_devices",
 }
@@ -119,6 +130,11 @@ def main() -> None:
         nargs="+",
         help=f"some parts: {', '.join(PARTS['cpu'])}; on cuda {', '.join(PARTS['cuda'])}",
     )
+    for name, choices in (("rows", runs.ROWS), ("modes", runs.MODES), ("starts", runs.STARTS), ("ways", runs.WAYS)):
+        parser.add_argument(f"--{name}", nargs="+", choices=list(choices), help="of the part runs; default: all")
+    parser.add_argument("--epochs", type=float, help="of each run in runs and rivals; default: about a minute's")
+    parser.add_argument("--data-path", type=Path, help="CIFAR-10's parquet files for these; default: images like it")
+    parser.add_argument("--images", type=int, default=50_000, help="of these, to train on; default: 50,000")
     parser.add_argument("--output", type=Path, help="CSV to append to (default: benchmarks/results/DEVICE.csv)")
     arguments = parser.parse_args()
     device = arguments.device
@@ -128,11 +144,22 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: use --device cpu")
     output = arguments.output or Path(__file__).parent / "results" / f"{device}.csv"
-    tables = {"": Table(device), "_input_pipeline": Rates(device), "_devices": devices.Devices(device)}
+    if arguments.data_path is not None and not arguments.data_path.is_dir():
+        parser.error(f"--data-path {arguments.data_path}: there is no such folder")
+    data = {"epochs": arguments.epochs, "data": arguments.data_path, "images": arguments.images}
+    some = {name: getattr(arguments, name) for name in ("rows", "modes", "starts", "ways")}
+    options = {"rivals": data, "runs": data | {name: values for name, values in some.items() if values}}
+    tables = {
+        "": Table(device),
+        "_input_pipeline": Rates(device),
+        "_devices": devices.Devices(device),
+        "_runs": runs.Runs(device),
+    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was measured is written then, too.
     try:
         for name, part in PARTS[device].items():
             if arguments.only is None or name in arguments.only:
-                part(tables[KINDS.get(name, "")])
+                part(tables[KINDS.get(name, "")], **options.get(name, {}))
     finally:
         for kind, table in tables.items():
             table.write(output.with_stem(f"{output.stem}{kind}"))

@@ -16,32 +16,7 @@ import transformers
 
 
 _CYCLES_PER_SECOND = 3e9  # No GPU's clock is faster.
-FIELDS = (
-    "benchmark",
-    "model",
-    "provider",
-    "mode",
-    "basis",
-    "batch",
-    "tokens",
-    "dtype",
-    "what",
-    "p20_ms",
-    "median_ms",
-    "p80_ms",
-    "gpu_ms",
-    "peak_gib",
-    "ratio_time",
-    "ratio_gpu",
-    "ratio_memory",
-    "error",
-    "hardware",
-    "cpu",
-    "torch",
-    "transformers",
-    "triton",
-    "date",
-)
+HOST = ("hardware", "cpu", "cores", "torch", "transformers", "triton", "date")
 
 
 def hardware(device: str) -> str:
@@ -56,19 +31,14 @@ def cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def versions() -> dict[str, str]:
+def host(device: str) -> dict[str, str | int]:
+    """What every row says of the machine and its software, by `HOST`."""
     try:
-        import triton
-
-        triton_version = triton.__version__
+        from triton import __version__ as triton
     except ImportError:
-        triton_version = "none"
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "triton": triton_version,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        triton = "none"
+    versions = (torch.__version__, transformers.__version__, triton, time.strftime("%Y-%m-%d"))
+    return dict(zip(HOST, (hardware(device), cpu(), os.cpu_count(), *versions), strict=True))
 
 
 def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
@@ -180,37 +150,35 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 class Table:
     """Rows as they are measured: printed, and kept for the CSV, each with its ratio to the softmax baseline."""
 
-    fields = FIELDS
+    measured = (
+        *("benchmark", "model", "provider", "mode", "basis", "batch", "tokens", "dtype", "what", "p20_ms", "median_ms"),
+        *("p80_ms", "gpu_ms", "peak_gib", "ratio_time", "ratio_gpu", "ratio_memory", "error"),
+    )
+    # The provider to which the ratios are, in the row where all these are the same.
+    base = "softmax"
+    same = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
 
     def __init__(self, device: str):
         self.rows: list[dict] = []
-        self.constant = {"hardware": hardware(device), "cpu": cpu(), **versions()}
+        self.constant = host(device)
+
+    def baseline(self, row: dict) -> dict:
+        """The row to which the ratios of `row` are, itself if it is one; empty where there is none."""
+        alike = (other for other in self.rows if all(other.get(key) == row.get(key) for key in self.same))
+        own = row if row["provider"] == self.base else {}
+        return next((other for other in alike if other["provider"] == self.base), own)
 
     def add(self, **row) -> None:
-        same = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
-        baseline = next(
-            (
-                other
-                for other in self.rows
-                if other["provider"] == "softmax" and all(other.get(key) == row.get(key) for key in same)
-            ),
-            row,
-        )
-        if "median_ms" in row and "median_ms" in baseline:
-            row["ratio_time"] = row["median_ms"] / baseline["median_ms"]
-            if "peak_gib" in row:
-                row["ratio_memory"] = row["peak_gib"] / baseline["peak_gib"]
-            if "gpu_ms" in row:
-                row["ratio_gpu"] = row["gpu_ms"] / baseline["gpu_ms"]
+        baseline = self.baseline(row)
+        for ratio, what in (("ratio_time", "median_ms"), ("ratio_memory", "peak_gib"), ("ratio_gpu", "gpu_ms")):
+            if what in row and what in baseline:
+                row[ratio] = row[what] / baseline[what]
         self.rows.append({**row, **self.constant})
-        if "median_ms" in row:
-            numbers = f"{row['median_ms']:9.3f} ms  x{row['ratio_time']:.2f}"
-            if "peak_gib" in row:
-                numbers += f"   memory x{row['ratio_memory']:.2f}"
-            if "gpu_ms" in row:
-                numbers += f"   GPU {row['gpu_ms']:9.3f} ms  x{row['ratio_gpu']:.2f}"
-        else:
-            numbers = row["error"]
+        numbers = f"{row['median_ms']:9.3f} ms" if "median_ms" in row else row["error"]
+        numbers += f"  GPU {row['gpu_ms']:9.3f} ms" if "gpu_ms" in row else ""
+        numbers += "".join(
+            f"   {key.removeprefix('ratio_')} x{row[key]:.2f}" for key in row if key.startswith("ratio_")
+        )
         name = " ".join(str(row.get(key, "")) for key in ("model", "what", "provider", "basis", "mode"))
         print(f"{name:62s} {numbers}", flush=True)
 
@@ -221,7 +189,7 @@ class Table:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
+            writer = csv.DictWriter(file, (*self.measured, *HOST), lineterminator="\n")
             if new:
                 writer.writeheader()
             for row in self.rows:
@@ -232,13 +200,13 @@ class Table:
 class Rates(Table):
     """Rows of images per second, with their ratio to the synthetic images' where there is one."""
 
-    fields = (
+    measured = (
         *("benchmark", "model", "provider", "mode", "basis", "batch", "dtype", "what", "images_per_second", "ratio"),
-        *("ms", "cpu_ms", "error", "hardware", "cpu", "cores", "torch", "transformers", "triton", "date"),
+        *("ms", "cpu_ms", "error"),
     )
 
     def add(self, **row) -> None:
-        self.rows.append({**row, **self.constant, "cores": os.cpu_count()})
+        self.rows.append({**row, **self.constant})
         number = row.get("error", "")
         if "images_per_second" in row:
             number = f"{row['images_per_second']:9.0f} images/s"

@@ -72,21 +72,14 @@ WRITES = "ddp"  # The layout whose checkpoints the later ones go on from.
 class Devices(Table):
     """Rows of a layout of processes, with their ratio to one process."""
 
-    fields = (
+    measured = (
         *("benchmark", "model", "provider", "processes", "dtype", "batch", "what", "images_per_second", "ratio"),
-        *("peak_gib", "ratio_memory", "error", "hardware", "cpu", "torch", "transformers", "triton", "date"),
+        *("peak_gib", "ratio_memory", "error"),
     )
+    base, same = "one", ("model", "dtype", "what")
 
     def add(self, **row) -> None:
-        one = next(
-            (
-                other
-                for other in self.rows
-                if other["provider"] == "one"
-                and all(other.get(key) == row.get(key) for key in ("model", "dtype", "what"))
-            ),
-            row,
-        )
+        one = self.baseline(row)
         numbers = str(row.get("error", ""))
         if "images_per_second" in row:
             row["ratio"] = row["images_per_second"] / one.get("images_per_second", float("nan"))

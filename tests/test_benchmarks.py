@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks make of their rows."""
+"""What the benchmarks make of their rows, and that their parts run, in small."""
 
+import csv
+import sys
 from pathlib import Path
 
-from benchmarks import plots
-from benchmarks.common import Table
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import devices, plots, rivals, runs, table
+from benchmarks.common import HOST, Rates, Table, cpu
+from image_classification import main
+
+
+SMALL = "--image_size 32 --hidden_size 24 --num_attention_heads 3 --intermediate_size 24 --num_hidden_layers 2"
 
 
 def row(**fields):
@@ -19,6 +28,110 @@ def test_ratios_are_to_softmax_of_the_same_shape():
     table.add(**row(provider="karat_triton", basis="spline", median_ms=3.0, gpu_ms=1.25, peak_gib=1.5))
     found = table.rows[-1]
     assert (found["ratio_time"], found["ratio_gpu"], found["ratio_memory"]) == (1.5, 1.25, 1.5)
+
+
+def test_without_softmax_there_is_no_ratio():
+    table = Table("cpu")
+    table.add(**row(provider="karat_triton", basis="spline", median_ms=3.0, gpu_ms=1.25, peak_gib=1.5))
+    assert not any(name.startswith("ratio") for name in table.rows[-1])
+
+
+def test_rows_go_behind_those_of_the_same_columns():
+    kinds = {"cuda_input_pipeline": Rates, "cuda_devices": devices.Devices, "cuda_runs": runs.Runs}
+    for path in plots.RESULTS.glob("*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            assert next(csv.reader(file)) == [*kinds.get(path.stem, Table).measured, *HOST], path
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """Commands of the parts `runs` and `rivals` in this process, which takes a tenth of the time; their words."""
+    commands = []
+
+    def execute(words, cache):
+        words = [str(word) for word in words]
+        commands.append(words)
+        capsys.readouterr()
+        rivals.main(words[3:]) if words[1:3] == ["-m", "benchmarks.rivals"] else main.main(words[2:])
+        return capsys.readouterr().out, {"seconds": 1.0}
+
+    monkeypatch.setattr(runs, "execute", execute)
+    return commands
+
+
+def test_whole_runs(in_process, monkeypatch):
+    """Softmax and KArAt by the script, on images like CIFAR-10's."""
+    monkeypatch.setitem(runs.MODES, "unrecorded", ["--weight_decay", "0"])  # Until there is `--record_step`.
+    found, flags = runs.Runs("cpu"), [*SMALL.split(), "--dataloader_num_workers", "0"]
+    runs.run("cpu", found, ["tiny/4"], ["unrecorded"], images=80, epochs=0.5, flags=flags)
+    softmax, karat = found.rows
+    assert all("--weight_decay" in words for words in in_process)
+    assert (
+        karat["ratio_time"] == softmax["images_per_second"] / karat["images_per_second"] != softmax["ratio_time"] == 1
+    )
+    assert karat["peak_gib"] > 0 and karat["cpu"] == cpu()
+    assert (softmax["basis"], karat["basis"]) == ("", "fourier G=3")
+
+
+def test_a_recorded_run_starts_twice(monkeypatch):
+    monkeypatch.setattr(runs, "train", lambda folder, _, way, *__: (folder / way).mkdir(exist_ok=True) or {})
+    found = runs.Runs("cpu")
+    runs.run("cpu", found, ["tiny/32"], images=10)
+    assert [(row["mode"], row["start"], row["provider"]) for row in found.rows] == [
+        *(("recorded", start, way) for start in ("cold", "warm") for way in ("softmax", "karat")),
+        *(("unrecorded", "cold", way) for way in ("softmax", "karat")),
+    ]
+
+
+def test_a_command_has_caches_of_its_own_and_says_why_it_failed(tmp_path):
+    code = "import os, sys; print(os.environ['TRITON_CACHE_DIR']); sys.exit('no luck')"
+    printed, found = runs.execute([sys.executable, "-c", code], tmp_path)
+    assert printed.strip() == str(tmp_path / "triton")
+    assert found["error"] == "exit 1: no luck" and found["seconds"] > 0
+
+
+def test_rivals(in_process, monkeypatch):
+    monkeypatch.delitem(rivals.RIVALS, "timm loop, compiled")  # Minutes on a CPU.
+    monkeypatch.setattr(rivals, "WARMUP", 1)
+    monkeypatch.setattr(rivals, "SECONDS", 0)
+    monkeypatch.setattr(rivals, "BATCHES", (2,))
+    monkeypatch.setattr(runs, "train", lambda *_: {"images_per_second": 10.0, "seconds": 1.0})
+    found = runs.Runs("cpu")
+    rivals.run("cpu", found, images=20)
+    assert [row["provider"] for row in found.rows] == ["softmax", "karat", "timm loop", "transformers.Trainer"]
+    assert all(row["ratio_time"] == 10.0 / row["images_per_second"] for row in found.rows)
+    assert len({row["images_per_second"] for row in found.rows}) == 3
+
+
+def test_tables_show_whole_runs_first_and_hosts_as_ranges(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "cuda.csv"
+    steps, whole = Table("cpu"), runs.Runs("cpu")
+    for host, ratio in (("A", 1.9), ("B", 1.25), ("C", 1.5), ("D", 1.75)):
+        steps.constant["cpu"] = host
+        karat = row(provider="karat_triton", basis="fourier G=3", median_ms=ratio, gpu_ms=1.0, peak_gib=1.0)
+        steps.rows.append({**karat, "ratio_time": ratio, "ratio_gpu": 1.0, "ratio_memory": 1.0, **steps.constant})
+    for start, rate in (("cold", 8000.0), ("warm", 8100.0)):
+        run = {"benchmark": "runs", "model": "tiny", "batch": 32, "mode": "recorded", "start": start, "epochs": 2.0}
+        whole.add(**run, provider="softmax", images_per_second=8800.0, seconds=60.0)
+        whole.add(**run, provider="karat", images_per_second=rate, startup_seconds=7.0, seconds=61.0)
+    steps.write(path)
+    whole.write(path.with_stem("cuda_runs"))
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["table", str(path)])
+    table.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| t")]
+    assert lines[0] == "| tiny | 32 | recorded | 2 | 8,800 | 8,000 | 1.10 | 7 / 7 | 61 |"
+    assert lines[1].endswith("| 1.00 | 1.00 | 1.25 to 1.75 |")  # The last three machines.
+
+
+@pytest.mark.parametrize(
+    "words, part", [(["--only", "runs"], "on cpu there are"), (["--data-path", "nowhere"], "nowhere: there is no such")]
+)
+def test_what_cannot_be_measured(words, part, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--device", "cpu", *words])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert part in capsys.readouterr().err
 
 
 def test_the_picture_shows_the_last_row_of_each_step(tmp_path: Path):
