@@ -414,6 +414,11 @@ class RunArguments(TrainingArguments):
     )
     model_ema_device: str | None = _optional("Keep the average there, such as cpu; unset: beside the weights.")
 
+    record_step: bool | None = _optional(
+        "Record a whole training step (both passes, clipping, optimiser, average) as one CUDA graph, with its blocks "
+        "compiled, so that the GPU does not wait for Python. Unset: wherever that can be; the log says which and why."
+    )
+
     per_device_train_batch_size: Annotated[int, COUNT] = field(
         default=64, metadata={"help": "Images per device and step."}
     )

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stops a run whose loss or gradients are no longer finite, and says where that began."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -36,10 +38,21 @@ class DivergenceGuard:
         self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         # The backward pass has its own order (a block's MLP comes before its attention): it shows in the first step.
         self._order: list[str] = []
-        self._hooks = [
+        self.heard = False  # Whether that order is known.
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, a backward pass tells its order."""
+        hooks = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._order.append(name))
             for name, parameter in self._trainable.items()
         ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.heard = True
 
     @torch.no_grad()
     def watch(self, step: int, loss: torch.Tensor, last: bool) -> None:
@@ -53,12 +66,6 @@ class DivergenceGuard:
         if not last:
             return
         self.flush()
-        for hook in self._hooks:
-            hook.remove()
-        if self._hooks:
-            # FSDP2 does not call the hooks: then the order of the forward pass, reversed.
-            self._order = list(dict.fromkeys([*self._order, *reversed(self._trainable)]))
-            self._hooks = []
         gradients = {name: parameter.grad for name, parameter in self._trainable.items() if parameter.grad is not None}
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
         norms = torch._foreach_norm(local) if local else []
@@ -93,19 +100,34 @@ class DivergenceGuard:
         if event is not None:
             event.synchronize()
         loss, *norms = values.tolist()
-        broken = {name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)}
+        self.judge(step, loss, dict(zip(names, norms, strict=True)))
+
+    def judge(self, step: int, loss: float, norms: dict[str, float], skipped: int | None = None) -> None:
+        """
+        Args:
+            step: number of the optimiser step, from 1.
+            loss: of the step.
+            norms: of the gradients, by the parameters' names.
+            skipped: steps that fp16 has skipped in a row, this one included; counted here unless given.
+
+        Raises:
+            InputError: loss or a gradient is not finite.
+        """
+        broken = {name for name, norm in norms.items() if not math.isfinite(norm)}
         if math.isfinite(loss):
-            self._skipped = self._skipped + 1 if broken else 0
+            self._skipped = skipped if skipped is not None else self._skipped + 1 if broken else 0
             if not broken or (self.scaled and self._skipped < SKIPPED_STEPS):
                 return
         first = "gradients are with DeepSpeed, which names none"
-        if names:
+        if norms:
             first = "all gradients are finite"
         if broken:
+            # FSDP2 does not call the hooks: then the order of the forward pass, reversed.
+            order = [*self._order, *reversed(self._trainable)]
             first = (
                 "the first gradient of the backward pass that is not finite is that of "
-                f"`{next(name for name in self._order if name in broken)}` "
-                f"({len(broken)} of {len(names)} are not)"
+                f"`{next(name for name in order if name in broken)}` "
+                f"({len(broken)} of {len(norms)} are not)"
             )
         streak = f" It is the last of {self._skipped} such steps in a row." if self.scaled and self._skipped else ""
         raise InputError(

@@ -41,17 +41,32 @@ class WeightAverage:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             self.tensors[name] = _local(parameter).to(device=device, dtype=dtype, copy=True)
 
+    def is_beside_the_weights(self) -> bool:
+        """Whether `update` needs neither another device nor another precision."""
+        return all(
+            not isinstance(getattr(owner, name), DTensor)
+            and (getattr(owner, name).dtype, getattr(owner, name).device) == (average.dtype, average.device)
+            for (owner, name), average in zip(self._owners, self.tensors.values(), strict=True)
+        )
+
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights after one step of the optimiser."""
+    def update(self, skipped: torch.Tensor | None = None) -> None:
+        """
+        Take in the weights after one step of the optimiser.
+
+        Args:
+            skipped: 1 where the optimiser skipped the step, so that the average stays as it is; else 0.
+        """
         averages = list(self.tensors.values())
         weights = [getattr(owner, name) for owner, name in self._owners]
-        if any(
-            isinstance(weight, DTensor) or weight.dtype != average.dtype or weight.device != average.device
-            for weight, average in zip(weights, averages, strict=True)
-        ):
+        if not self.is_beside_the_weights():
             weights = [_local(weight).to(average) for weight, average in zip(weights, averages, strict=True)]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        if skipped is None:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        else:
+            steps = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(steps, (1 - self.decay) * (1 - skipped))
+            torch._foreach_add_(averages, steps)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

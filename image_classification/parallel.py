@@ -9,7 +9,7 @@ end of an epoch. Here repeated images have no weight: W processes of batch B/W t
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TypeVar
 
@@ -71,6 +71,11 @@ class ParallelTrainer(Trainer):
         return loader
 
     def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
+        self.tell_epoch(epoch, train_dataloader)
+        return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def tell_epoch(self, epoch: int, train_dataloader: DataLoader) -> None:
+        """To everything that random numbers depend on."""
         # Accelerate tells the epoch only some of these, depending on how it wrapped the loader to shard and to skip.
         parts, inner = [self.train_dataset], train_dataloader
         while (inner := getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None)) is not None:
@@ -78,13 +83,19 @@ class ParallelTrainer(Trainer):
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches = list(islice(epoch_iterator, num_batches))
-        if batches and self._rows_at_end and self.accelerator.gradient_state.end_of_dataloader:
-            batches[-1] = _without_repeated(batches[-1], self._own_rows(batches[-1], self._rows_at_end))
+        batches, _ = self.take_batches(epoch_iterator, num_batches)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def take_batches(self, batches: Iterator, count: int) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The next `count` batches of this process, and how many images those of all processes have."""
+        some = list(islice(batches, count))
+        images = sum(len(batch["labels"]) for batch in some) * self.args.world_size
+        if some and self._rows_at_end and self.accelerator.gradient_state.end_of_dataloader:
+            images += self._rows_at_end - len(some[-1]["labels"]) * self.args.world_size
+            some[-1] = _without_repeated(some[-1], self._own_rows(some[-1], self._rows_at_end))
+        return some, images
 
     def _own_rows(self, batch: dict[str, torch.Tensor], rows: int) -> int:
         """How many rows of this process's last batch are among the first `rows` of all processes'."""

@@ -7,11 +7,13 @@ when it was written, so that logs and evaluations are neither lost nor done twic
 process, DDP and FSDP2, so a run may go on under another layout. (DeepSpeed writes its own, for its own.)
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -87,7 +89,7 @@ class ResumableTrainer(ParallelTrainer):
         self._signals = StopSignals(speak=self.is_world_process_zero())
         self._training = True
         try:
-            with self._signals:
+            with self._signals, _own_stream(self.args.device):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._training = False
@@ -386,6 +388,19 @@ class _Hooks(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer._epoch_ended = True
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Where all of training takes place: CUDA does not record its default stream."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 class _Asked(Exception):

@@ -35,6 +35,7 @@ _FREE = (
     "output_dir",
     "per_device_eval_batch_size",
     "project",
+    "record_step",
     "report_to",
     "resume_from_checkpoint",
     "run_id",

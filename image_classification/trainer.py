@@ -2,6 +2,8 @@
 """The Trainer: loss, parameter groups, schedules, and checkpoints that load every weight or say so."""
 
 import contextlib
+import functools
+import logging
 import math
 import os
 import re
@@ -10,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
+from accelerate import skip_first_batches
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -23,11 +27,16 @@ from . import ema
 from .arguments import RunArguments
 from .augmentation import RepeatedAugmentation
 from .device_augmentation import let_go
-from .divergence import DivergenceGuard
+from .divergence import SKIPPED_STEPS, DivergenceGuard
 from .errors import InputError
+from .recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
 from .resumable import ResumableTrainer, unwrapped
 
 
+logger = logging.getLogger(__name__)
+
+# Recorded steps between two looks at whether they have diverged; each waits for the device.
+STEPS_UNSEEN = 50
 # Position embeddings and tokens are matrices in shape only; ViT does not decay them.
 NO_DECAY = ("cls_token", "position_embeddings", "mask_token")
 
@@ -42,6 +51,7 @@ class ImageClassificationTrainer(ResumableTrainer):
     * an average of the weights (`model_ema`), evaluated beside them, saved in every checkpoint and resumed;
     * checkpoints under the parameters' present names;
     * an error for a loss or gradient that is not finite, which names the step and the parameter;
+    * a whole step as one CUDA graph, where that can be (`record_step`, `RecordedStep`);
     * images per second of training alone, without evaluations and checkpoints, and the peak of memory.
     """
 
@@ -60,6 +70,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             )
         self.average: ema.WeightAverage | None = None
         self._guard: DivergenceGuard | None = None
+        self.recorded: RecordedStep | None = None
         self._operations: dict[torch.Size, int] = {}
         self._forget_speed()
         self.add_callback(_Hooks(self))
@@ -76,12 +87,21 @@ class ImageClassificationTrainer(ResumableTrainer):
         where = f"Nothing of it was saved; checkpoints of before are kept in {self.args.output_dir}. Try a lower rate"
         where += ", or bf16 in place of fp16." if self.args.fp16 else ", or more warm-up."
         self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
+        self.recorded = self._make_recorded_step()
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
         self._forget_speed()
         self._began = time.perf_counter()
 
+    def note_startup(self) -> None:
+        """When the first step is done: how long after the process's start that is."""
+        if self._startup_seconds is None:
+            if self.args.device.type == "cuda":
+                torch.cuda.synchronize(self.args.device)
+            self._startup_seconds = time.time() - psutil.Process().create_time()
+
     def _forget_speed(self) -> None:
+        self._startup_seconds: float | None = None
         # Images trained on, by all processes, and seconds that this took: in all, and at the last log.
         self._images, self._images_logged = 0, 0
         self._began, self._apart_seconds, self._seconds_logged = 0.0, 0.0, 0.0
@@ -92,9 +112,140 @@ class ImageClassificationTrainer(ResumableTrainer):
         if checkpoint is not None:
             self.average.load(Path(checkpoint) / ema.FILE, self.bare_model)
 
+    def _make_recorded_step(self) -> RecordedStep | None:
+        """By `record_step`, if nothing stands against it; the log says which way steps are taken, and why."""
+        if self.args.record_step is False:
+            return None
+        if (reason := obstacle(self)) is not None:
+            if self.args.record_step:
+                raise InputError(f"`record_step`: a step of this run cannot be recorded: {reason}. Leave it out.")
+            if self.args.device.type == "cuda":
+                logger.info(f"Step    launch by launch: {reason}")
+            return None
+        logger.info("Step    recorded as one CUDA graph, blocks compiled (`record_step`)")
+        model = self.bare_model if self.args.world_size > 1 else self.model_wrapped
+        trainable = {name: weight for name, weight in self.bare_model.named_parameters() if weight.requires_grad}
+        return RecordedStep(
+            model,
+            blocks_of(self.bare_model),
+            trainable,
+            self.cross_entropy,
+            self.optimizer.optimizer,
+            table_of_rates(self.lr_scheduler, self.state.max_steps),
+            self.lr_scheduler.last_epoch,
+            self.state.global_step,
+            max_norm=self.args.max_grad_norm,
+            running_loss=self._tr_loss,
+            scaler=self.accelerator.scaler,
+            average=self.average,
+            accumulated=self.args.gradient_accumulation_steps,
+            world=self.args.world_size,
+        )
+
+    def _run_epoch(
+        self,
+        *,
+        model,
+        epoch,
+        train_dataloader,
+        steps_in_epoch,
+        trial,
+        ignore_keys_for_eval,
+        start_time,
+        resume_from_checkpoint,
+        epochs_trained,
+        steps_trained_in_current_epoch,
+        **rest,
+    ):
+        """As Transformers', without what it does on the host at each step, where the step is recorded."""
+        if self.recorded is None:
+            return super()._run_epoch(
+                model=model,
+                epoch=epoch,
+                train_dataloader=train_dataloader,
+                steps_in_epoch=steps_in_epoch,
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+                start_time=start_time,
+                resume_from_checkpoint=resume_from_checkpoint,
+                epochs_trained=epochs_trained,
+                steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+                **rest,
+            )
+        self.tell_epoch(epoch, train_dataloader)
+        done, resumed = 0, epoch == epochs_trained and resume_from_checkpoint is not None
+        if resumed and steps_trained_in_current_epoch > 0:
+            done = steps_trained_in_current_epoch
+            train_dataloader = skip_first_batches(train_dataloader, done)
+        if hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(epoch)
+        batches, handler, state = iter(train_dataloader), self.callback_handler, self.state
+        log_save_evaluate = functools.partial(
+            self._maybe_log_save_evaluate, self._tr_loss, model=model, trial=trial, epoch=epoch,
+            ignore_keys_for_eval=ignore_keys_for_eval, start_time=start_time,
+        )  # fmt: skip
+        while done < steps_in_epoch:
+            some = min(self.args.gradient_accumulation_steps, steps_in_epoch - done)
+            some, images = self.take_batches(batches, some)
+            if not some:
+                break
+            if resumed:
+                self._load_rng_state(resume_from_checkpoint)  # After what iterating draws, as Transformers has it.
+                resumed = False
+            self.control = handler.on_step_begin(self.args, state, self.control)
+            self._take_recorded_step(some, images)
+            done += len(some)
+            state.global_step += 1
+            state.epoch = epoch + done / steps_in_epoch
+            self.control = handler.on_step_end(self.args, state, self.control)
+            rate = self._catch_up_with_device() if self.control.should_log else None
+            log_save_evaluate(grad_norm=self.recorded.norm, learning_rate=rate)
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                break
+        self.control = handler.on_epoch_end(self.args, state, self.control)
+        log_save_evaluate(grad_norm=self.recorded.norm, learning_rate=self._catch_up_with_device())
+
+    def _take_recorded_step(self, batches: list[dict[str, torch.Tensor]], images: int) -> None:
+        step, labels = self.recorded, batches[0]["labels"]
+        if step.graphs is None:
+            self.model.train()
+            if self.args.device.type == "cuda" and len(labels) == self._train_batch_size:
+                step.record(batches[0]["pixel_values"], labels, self._guard.listening)
+        elif len(batches[-1]["labels"]) != self._train_batch_size:
+            self.model.train()  # A batch that is not replayed, maybe after an evaluation.
+        with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
+            step.run(batches, images * labels[0].numel())
+        self._images += images
+        for batch in batches:
+            self.current_flos += float(self.floating_point_ops(batch))
+        if self.state.global_step % STEPS_UNSEEN == 0:
+            self._flush_guard()
+
+    def _catch_up_with_device(self) -> float:
+        """Bring the schedule to where the recorded steps are; returns the first group's rate in the last of them."""
+        step, scheduler = self.recorded.position_now(), self.lr_scheduler
+        if step != scheduler.last_epoch:
+            scheduler.last_epoch, scheduler._step_count = step - 1, step
+            scheduler.optimizer._opt_called = True  # It was, in the graph: else PyTorch warns.
+            scheduler.step()
+        return self.recorded.schedule[max(0, step - 1), 0].item()
+
+    def _flush_guard(self) -> None:
+        """
+        Raises:
+            InputError: training has diverged.
+        """
+        if self._guard is None:
+            return
+        self._guard.flush()
+        if self.recorded is not None and (found := self.recorded.divergence()) is not None:
+            step, (loss, *norms) = found
+            self._guard.judge(step, loss, dict(zip(self.recorded.names, norms, strict=True)), SKIPPED_STEPS)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self._images += len(inputs["labels"]) * self.args.world_size
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
         return loss
 
@@ -220,6 +371,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             return super().create_optimizer(model)
         if kind is torch.optim.SGD:
             options |= {"momentum": self.args.momentum, "nesterov": self.args.momentum > 0}
+            options["fused"] = self.args.device.type == "cuda"
         elif kind is torch.optim.RMSprop:
             options |= {"momentum": self.args.momentum}
         self.optimizer = kind(parameter_groups(model, self.args), **options)
@@ -256,8 +408,7 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds images per second where the training loss is logged, and the totals at the end of training."""
-        if self._guard is not None:
-            self._guard.flush()
+        self._flush_guard()
         if "loss" in logs:
             seconds, images = self._training_seconds() - self._seconds_logged, self._images - self._images_logged
             self._seconds_logged, self._images_logged = self._seconds_logged + seconds, self._images
@@ -267,6 +418,8 @@ class ImageClassificationTrainer(ResumableTrainer):
             # Transformers' figures count evaluations, and images of before a resume.
             logs.pop("train_samples_per_second", None)
             logs.pop("train_steps_per_second", None)
+            if self._startup_seconds is not None:
+                logs["train_startup_seconds"] = round(self._startup_seconds, 2)
             if self._images:
                 logs["train_images_per_second"] = round(self._images / self._training_seconds(), 2)
             peak = torch.tensor(peak_memory(self.args.device), device=self.args.device)
@@ -279,8 +432,7 @@ class ImageClassificationTrainer(ResumableTrainer):
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
         """What is done within is not counted as training; training must not have diverged before it."""
-        if self._guard is not None:
-            self._guard.flush()
+        self._flush_guard()
         if self.args.device.type == "cuda":
             torch.cuda.synchronize(self.args.device)
         began = time.perf_counter()
@@ -300,6 +452,8 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self._apart():
+            if self.recorded is not None:
+                self._last_step = (self.recorded.norm, self._catch_up_with_device())
             super()._save_checkpoint(*args, **kwargs)
 
     def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -340,6 +494,12 @@ class _Hooks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.after_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.note_startup()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.recorded = None  # And the memory of its graph.
 
 
 def peak_memory(device: torch.device) -> float:
