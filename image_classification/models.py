@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the model arguments to a model: presets, overrides, and weights to start from."""
 
-import functools
 import json
 import logging
 import math
@@ -128,12 +127,14 @@ def add_drop_path(model: PreTrainedModel, rate: float) -> None:
     """
     layers = model.vit.layers
     for index, layer in enumerate(layers):
-        # Each of a block's two branches ends with it.
-        layer.dropout.register_forward_hook(functools.partial(_drop, rate * index / max(1, len(layers) - 1)))
+        # Each of a block's two branches ends with it. A tensor, as in KArAt's blocks: equal ones are compiled once.
+        own = torch.tensor(rate * index / max(1, len(layers) - 1))
+        layer.dropout.register_buffer("drop_path_rate", own, persistent=False)
+        layer.dropout.register_forward_hook(_drop)
 
 
-def _drop(rate: float, module: torch.nn.Module, _, branch: torch.Tensor) -> torch.Tensor:
-    return drop_path(branch, rate) if module.training else branch
+def _drop(module: torch.nn.Module, _, branch: torch.Tensor) -> torch.Tensor:
+    return drop_path(branch, module.drop_path_rate) if module.training else branch
 
 
 def _check_drop_path(rate: float) -> None:

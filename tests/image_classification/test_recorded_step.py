@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorded step is the Trainer's own: uncaptured here, on a CPU; tests/recorded_step_cases.py captures it on a GPU."""
+"""The recorded step is the Trainer's own: uncaptured here, on a CPU; recorded_step_cases.py captures it on a GPU."""
 
 import math
 
