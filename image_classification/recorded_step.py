@@ -279,8 +279,8 @@ class RecordedStep:
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks of a ViT."""
-    return list(model.base_model.layers)
+    """The transformer blocks of a ViT that can be compiled: none where a teacher hands each its maps."""
+    return [] if getattr(model.config, "teacher_attention", None) else list(model.base_model.layers)
 
 
 def table_of_rates(scheduler: LambdaLR, steps: int) -> torch.Tensor:

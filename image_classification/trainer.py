@@ -122,12 +122,13 @@ class ImageClassificationTrainer(ResumableTrainer):
             if self.args.device.type == "cuda":
                 logger.info(f"Step    launch by launch: {reason}")
             return None
-        logger.info("Step    recorded as one CUDA graph, blocks compiled (`record_step`)")
+        blocks = blocks_of(self.bare_model)
+        logger.info(f"Step    recorded as one CUDA graph{', its blocks compiled' if blocks else ''}")
         model = self.bare_model if self.args.world_size > 1 else self.model_wrapped
         trainable = {name: weight for name, weight in self.bare_model.named_parameters() if weight.requires_grad}
         return RecordedStep(
             model,
-            blocks_of(self.bare_model),
+            blocks,
             trainable,
             self.cross_entropy,
             self.optimizer.optimizer,

@@ -62,9 +62,10 @@ class AttentionTeacher:
         """
         if self.model.device != pixels.device:
             self.model.to(pixels.device)
+            self.scale, self.shift = (x if x is None else x.to(pixels.device) for x in (self.scale, self.shift))
         pixels = pixels.to(self.model.dtype)
         if self.scale is not None:
-            pixels = pixels * self.scale.to(pixels) + self.shift.to(pixels)
+            pixels = pixels * self.scale.to(pixels.dtype) + self.shift.to(pixels.dtype)
         with torch.autocast(pixels.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.model.vit(pixels, output_attentions=True).attentions
 
