@@ -116,7 +116,9 @@ def build_model(args: ModelArguments, labels: list[str]) -> PreTrainedModel:
 
 def _attention(args: ModelArguments, config: PreTrainedConfig) -> dict[str, str]:
     """The argument that chooses how attention is computed, where it is not left to the model."""
-    name = args.attn_implementation or (UNMASKED if config.model_type == "vit" else None)
+    name = args.attn_implementation
+    if config.model_type == "vit" and name in (None, "sdpa"):
+        name = UNMASKED
     return {} if name is None else {"attn_implementation": name}
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from .divergence import SKIPPED_STEPS
 from .ema import WeightAverage
+from .softmax_attention import UNMASKED
 
 
 # Before recording, on the stream that is recorded: kernels are compiled and libraries take their workspaces.
@@ -303,6 +304,8 @@ def obstacle(trainer) -> str | None:
         return "FSDP and DeepSpeed decide on the host what is where"
     if args.n_gpu > 1:
         return "one process has several GPUs: start one for each, with `accelerate launch`"
+    if trainer.bare_model.config.model_type == "vit" and trainer.bare_model.config._attn_implementation == "sdpa":
+        return f"`attn_implementation` sdpa makes a mask while it is recorded ({UNMASKED} does not)"
     if args.gradient_checkpointing:
         return "`gradient_checkpointing` restores random numbers on the host"
     if args.torch_compile:

@@ -13,6 +13,7 @@ from image_classification import trainer as trainer_module
 from image_classification.arguments import RunArguments
 from image_classification.errors import InputError
 from image_classification.models import add_drop_path
+from image_classification.softmax_attention import UNMASKED
 from image_classification.trainer import ImageClassificationTrainer
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 from tests.image_classification.test_recorded_step import Poison
@@ -44,6 +45,7 @@ def make_model(kind, drop_path_rate=0.0, dropout=0.0):
     torch.manual_seed(0)
     if KINDS[kind] is None:
         model = ViTForImageClassification(ViTConfig(**SIZES, hidden_dropout_prob=dropout))
+        model.set_attn_implementation(UNMASKED)
         if drop_path_rate:
             add_drop_path(model, drop_path_rate)
         return model
