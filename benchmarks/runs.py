@@ -117,8 +117,8 @@ def train(folder: Path, device: str, way: str, row: dict, data: Path, flags=()) 
     else:
         found["error"] = "too short to have a rate: more --epochs"
     results = json.loads((output / RESULTS).read_text(encoding="utf-8"))
-    found["peak_gib"] = results["train_peak_memory_gib"]
-    return found | {key: results[key] for key in ("startup_seconds",) if key in results}
+    names = {"peak_gib": "train_peak_memory_gib", "startup_seconds": "train_startup_seconds"}
+    return found | {name: results[theirs] for name, theirs in names.items() if theirs in results}
 
 
 def run(

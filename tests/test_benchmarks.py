@@ -2,6 +2,7 @@
 """What the benchmarks make of their rows, and that their parts run, in small."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -52,7 +53,12 @@ def in_process(monkeypatch, capsys):
         words = [str(word) for word in words]
         commands.append(words)
         capsys.readouterr()
-        rivals.main(words[3:]) if words[1:3] == ["-m", "benchmarks.rivals"] else main.main(words[2:])
+        if words[1:3] == ["-m", "benchmarks.rivals"]:
+            rivals.main(words[3:])
+        else:
+            main.main(words[2:])
+            results = Path(words[words.index("--output_dir") + 1]) / "all_results.json"
+            results.write_text(json.dumps({"train_startup_seconds": 7.0, **json.loads(results.read_text())}))
         return capsys.readouterr().out, {"seconds": 1.0}
 
     monkeypatch.setattr(runs, "execute", execute)
@@ -69,7 +75,7 @@ def test_whole_runs(in_process, monkeypatch):
     assert (
         karat["ratio_time"] == softmax["images_per_second"] / karat["images_per_second"] != softmax["ratio_time"] == 1
     )
-    assert karat["peak_gib"] > 0 and karat["cpu"] == cpu()
+    assert karat["peak_gib"] > 0 and karat["startup_seconds"] > 0 and karat["cpu"] == cpu()
     assert (softmax["basis"], karat["basis"]) == ("", "fourier G=3")
 
 
