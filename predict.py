@@ -7,14 +7,21 @@ Needs nothing of the training side: torch, transformers, safetensors, einops and
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image, ImageOps
+from tqdm import tqdm
 from transformers import pipeline
 
-import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
+from image_classification.errors import InputError, reason_of, run_command
+from image_classification.images import check_image, read_image
+from image_classification.loading import load_image_processor, load_model
+
+
+# A bar is shown for more images than this.
+FEW = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,8 +30,15 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after the script's name; default the process's.
 
     Returns:
-        The exit status: 0, or 2 where an image or the model cannot be used.
+        The exit status: 0, 2 where an image or the model cannot be used, 1 after a failure that nobody foresaw, 130
+        after Ctrl-C.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command("predict.py", lambda: predict(argv), debug="--debug" in argv)
+
+
+def predict(argv: list[str]) -> None:
+    """Print the labels of each image. Raises `InputError` where an image or the model cannot be used."""
     parser = argparse.ArgumentParser(
         prog="predict.py", description="Classify images with a KArAt-ViT (or ViT) checkpoint.", allow_abbrev=False
     )
@@ -32,58 +46,62 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, or its name on the Hub")
     parser.add_argument("--top-k", "--top_k", type=int, default=5, help="labels to show (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.top_k < 1:
         parser.error(f"--top-k is {args.top_k}, expected 1 or more")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        # All images first, so that a broken one is not found after minutes of others.
-        images = [load_image(path) for path in args.images]
-        classify = load_classifier(args.model, args.device)
-        for number, (path, image) in enumerate(zip(args.images, images, strict=True)):
-            if number:
-                print()
-            print(table(path, classify(image, top_k=args.top_k)))
-    except ValueError as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    classify = load_classifier(args.model, args.device)
+    # All images first, so that a broken one is not found after minutes of others; one at a time is in memory.
+    for path in progress(args.images, "Checking images"):
+        check_image(path)
+    for number, path in enumerate(progress(args.images, "Classifying")):
+        shown = table(path, classify(read_image(path), args.top_k))
+        tqdm.write(f"\n{shown}" if number else shown)
 
 
-def load_image(path: str) -> Image.Image:
-    """Read an image upright and in RGB. Raises `ValueError` naming the file if there is none or it is damaged."""
-    if not Path(path).is_file():
-        what = "is a folder, expected an image file" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"the image {path} {what}.")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others for broken files.
-        raise ValueError(f"the image {path} cannot be read: it is truncated, damaged or no image ({error}).") from error
+def progress(images: list[str], what: str) -> tqdm:
+    """The images, with a bar on standard error if they are many."""
+    return tqdm(images, desc=what, unit="image", leave=False, disable=len(images) <= FEW)
 
 
-def load_classifier(model: str, device: str | None = None):
-    """The pipeline of a checkpoint. Raises `ValueError` if there is no such model or device."""
+def load_classifier(model: str, device: str | None = None) -> Callable:
+    """
+    A checkpoint as a function of an image and the number of labels wanted.
+
+    Raises:
+        InputError: there is no such model or device, or the model is damaged.
+    """
     folder = Path(model)
     if folder.is_dir():
         for needed in ("config.json", "preprocessor_config.json"):
             if not (folder / needed).is_file():
-                raise ValueError(f"{model} holds no {needed}: it is no checkpoint folder of a finished run.")
+                raise InputError(f"{model} holds no {needed}: it is no checkpoint folder of a finished run.")
     elif folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise ValueError(f"there is no model folder {model}. `python run_image_classification.py` trains one.")
-    try:
-        device = device if device is None else torch.device(device)
-        classify = pipeline("image-classification", model=model, device=device, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the model {model} cannot be loaded{f' on {device}' if device else ''}: {reason}") from error
-    if teacher := getattr(classify.model.config, "teacher_attention", None):
-        raise ValueError(
+        raise InputError(f"there is no model folder {model}. `python run_image_classification.py` trains one.")
+    network, _ = load_model(model, "--model")
+    processor = load_image_processor(model, "--model", network.config.image_size)
+    if processor is None:
+        raise InputError(f"`--model` {model} has no preprocessor_config.json, which says how images are prepared.")
+    if teacher := getattr(network.config, "teacher_attention", None):
+        raise InputError(
             f"the model {model} attends with the maps of its teacher, {teacher}, and predicts nothing alone. Evaluate "
             f"it with `python run_image_classification.py --eval --resume {model} --teacher_attention TEACHER`."
         )
-    return classify
+    try:
+        device = device if device is None else torch.device(device)
+        classify = pipeline("image-classification", model=network, image_processor=processor, device=device)
+    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"the model {model} cannot be put on the device {device}: {reason_of(error)}") from error
+
+    def guess(image, labels: int) -> list[dict]:
+        guesses = classify(image, top_k=labels)
+        if any(item["score"] != item["score"] for item in guesses):
+            raise InputError(f"the model {model} gives scores that are no numbers (NaN): it is damaged or diverged.")
+        return guesses
+
+    return guess
 
 
 def table(path: str, predictions: list[dict]) -> str:

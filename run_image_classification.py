@@ -3,8 +3,14 @@
 
 import sys
 
-from image_classification.main import main
+from image_classification.errors import run_command
+
+
+def main() -> int:
+    from image_classification.main import main  # Only now, so that a package that is missing is told as errors are.
+
+    return main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("run_image_classification.py", main, debug="--debug" in sys.argv))

@@ -5,7 +5,7 @@ import argparse
 import importlib
 import sys
 
-from image_classification.errors import InputError, did_you_mean
+from image_classification.errors import did_you_mean, run_command
 
 
 # One module each. Its docstring is the command's description.
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `python -m analysis`; default the process's.
 
     Returns:
-        The exit status: 0, or 2 where the input cannot be used, or 130 after Ctrl-C.
+        The exit status: 0, or 2 where the input cannot be used, 1 after a failure that nobody foresaw, 130 after
+        Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -54,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"python -m analysis: error: no {what!r} here{did_you_mean(what, COMMANDS)}: {known}", file=sys.stderr)
         return 2
+    return run_command(f"python -m analysis {what}", lambda: _run(what, flags), debug="--debug" in flags)
+
+
+def _run(what: str, flags: list[str]) -> None:
     # Only this one, and only now: `--help` need not wait for PyTorch.
     module = importlib.import_module(f".{what}", "analysis")
     parser = argparse.ArgumentParser(
@@ -63,16 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    try:
-        module.run(parser.parse_args(flags))
-    except InputError as error:
-        sys.stdout.flush()
-        print(f"python -m analysis {what}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
-    return 0
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.run(parser.parse_args(flags))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from image_classification.data import VALIDATION_NAMES, decode
+from image_classification.data import VALIDATION_NAMES
 from image_classification.errors import InputError
+from image_classification.images import decode
 
 from .checkpoints import Checkpoint
 from .images import Found, draw_numbers, processor_of

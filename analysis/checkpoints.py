@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from image_classification import checkpoints as saved
 from image_classification import models, runs, transfer
 from image_classification.arguments import ModelArguments
-from image_classification.errors import InputError, more
-from image_classification.transforms import height_and_width
+from image_classification.errors import InputError
+from image_classification.loading import height_and_width, load_config, load_image_processor, load_model
 from modeling_karat_vit.attention import KArAtOperator
 
 
@@ -119,34 +118,20 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
     if folder.is_dir() and not (folder / "config.json").is_file():
         # A run that was stopped has weights in its checkpoints only.
         source = str(saved.newest(folder)[0] or source)
-    config = models.load_config(source, flag)
-    if config.model_type not in ("karat_vit", "vit"):
-        raise InputError(
-            f"`{flag}` {source} is a model of type {config.model_type!r}, expected 'karat_vit' or 'vit' (the softmax "
-            "ViT of Transformers)."
-        )
+    config = load_config(source, flag)
     if teacher := transfer.needs(config):
         raise InputError(
             f"`{flag}` {source} attends with the maps of its teacher, {teacher}, and its own attention was never "
             "trained: look at the teacher."
         )
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            source, attn_implementation="eager", dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"`{flag}` {source} cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
-    absent = [key for key in missing if not key.startswith("classifier.")]
-    if absent:
-        raise InputError(f"`{flag}` {source} lacks weights of its model: {', '.join(absent[:5])}{more(absent)}.")
+    model, new = load_model(source, flag, encoder_suffices=True, attn_implementation="eager", dtype=torch.float32)
     return Checkpoint(
         source,
         Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2],
         model.eval().to(device),
-        models.load_image_processor(source),
+        load_image_processor(source, flag, config.image_size),
         read_run(source),
-        has_classifier=not missing,
+        has_classifier=not new,
     )
 
 

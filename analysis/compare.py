@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from image_classification import checkpoints as saved
 from image_classification import reports
-from image_classification.transforms import height_and_width
+from image_classification.loading import height_and_width
 
 from . import options, style
 from .checkpoints import Checkpoint, by_default, load_checkpoint, read_json, read_state, run_folder

@@ -23,8 +23,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from transformers import pipeline
 
-from image_classification.data import upright_rgb
 from image_classification.errors import InputError
+from image_classification.images import upright_rgb
 
 from . import attention, functions, options, style
 from .checkpoints import Checkpoint, load_checkpoint

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from image_classification.arguments import DataArguments
-from image_classification.data import ImageData, decode, load_data
+from image_classification.data import ImageData, load_data
 from image_classification.errors import InputError
+from image_classification.images import decode, read_image
 
 from .checkpoints import Checkpoint
 
@@ -121,7 +122,7 @@ def _of_paths(checkpoint: Checkpoint, paths: list[str], count: int, seed: int, f
     classes = set(checkpoint.labels)
     return [
         (
-            decode({"path": str(file), "bytes": None}, str(file)),
+            read_image(file),
             file.name,
             file.parent.name if file.parent.name in classes else None,
         )

@@ -34,9 +34,10 @@ from transformers import TrainerCallback
 
 from image_classification import main, models
 from image_classification.arguments import CONFIGURATION, parse_settings
-from image_classification.data import decode, load_data
+from image_classification.data import load_data
 from image_classification.device_augmentation import DrawnBatch, read
 from image_classification.errors import InputError
+from image_classification.images import decode
 from image_classification.trainer import ImageClassificationTrainer
 from image_classification.transforms import build_image_processor
 

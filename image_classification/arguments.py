@@ -712,6 +712,10 @@ class Parser(HfArgumentParser):
             if action.type is string_to_bool:
                 # A bare `--flag` means true, also where the setting may be unset.
                 action.type, action.nargs, action.const = truth, "?", True
+        # Transformers' setting needs a value; the bare flag is ours.
+        debug = self.settings["debug"]
+        debug.nargs, debug.const = "?", debug.default
+        debug.help += " Without a value: show the traceback of an error."
         group = self.add_argument_group("official command line (translated to the settings above)")
         for flag in OFFICIAL_FLAGS:
             if flag.name in self.settings:

@@ -11,21 +11,23 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .errors import InputError, more
+from .errors import InputError, more, reason_of
 
 
 SUMS, STATE = "SHA256SUMS", "trainer_state.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-OPTIMIZER, PROGRESS = "optimizer.pt", "progress.json"
+OPTIMIZER, SCHEDULER, PROGRESS = "optimizer.pt", "scheduler.pt", "progress.json"
 # What to do about a `NotWritten`.
 MEND = "Free some space (or mend the permissions), then give the same command again"
 
@@ -186,31 +188,95 @@ def best(run: Path, log: list[dict[str, float]], metric: str, greater_is_better:
     )[2]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """
+    The files of a checkpoint's weights, of which there are one or several.
+
+    Raises:
+        InputError: the list of the files is damaged, or one is missing.
+    """
+    if (folder / WEIGHTS).exists() or not (folder / WEIGHTS_INDEX).exists():
+        return [folder / WEIGHTS]
+    index = read_json(folder / WEIGHTS_INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{folder / WEIGHTS_INDEX} is damaged: expected `weight_map` with the file of each weight.")
+    files = [folder / name for name in sorted(set(names.values()))]
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise InputError(f"{folder / WEIGHTS_INDEX} names {file.name}, which is not there: put back a copy of it.")
+    return files
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of the tensors in a safetensors file. Raises `InputError` where it is damaged."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        parts = ((name, file.get_slice(name)) for name in file.keys())
+        return {name: (part.get_dtype(), part.get_shape()) for name, part in parts}
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file, on the CPU. Raises `InputError` where it is damaged."""
+    with reading(path):
+        return load_file(path)
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, in one file or in several, on the CPU."""
-    if not (folder / WEIGHTS_INDEX).is_file():
-        names = [WEIGHTS]
-    else:
-        index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    weights = {}
-    for name in names:
-        try:
-            weights |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder / name} cannot be read ({error}): the checkpoint is damaged.") from error
-    return weights
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path).items()}
 
 
-def check_weights(expected: set[str], found: set[str], folder: Path) -> None:
-    """Raise an `InputError` unless a checkpoint has exactly the weights of the model."""
-    for keys, what in (
-        (expected - found, "lacks weights that the model has"),
-        (found - expected, "has weights that the model does not have"),
+def read_state(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU. Raises `InputError` where it is damaged."""
+    with reading(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises `InputError` where it is damaged."""
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading a file of a checkpoint into an `InputError` that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:  # Whose advice is to trust the file.
+        raise InputError(f"{path} is nothing that PyTorch saved: it is damaged. Put back a copy of it.") from error
+    except Exception as error:  # Of the file system, JSON or safetensors, or what the content leads to.
+        reason = reason_of(error) if str(error) else "it ends too early"
+        raise InputError(f"{path} cannot be read ({reason}): it is damaged. Put back a copy of it.") from error
+
+
+def check_weights(expected: dict[str, torch.Size], found: dict[str, torch.Tensor], where: Path) -> None:
+    """
+    Raise an `InputError` unless a checkpoint has exactly the weights of the model.
+
+    Args:
+        expected: shapes by name.
+        found: tensors by name.
+        where: the checkpoint, or its file.
+    """
+    both = expected.keys() & found.keys()
+    for names, what in (
+        (expected.keys() - found.keys(), "lacks weights that the model has"),
+        (found.keys() - expected.keys(), "has weights that the model does not have"),
+        ([name for name in both if found[name].shape != expected[name]], "has weights that do not fit the model"),
+        ([name for name in both if not found[name].is_floating_point()], "has weights of whole numbers"),
+        (not_finite(found), "has weights that are NaN or infinite"),
     ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:4]) + more(keys, 4)
-            raise InputError(f"{folder} {what}: {shown}. It is damaged or of another model; nothing was trained.")
+        if names:
+            shown = ", ".join(sorted(names)[:4]) + more(names, 4)
+            raise InputError(f"{where} {what}: {shown}. It is damaged or of another model; nothing was trained.")
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are NaN or infinite somewhere."""
+    return sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
 
 
 @contextlib.contextmanager

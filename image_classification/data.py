@@ -3,7 +3,7 @@
 The data sets: the embedded digits, image folders, parquet and arrow files, and the Hub.
 
 Whatever the source, the result is an `ImageData`: two splits of undecoded images with integer labels, and the names of
-the classes. Images are decoded by `decode`, whose errors say which image cannot be read.
+the classes. Images are decoded by `images.decode`, whose errors say which image cannot be read.
 """
 
 import functools
@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import re
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .arguments import DataArguments
 from .errors import InputError, did_you_mean
+from .images import decode
 
 
 logger = logging.getLogger(__name__)
@@ -156,52 +156,6 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
             _check_labels(chosen[role], labels, f"{name}, {role} split", role == "train")
     hub_name = name if args.data_path is None and known != "digits" else None
     return ImageData(name, chosen.get("train"), chosen["validation"], labels, hub_name, notes, validation_name)
-
-
-def decode(item: dict[str, Any], where: str) -> Image.Image:
-    """
-    Decode one image as the image-classification pipeline does: upright, in RGB.
-
-    Args:
-        item: `{"path": ..., "bytes": ...}`, as `datasets` keeps an image that is not decoded.
-        where: what the error calls an image without a path.
-
-    Raises:
-        InputError: the file is missing, no image, truncated, or of more than 8 bits a channel.
-    """
-    name = item["path"] if item.get("bytes") is None else where + (f" ({item['path']})" if item.get("path") else "")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-            image = Image.open(item["path"] if item.get("bytes") is None else io.BytesIO(item["bytes"]))
-            image.load()
-    except FileNotFoundError as error:
-        raise InputError(f"The image {name} does not exist any more.") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others for broken files.
-        raise InputError(
-            f"The image {name} cannot be read ({error}). It is truncated, damaged or no image: replace or remove it."
-        ) from error
-    return upright_rgb(image, name)
-
-
-def upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """
-    An image as its EXIF data say that it is to be held, in RGB.
-
-    Args:
-        image: any that was read.
-        name: what errors call it.
-
-    Raises:
-        InputError: it has more than 8 bits a channel.
-    """
-    if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        finite = bool(np.isfinite(np.asarray(image)).all())
-        kind = f"has pixels of mode {image.mode}" if finite else "has pixels that are NaN or infinite"
-        raise InputError(f"The image {name} {kind}. Expected 8 bits a channel: convert it first.")
-    if image.getexif().get(ExifTags.Base.Orientation) is not None:
-        image = ImageOps.exif_transpose(image)
-    return image.convert("RGB")
 
 
 def known_set(args: DataArguments) -> str | None:

@@ -45,8 +45,8 @@ from transformers.utils import is_torchvision_available
 
 from .arguments import DataArguments
 from .augmentation import Mix, auto_augment, collate, mixes, random_erasing
-from .data import decode
 from .errors import InputError
+from .images import decode
 
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class DrawTransform:
             erasing.per_pixel = False
 
     def read(self, item: dict[str, Any], where: str) -> "torch.Tensor | Encoded":
-        """As `data.decode`, into uint8 (3, height, width), or left to the device."""
+        """As `decode`, into uint8 (3, height, width), or left to the device."""
         return read(item, where, self.device_decode)
 
     def __call__(self, image: "torch.Tensor | Encoded") -> Drawn:
@@ -262,11 +262,11 @@ def _lowered(name: str, *rest) -> tuple[str, tuple[float, ...]]:
 
 def read(item: dict[str, Any], where: str, device_decode: float = 0.0) -> "torch.Tensor | Encoded":
     """
-    As `data.decode`, into uint8 (3, height, width): JPEGs by torchvision, which is quicker than Pillow, and whatever it
+    As `decode`, into uint8 (3, height, width): JPEGs by torchvision, which is quicker than Pillow, and whatever it
     cannot read by Pillow, which has the say on what is a broken image.
 
     Args:
-        item, where: as `data.decode` has them.
+        item, where: as `decode` has them.
         device_decode: the share of the JPEGs that is left to the device. Their checksum decides which, so that it is
             the same ones in every epoch and run.
     """

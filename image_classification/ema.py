@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .errors import InputError, more
+from .checkpoints import check_weights, read_tensors
+from .errors import InputError
 
 
 FILE = "ema.safetensors"
@@ -116,18 +116,8 @@ class WeightAverage:
                 f"{path.parent} has no average of the weights ({path.name}): it was written without `model_ema`. Leave "
                 "`model_ema` out, or start a new run from those weights with --finetune."
             )
-        whole = load_file(path)
-        shapes = {name: parameter.shape for name, parameter in _averaged(model)}
-        wrong = sorted(
-            name
-            for name in shapes.keys() | whole.keys()
-            if name not in whole or name not in shapes or whole[name].shape != shapes[name]
-        )
-        if wrong:
-            raise InputError(
-                f"{path} is damaged or of another model: {', '.join(wrong[:4])}{more(wrong, 4)} differ from the "
-                "model's trainable parameters."
-            )
+        whole = read_tensors(path)
+        check_weights({name: parameter.shape for name, parameter in _averaged(model)}, whole, path)
         _reshard(model)
         for name, parameter in _averaged(model):
             tensor = whole[name]

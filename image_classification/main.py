@@ -24,14 +24,15 @@ from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
 from .device_augmentation import CollateDrawn, DrawTransform, check_device_decode, kernels_on
-from .errors import InputError
+from .errors import InputError, run_command
+from .loading import height_and_width, load_config, load_image_processor
 from .metrics import ComputeMetrics, preprocess
 from .parallel import on_main_process
 from .publishing import PUSHED, Publisher
 from .stopping import Stopped, same_command, without_token
 from .streaming import StreamedImageDataset, load_streamed
 from .trainer import ImageClassificationTrainer
-from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor, height_and_width
+from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
 
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after the script's name; default the process's.
 
     Returns:
-        The exit status: 0, or 2 where the input cannot be used or the disk is full, or 130 after Ctrl-C and 143 after
-        SIGTERM.
+        The exit status: 0, or 2 where the input cannot be used or the disk is full, 1 after a failure that nobody
+        foresaw, 130 after Ctrl-C and 143 after SIGTERM.
     """
+    words = sys.argv[1:] if argv is None else argv
+    return run_command("run_image_classification.py", lambda: _main(argv), debug="--debug" in words)
+
+
+def _main(argv: list[str] | None) -> int:
     settings = None
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv)
@@ -55,13 +61,6 @@ def main(argv: list[str] | None = None) -> int:
             sys.argv = without_token(sys.argv)  # Trackers keep the command line.
         with runs.FolderLock() as lock:
             run(settings, lock)
-    except InputError as error:
-        sys.stdout.flush()
-        # A data worker's error comes with the worker's traceback before it.
-        message = str(error).rpartition(f"{InputError.__name__}: ")[2].strip()
-        if not error.said:
-            print(f"run_image_classification.py: error: {message}", file=sys.stderr)
-        return 2
     except Stopped as stopped:
         if settings.training.process_index == 0:
             command = f":\n  {same_command()}" if argv is None else "."
@@ -200,6 +199,7 @@ def _train(
 ) -> dict[str, float]:
     args, folder = settings.training, Path(settings.training.output_dir)
     models.build_config(settings.model)  # Cheap, so a misspelt setting does not wait for the data.
+    finetuned = load_image_processor(settings.model.finetune, "finetune") if settings.model.finetune else None
     with args.main_process_first(desc="reading the data"):
         data = _load_data(settings)
     set_seed(args.seed)
@@ -213,8 +213,7 @@ def _train(
             runs.write_record(settings, identity=plan.identity, start=models.sum_of_weights(model))
             lock.take(args.output_dir)
             trackers.choose_run(args)
-            checkpoint = models.load_image_processor(settings.model.finetune) if settings.model.finetune else None
-            build_image_processor(settings.data, model.config.image_size, checkpoint).save_pretrained(folder)
+            build_image_processor(settings.data, model.config.image_size, finetuned).save_pretrained(folder)
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
         processor = AutoImageProcessor.from_pretrained(folder)
     trainer = build_trainer(settings, model, data, processor)
@@ -275,15 +274,20 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     target = None if settings.record["output_dir"] is None else Path(args.output_dir) / "eval_results.json"
     if target is not None and target.exists():
         raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")
-    config = models.load_config(checkpoint, "resume_from_checkpoint")
+    config = load_config(checkpoint, "resume_from_checkpoint")
     transfer.check_evaluated(checkpoint, config, settings.model.teacher_attention)
     data = _load_data(settings, train=False)
     model = models.load_trained(checkpoint, settings.model, data.labels)
-    saved = models.load_image_processor(checkpoint)
+    saved = load_image_processor(checkpoint, "resume_from_checkpoint", config.image_size)
     changed = [
         name for name in ("image_mean", "image_std", "eval_crop_ratio") if getattr(settings.data, name) is not None
     ]
     processor = saved
+    if saved is None:
+        logger.warning(
+            f"{checkpoint} has no image processor (preprocessor_config.json): images are prepared as this command's "
+            "settings say, which may not be how the model was trained."
+        )
     if saved is None or changed:
         processor = build_image_processor(settings.data, model.config.image_size, saved)
     with contextlib.ExitStack() as stack:
@@ -356,7 +360,7 @@ def build_trainer(
 
 def _check_resumed(model: PreTrainedModel, checkpoint: str, data: ImageData) -> None:
     """Before the raw weights are loaded: the same model, the same classes."""
-    config = models.load_config(checkpoint, "resume_from_checkpoint")
+    config = load_config(checkpoint, "resume_from_checkpoint")
     models.check_labels(config, data.labels, checkpoint)
     models.check_same_model(model.config, config, checkpoint)
 

@@ -10,23 +10,20 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
 )
-from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 from modeling_karat_vit.configuration_karat_vit import STRUCTURAL_FIELDS
 from modeling_karat_vit.modeling_karat_vit import drop_path
 
-from . import hub
 from .arguments import CONFIGURATION, NOT_OF_THE_CONFIG, ModelArguments
 from .errors import InputError, did_you_mean, more
+from .loading import HEAD, HEAD_OR_OPERATOR, UNUSED, height_and_width, load_config, load_model, load_weights
 from .softmax_attention import UNMASKED
-from .transforms import height_and_width
 
 
 logger = logging.getLogger(__name__)
@@ -157,52 +154,12 @@ def load_trained(folder: str, args: ModelArguments, labels: list[str]) -> PreTra
         InputError: there is no checkpoint, it is another model than asked for, or it has other classes.
     """
     config = load_config(folder, "resume_from_checkpoint")
-    if config.model_type not in ("vit", "karat_vit"):
-        raise InputError(f"{folder} is a model of type {config.model_type!r}, expected 'karat_vit' or 'vit'.")
     if args.model is not None:
         check_same_model(build_config(args), config, folder)
     elif _given(args):
         check_same_model(build_config(_with(args, finetune=folder)), config, folder)
     check_labels(config, labels, folder)
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            folder, output_loading_info=True, **_attention(args, config)
-        )
-    except (ValueError, OSError, ImportError) as error:
-        raise InputError(str(error)) from error
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise InputError(f"{folder} lacks weights of its model: {', '.join(absent[:5])}{more(absent)}.")
-    return model
-
-
-def load_image_processor(folder: str) -> BaseImageProcessor | None:
-    """The image processor beside a checkpoint, if there is one."""
-    try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
-
-
-def load_config(folder: str, setting: str) -> PreTrainedConfig:
-    """The configuration of a checkpoint folder or Hub repository; the error names the setting that asked for it."""
-    path = Path(folder)
-    if path.is_file():
-        raise InputError(
-            f"`{setting}` is the file {folder}: expected a checkpoint folder with config.json and model.safetensors. "
-            "(A timm state dictionary of a softmax ViT is converted by modeling_karat_vit.convert_timm_state_dict.)"
-        )
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"`{setting}` is {folder}, which holds no config.json: it is no checkpoint folder.")
-    if not path.is_dir() and not hub.is_name(folder):
-        raise InputError(f"`{setting}` is {folder}: there is no such folder.")
-    try:
-        # KArAt's code is here; nothing else that a checkpoint brings along is run.
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "whose config.json cannot be read" if path.is_dir() else "neither a folder here nor loaded from the Hub"
-        raise InputError(f"`{setting}` is {folder}, {what}: {reason}") from error
+    return load_model(folder, "resume_from_checkpoint", **_attention(args, config))[0]
 
 
 def check_same_model(wanted: PreTrainedConfig, found: PreTrainedConfig, folder: str) -> None:
@@ -315,20 +272,18 @@ def _start_from(args: ModelArguments, config: PreTrainedConfig, how: dict[str, A
             )
     if source.model_type == config.model_type:
         check_same_model(at_own_size, source, args.finetune)
-    model, info = kind.from_pretrained(
-        args.finetune, config=at_own_size, ignore_mismatched_sizes=True, output_loading_info=True, **how
+    model, new = load_weights(
+        kind,
+        args.finetune,
+        "finetune",
+        at_own_size,
+        # A KArAt checkpoint has its operator; any other head may be asked for.
+        may_lack=HEAD_OR_OPERATOR if source.model_type != config.model_type else HEAD,
+        may_drop=UNUSED,
+        **how,
     )
-    karat = model.karat_parameter_names() if isinstance(config, KArAtViTConfig) else set()
-    head = {name for name, _ in model.named_parameters() if name.startswith("classifier.")}
-    mismatched = {item[0] for item in info["mismatched_keys"]}
-    wrong = sorted((mismatched - head) | (set(info["missing_keys"]) - head - karat))
-    if wrong:
-        raise InputError(
-            f"The weights of {args.finetune} do not fit the model: {', '.join(wrong[:5])}{more(wrong)} differ in shape "
-            "or are missing."
-        )
-    new = set(info["missing_keys"]) | mismatched
-    parts = [f"{len(new & karat)} KArAt parameters"] * bool(new & karat) + ["the classifier"] * bool(new & head)
+    operator = sorted(name for name in new if not HEAD.match(name))
+    parts = [f"{len(operator)} KArAt parameters"] * bool(operator) + ["the classifier"] * (len(new) > len(operator))
     logger.info(f"Weights of {args.finetune}; new: {', '.join(parts) or 'nothing'}.")
     if size != own_size:
         if isinstance(config, KArAtViTConfig):

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from . import runs, transfer
 from .arguments import EXCLUSIVE, DataArguments, ModelArguments, RunArguments, Settings, default_record, to_json
 from .console import describe
-from .data import ImageData, decode
+from .data import ImageData
+from .images import decode
 from .models import describe_model
 
 

@@ -202,14 +202,12 @@ class ResumableTrainer(ParallelTrainer):
         model = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
         weights = checkpoints.read_weights(folder)
-        checkpoints.check_weights(set(map(_plain_name, model.state_dict())), set(weights), folder)
-        try:
-            if self.is_fsdp_enabled:
-                set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
-            else:
-                model.load_state_dict(weights)
-        except RuntimeError as error:  # Another shape.
-            raise InputError(f"The weights of {folder} do not fit the model: {error}") from error
+        shapes = {_plain_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+        checkpoints.check_weights(shapes, weights, folder)
+        if self.is_fsdp_enabled:
+            set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+        else:
+            model.load_state_dict(weights)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:

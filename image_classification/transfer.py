@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from . import models
 from .arguments import Settings
-from .errors import InputError, more
-from .transforms import height_and_width
+from .errors import InputError
+from .loading import height_and_width, load_config, load_image_processor, load_model
 
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def check_settings(settings: Settings) -> None:
     if settings.training.torch_compile:
         raise InputError("`torch_compile` does not work with `teacher_attention`. Leave it out.")
     if settings.model.model is not None or settings.model.finetune is not None:
-        check_teacher(source, models.load_config(source, FIELD), models.build_config(settings.model))
+        check_teacher(source, load_config(source, FIELD), models.build_config(settings.model))
 
 
 def check_teacher(source: str, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
@@ -134,18 +134,10 @@ def load_teacher(
     Raises:
         InputError: see `check_teacher`; or weights are missing or cannot be read.
     """
-    config = models.load_config(source, FIELD)
+    config = load_config(source, FIELD)
     check_teacher(source, config, student)
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            source, attn_implementation="eager", dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-    except Exception as error:  # safetensors, Torch, the Hub's client and the file system have no common base.
-        raise InputError(f"`{FIELD}` {source} cannot be loaded: {error}") from error
-    absent = sorted(key for key in info["missing_keys"] if not key.startswith("classifier."))
-    if absent:
-        raise InputError(f"`{FIELD}` {source} lacks weights of its model: {', '.join(absent[:5])}{more(absent)}.")
-    theirs = models.load_image_processor(source)
+    model, _ = load_model(source, FIELD, encoder_suffices=True, attn_implementation="eager", dtype=torch.float32)
+    theirs = load_image_processor(source, FIELD, config.image_size)
     if theirs is None:
         logger.warning(
             f"{source}, the teacher, has no image processor: its images are taken to be normalised as the student's."

@@ -16,19 +16,14 @@ from transformers.utils import is_torchvision_available
 
 from .arguments import DataArguments
 from .augmentation import REPEATS, auto_augment, own_generators, random_erasing, seed_generators
-from .data import decode
 from .errors import InputError
+from .images import decode
+from .loading import height_and_width
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BICUBIC = 3  # PIL's number
-
-
-def height_and_width(size) -> tuple[int, int]:
-    """A configuration's `image_size` (a number, or a pair) as (height, width)."""
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return int(sides[0]), int(sides[-1])
 
 
 def build_image_processor(

@@ -178,6 +178,9 @@ def load_deit_state_dict(name_or_path, **hub_kwargs) -> dict[str, torch.Tensor]:
     The weights of a distilled DeiT of Transformers without its distillation token, named as in a ViT classifier.
 
     `cls_classifier`, the head of the [CLS] token, becomes `classifier`; the head of the distillation token is dropped.
+
+    Raises:
+        ValueError: weights are missing.
     """
     config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
     classes = {
@@ -185,7 +188,13 @@ def load_deit_state_dict(name_or_path, **hub_kwargs) -> dict[str, torch.Tensor]:
     }
     # The class that saved it reads either layout of the names and any sharding.
     architecture = (config.architectures or ["DeiTModel"])[0]
-    model = classes.get(architecture, DeiTModel).from_pretrained(name_or_path, **hub_kwargs)
+    model, info = classes.get(architecture, DeiTModel).from_pretrained(
+        name_or_path, output_loading_info=True, **hub_kwargs
+    )
+    # What is new would be random; neither the pooler nor a head for distillation is taken over.
+    absent = sorted(key for key in info["missing_keys"] if "pooler." not in key and "distillation" not in key)
+    if absent:
+        raise ValueError(f"{name_or_path} lacks weights of its DeiT: {', '.join(absent[:4])}.")
     converted = {}
     for key, tensor in model.state_dict().items():
         if "distillation" in key:

@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs that are wrong, one test for each kind: every command says so in one line, and gives no answer."""
+
+import json
+import math
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+import analysis.__main__ as analyses
+import analysis.spectrum
+import image_classification.main as script
+import predict
+from image_classification.arguments import ModelArguments
+from image_classification.errors import InputError, run_command
+from image_classification.images import LONGEST, check_image, read_image
+from image_classification.loading import load_image_processor, load_model
+from image_classification.models import build_model
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from tests.images import colour_image, own_library_settings  # noqa: F401
+
+
+pytestmark = pytest.mark.usefixtures("own_library_settings")
+
+SIZES = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "id2label": {index: str(index) for index in range(10)},
+    "label2id": {str(index): index for index in range(10)},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Checkpoint folders of both kinds, of ten classes."""
+    folders = {}
+    for name, model in (
+        ("karat", KArAtViTForImageClassification(KArAtViTConfig(**SIZES))),
+        ("softmax", ViTForImageClassification(ViTConfig(**SIZES))),
+    ):
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name], save_original_format=False)
+        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    return Path(shutil.copytree(trained["karat"], tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def image(tmp_path):
+    colour_image("red", 0).save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
+
+
+def change_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(path: Path, **values) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **values}))
+
+
+# A failure that nobody foresaw
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def break_down(file):
+    """What nobody foresaw, in a frame of the project that is at work on a file."""
+    source = exec_in_project("def work(path):\n    raise ZeroDivisionError('not\\nforeseen')")
+    source["work"](str(file))
+
+
+def exec_in_project(code: str) -> dict:
+    namespace = {"__name__": "image_classification.part"}
+    exec(code, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("command", ["predict", "training", "analysis"])
+def test_what_nobody_foresaw(command, debug, image, logs, monkeypatch, capsys):
+    flags = ["--debug"] if debug else []
+    if command == "predict":
+        monkeypatch.setattr(predict, "load_classifier", lambda *_: break_down(image))
+        status = predict.main([image, "--model", "anything", *flags])
+    elif command == "training":
+        monkeypatch.setattr(script, "run", lambda *_: break_down(image))
+        status = script.main(flags)
+    else:
+        monkeypatch.setattr(analysis.spectrum, "run", lambda _: break_down(image))
+        status = analyses.main(["spectrum", "--model", "anything", *flags])
+    *before, line = capsys.readouterr().err.strip().splitlines()
+    assert status == 1
+    assert "ZeroDivisionError: not" in line and image in line
+    (log,) = logs.iterdir()
+    assert str(log) in line
+    assert log.read_text().splitlines()[0] == "Traceback (most recent call last):"
+    assert bool(before) == debug and ("Traceback (most recent call last):" in before) == debug
+
+
+@pytest.mark.parametrize("cause, status", [(InputError("`x` is 1"), 2), (KeyboardInterrupt(), 130), (MemoryError(), 1)])
+def test_no_failure_ends_in_success(cause, status, logs, capsys):
+    def fail():
+        raise cause
+
+    assert run_command("command", fail) == status
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert run_command("command", lambda: None) == 0
+
+
+def test_the_error_of_the_system_names_its_file(tmp_path, logs, capsys):
+    assert run_command("command", (tmp_path / "gone").read_text) == 1
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+
+
+# Weights
+
+
+def shard(folder: Path, **index) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def set_all(value, dtype=torch.float32):
+    return lambda weights: weights.update({"vit.layernorm.weight": torch.full((8,), value, dtype=dtype)})
+
+
+def without(prefix):
+    def change(weights):
+        for name in [name for name in weights if name.startswith(prefix)]:
+            del weights[name]
+
+    return change
+
+
+BAD_WEIGHTS = {
+    "no block": (without("vit.layers.1."), "vit.layers.1."),
+    "no head": (without("classifier."), "classifier."),
+    "no operator": (without("vit.layers.0.attention.operator"), "operator"),
+    "too many": (lambda weights: weights.update({"vit.layers.7.x": torch.zeros(3)}), "vit.layers.7.x"),
+    "another shape": (
+        lambda weights: weights.update({"vit.layernorm.weight": torch.ones(7)}),
+        "vit.layernorm.weight",
+    ),
+    "NaN": (set_all(math.nan), "vit.layernorm.weight"),
+    "infinite": (set_all(math.inf), "vit.layernorm.weight"),
+    "whole numbers": (set_all(1, torch.int64), "vit.layernorm.weight"),
+}
+BAD_FILES = {
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"garbage " * 100),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+BAD_INDICES = {
+    "garbage": None,
+    "no list": {"metadata": {}},
+    "wrong types": {"weight_map": {"vit.layernorm.weight": 5}},
+    "gone": {"weight_map": {"vit.layernorm.weight": "model-9.safetensors"}},
+    "elsewhere": {"weight_map": {"vit.layernorm.weight": "../model.safetensors"}},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_WEIGHTS)
+def test_weights_that_are_not_the_models(checkpoint, fault):
+    change, named = BAD_WEIGHTS[fault]
+    change_weights(checkpoint, change)
+    with pytest.raises(InputError, match="`--flag`") as refused:
+        load_model(str(checkpoint), "--flag", encoder_suffices=True)
+    assert named in str(refused.value) and str(checkpoint) in str(refused.value)
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_weight_files_that_are_damaged(checkpoint, fault):
+    BAD_FILES[fault](checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=r"`--flag` .*model\.safetensors"):
+        load_model(str(checkpoint), "--flag")
+
+
+@pytest.mark.parametrize("fault", BAD_INDICES)
+def test_lists_of_weight_files_that_are_damaged(checkpoint, fault):
+    shard(checkpoint, **(BAD_INDICES[fault] or {}))
+    if BAD_INDICES[fault] is None:
+        (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {')
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json"):
+        load_model(str(checkpoint), "--flag")
+
+
+def test_weights_that_pytorch_pickled_and_are_damaged(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"garbage")
+    with pytest.raises(InputError, match=f"`--flag` {checkpoint}"):
+        load_model(str(checkpoint), "--flag")
+
+
+def test_every_command_refuses_a_checkpoint_without_its_head(checkpoint, trained, image, tmp_path, capsys):
+    change_weights(checkpoint, BAD_WEIGHTS["no head"][0])
+    training = ["--data_set", "digits", "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    student = ["--model", str(trained["softmax"]), "--image_size", "8"]
+    for command in (
+        lambda: predict.main([image, "--model", str(checkpoint)]),
+        lambda: script.main(["--eval", "--resume", str(checkpoint), *training]),
+        lambda: script.main([*student, *training, "--teacher_attention", str(checkpoint)]),
+        lambda: analyses.main(
+            ["spectrum", "--model", str(checkpoint), "--images", image, "--output", str(tmp_path / "a")]
+        ),
+        lambda: analyses.main(["demo", "--model", str(checkpoint)]),
+    ):
+        assert command() == 2
+        message = capsys.readouterr().err
+        assert len(message.splitlines()) == 1
+        assert "classifier." in message and str(checkpoint) in message
+
+
+def test_an_encoder_alone_will_do_where_no_head_is_needed(trained, tmp_path):
+    load_model(str(trained["karat"]), "--model")[0].vit.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), "--model", encoder_suffices=True)[1] == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(InputError, match=r"classifier\."):
+        load_model(str(tmp_path), "--model")
+
+
+FINETUNED = {"image_size": [8], "patch_size": [4]}
+# Of each kind: what another model may lack, or have too many, and what it may not.
+FINE = ["no head", "another head", "mask token", "pooler"]
+
+
+@pytest.mark.parametrize("kind", ["karat", "softmax"])
+@pytest.mark.parametrize("fault", [*FINE, *BAD_WEIGHTS])
+def test_what_finetuning_may_lack_and_drop(checkpoint, trained, kind, fault):
+    if kind == "softmax":
+        if fault == "no operator":
+            pytest.skip("It has none.")
+        shutil.copytree(trained["softmax"], checkpoint, dirs_exist_ok=True)
+    changes = {
+        "another head": lambda weights: weights.update({"classifier.weight": torch.zeros(3, 8)}),
+        "mask token": lambda weights: weights.update({"vit.embeddings.mask_token": torch.zeros(1, 1, 8)}),
+        "pooler": lambda weights: weights.update({"vit.pooler.dense.weight": torch.zeros(8, 8)}),
+    }
+    change_weights(checkpoint, changes.get(fault) or BAD_WEIGHTS[fault][0])
+    args = ModelArguments(finetune=str(checkpoint), **(FINETUNED if kind == "karat" else {}))
+    if fault in FINE:
+        kept = load_file(checkpoint / "model.safetensors")["vit.layernorm.weight"]
+        assert torch.equal(build_model(args, ["cat", "dog"]).vit.layernorm.weight, kept)
+    else:
+        with pytest.raises(InputError, match="`finetune`"):
+            build_model(args, ["cat", "dog"])
+
+
+def test_a_foreign_backbone_has_no_operator_and_need_not(trained):
+    karat = {key: value for key, value in SIZES.items() if not key.endswith(("label", "2id"))}
+    config = KArAtViTConfig(**karat)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        args = ModelArguments(model=folder, finetune=str(trained["softmax"]))
+        model = build_model(args, ["cat", "dog"])
+    assert model.karat_parameter_names()
+
+
+def test_a_distilled_backbone_that_lacks_weights(tmp_path):
+    sizes = {key: value for key, value in SIZES.items() if "label" not in key}
+    DeiTForImageClassification(DeiTConfig(**sizes)).save_pretrained(tmp_path / "deit", save_original_format=False)
+    KArAtViTConfig(**sizes).save_pretrained(tmp_path / "karat")
+    args = ModelArguments(model=str(tmp_path / "karat"), finetune=str(tmp_path / "deit"), drop_distillation_token=True)
+    build_model(args, ["cat", "dog"])
+    change_weights(tmp_path / "deit", without("deit.layers.1."))
+    with pytest.raises(InputError, match="`finetune`"):
+        build_model(args, ["cat", "dog"])
+
+
+# Configurations and image processors
+
+
+BAD_CONFIGS = {
+    "no object": [],
+    "empty": {},
+    "type of a number": {"hidden_size": "eight"},
+    "negative": {"hidden_size": -8},
+    "no heads": {"num_attention_heads": 0},
+    "unknown function": {"hidden_act": "foo"},
+    "not finite": {"layer_norm_eps": math.nan},
+    "a class is missing": {"id2label": {"0": "cat", "2": "dog"}},
+    "classes that are no names": {"id2label": {"0": 1, "1": None}},
+    "another number of classes": {"num_labels": 3},
+    "a type": {"dtype": "foo"},
+    "beyond all memory": {"hidden_size": 10**7, "intermediate_size": 10**9},
+    "beyond all time": {"num_hidden_layers": 10**9},
+}
+BAD_PROCESSORS = {
+    "cut short": "{",
+    "no object": [],
+    "empty": {},
+    "two numbers": {"image_mean": [0.5, 0.5]},
+    "text": {"image_std": ["a", "b", "c"]},
+    "division by zero": {"image_std": [0.5, 0.0, 0.5]},
+    "not finite": {"image_mean": [0.5, math.nan, 0.5]},
+    "no truth value": {"do_normalize": "no"},
+    "of another size": {"size": {"height": 9, "width": 8}},
+    "beyond all memory": {"size": {"height": 10**6, "width": 10**6}},
+    "negative": {"size": {"height": -8, "width": 8}},
+    "of any shape": {"size": {"shortest_edge": 8}},
+    "unknown": {"image_processor_type": "FooImageProcessor"},
+}
+
+
+def spoil(path: Path, content) -> None:
+    if isinstance(content, dict) and content:
+        change_json(path, **content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize("fault", BAD_CONFIGS)
+def test_configurations_that_are_damaged(checkpoint, fault):
+    spoil(checkpoint / "config.json", BAD_CONFIGS[fault])
+    with pytest.raises(InputError, match=r"`--flag` (is )?" + str(checkpoint)) as refused:
+        load_model(str(checkpoint), "--flag")
+    # A configuration that is right in itself is of another model than the weights.
+    assert "config.json" in str(refused.value) or "do not fit" in str(refused.value)
+
+
+@pytest.mark.parametrize("fault", BAD_PROCESSORS)
+def test_image_processors_that_are_damaged(checkpoint, fault):
+    spoil(checkpoint / "preprocessor_config.json", BAD_PROCESSORS[fault])
+    with pytest.raises(InputError, match=r"`--flag` .*preprocessor_config\.json"):
+        load_image_processor(str(checkpoint), "--flag", 8)
+
+
+def test_every_command_refuses_a_damaged_image_processor(checkpoint, image, tmp_path, capsys):
+    (checkpoint / "preprocessor_config.json").write_text("{")
+    training = ["--data_set", "digits", "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    for command in (
+        lambda: predict.main([image, "--model", str(checkpoint)]),
+        lambda: script.main(["--eval", "--resume", str(checkpoint), *training]),
+        lambda: script.main(["--finetune", str(checkpoint), *training]),
+        lambda: analyses.main(
+            ["spectrum", "--model", str(checkpoint), "--images", image, "--output", str(tmp_path / "a")]
+        ),
+        lambda: analyses.main(["demo", "--model", str(checkpoint)]),
+    ):
+        assert command() == 2
+        message = capsys.readouterr().err
+        assert len(message.splitlines()) == 1
+        assert str(checkpoint / "preprocessor_config.json") in message
+    assert not (tmp_path / "out").exists()
+
+
+# Images
+
+
+def deep(dtype) -> Image.Image:
+    return Image.fromarray(np.full((9, 7), 300, dtype=dtype))
+
+
+def write_half(path: Path, source: Image.Image, kind: str) -> None:
+    source.save(path, format=kind)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD_IMAGES = {
+    "16 bits": lambda path: deep(np.uint16).save(path, format="PNG"),
+    "16 bits, big-endian": lambda path: deep(">u2").save(path, format="TIFF"),
+    "32 bits": lambda path: deep(np.int32).save(path, format="TIFF"),
+    "floats": lambda path: deep(np.float32).save(path, format="TIFF"),
+    "half a JPEG": lambda path: write_half(path, colour_image("red", 0, (200, 300)), "JPEG"),
+    "half a PNG": lambda path: write_half(path, colour_image("red", 0, (200, 300)), "PNG"),
+    "half a GIF": lambda path: write_half(path, colour_image("red", 0, (200, 300)), "GIF"),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no image"),
+    "a folder": lambda path: path.mkdir(),
+    "nothing": lambda path: None,
+    "a long strip": lambda path: Image.new("RGB", (LONGEST + 1, 1)).save(path, format="PNG"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_IMAGES)
+def test_images_that_are_refused(fault, tmp_path):
+    path = tmp_path / "image"
+    BAD_IMAGES[fault](path)
+    for read in (read_image, check_image):
+        with pytest.raises(InputError, match=f"The image {path}"):
+            read(path)
+
+
+def test_images_of_more_pixels_than_fit(tmp_path, monkeypatch):
+    Image.new("L", (20, 10)).save(tmp_path / "image.png")
+    for limit in (199, 99):  # Pillow itself warns of the one, and refuses the other.
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for read in (read_image, check_image):
+            with pytest.raises(InputError, match="megapixels"):
+                read(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_all_kinds_of_images_of_eight_bits_are_read(mode, tmp_path):
+    path = tmp_path / "image"
+    Image.new("RGB", (9, 7), (255, 255, 255)).convert(mode).save(path, format="TIFF" if mode == "CMYK" else "PNG")
+    image = read_image(path)
+    assert (image.mode, image.size, image.getpixel((3, 3))) == ("RGB", (9, 7), (255, 255, 255))
+    check_image(path)
+
+
+# predict.py
+
+
+def test_prediction_of_scores_that_are_no_numbers(checkpoint, image, capsys):
+    # Finite weights, whose product is not.
+    change_weights(checkpoint, lambda weights: weights.update({"classifier.weight": torch.full((10, 8), 3e38)}))
+    change_weights(checkpoint, lambda weights: weights.update({"vit.layernorm.weight": torch.full((8,), 1e30)}))
+    assert predict.main([image, "--model", str(checkpoint), "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert "NaN" in captured.err and not captured.out
+
+
+def test_a_broken_image_is_found_before_others_are_classified(checkpoint, tmp_path, image, capsys):
+    BAD_IMAGES["half a JPEG"](tmp_path / "last.jpg")
+    assert predict.main([image] * 3 + [str(tmp_path / "last.jpg"), "--model", str(checkpoint)]) == 2
+    captured = capsys.readouterr()
+    assert "last.jpg" in captured.err and not captured.out
+
+
+def test_one_image_at_a_time_is_in_memory(checkpoint, image, monkeypatch, capsys):
+    alive, most = set(), []
+    read = predict.read_image
+
+    def tracked(path):
+        picture = read(path)
+        alive.add(id(picture))
+        weakref.finalize(picture, alive.discard, id(picture))
+        most.append(len(alive))
+        return picture
+
+    monkeypatch.setattr(predict, "read_image", tracked)
+    assert predict.main([image] * 12 + ["--model", str(checkpoint), "--device", "cpu"]) == 0
+    assert len(most) == 12 and max(most) <= 2  # The last one is let go while the next is read.
+    captured = capsys.readouterr()
+    assert captured.out.count(image) == 12
+    assert "12/12" in captured.err or "Classifying" in captured.err  # The progress.
