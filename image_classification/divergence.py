@@ -16,6 +16,14 @@ from .errors import InputError
 SKIPPED_STEPS = 25
 
 
+class Diverged(InputError):
+    """A run has diverged. `weights` is the step whose weights gave what is not finite, if they did."""
+
+    def __init__(self, message: str, weights: int | None = None):
+        super().__init__(message)
+        self.weights = weights
+
+
 class DivergenceGuard:
     """
     Looks at the loss and the norm of every gradient after each backward pass, before clipping spreads a NaN to all of
@@ -86,12 +94,30 @@ class DivergenceGuard:
         if event is None:
             self.flush()
 
+    @torch.no_grad()
+    def check_weights(self, step: int) -> None:
+        """
+        Judge what the last step has made of the weights, which no loss has shown yet.
+
+        Raises:
+            Diverged: a weight is not finite.
+        """
+        self.flush()
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in self._trainable.values()]
+        finite = torch.stack([torch.isfinite(weight).all() for weight in local]).tolist() if local else []
+        broken = [name for name, fine in zip(self._trainable, finite, strict=True) if not fine]
+        if broken:
+            raise Diverged(
+                f"The run has diverged: step {step} has made `{broken[0]}` not finite ({len(broken)} of {len(finite)} "
+                f"weights are not). {self.where}"
+            )
+
     def flush(self) -> None:
         """
         Judge the last step that was watched.
 
         Raises:
-            InputError: its loss or a gradient was not finite.
+            Diverged: its loss or a gradient was not finite.
         """
         if self._pending is None:
             return
@@ -130,6 +156,7 @@ class DivergenceGuard:
                 f"({len(broken)} of {len(norms)} are not)"
             )
         streak = f" It is the last of {self._skipped} such steps in a row." if self.scaled and self._skipped else ""
-        raise InputError(
-            f"The run has diverged: the loss is {loss:g} at step {step}, and {first}.{streak} {self.where}"
+        raise Diverged(
+            f"The run has diverged: the loss is {loss:g} at step {step}, and {first}.{streak} {self.where}",
+            weights=None if math.isfinite(loss) else step - 1,
         )

@@ -9,13 +9,14 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import checkpoints, ema, hub, models, reports, runs, trackers, transfer
@@ -26,7 +27,7 @@ from .data import ImageData, load_data
 from .device_augmentation import CollateDrawn, DrawTransform, check_device_decode, kernels_on
 from .errors import InputError, run_command
 from .loading import height_and_width, load_config, load_image_processor
-from .metrics import ComputeMetrics, preprocess
+from .metrics import ComputeMetrics, check_best, preprocess
 from .parallel import on_main_process
 from .publishing import PUSHED, Publisher
 from .stopping import Stopped, same_command, without_token
@@ -137,7 +138,7 @@ def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
         logger.info(f"Recipe  {os.path.relpath(settings.recipe)}{f'; {paper}' if paper else ''}")
     if plan.message:
         logger.info(plan.message)
-    return _train(settings, plan, lock, destination)
+    return _train(settings, plan, destination)
 
 
 def _destination(settings: Settings, plan: runs.Plan) -> hub.Destination:
@@ -194,30 +195,37 @@ def _set_up(settings: Settings) -> None:
         )
 
 
-def _train(
-    settings: Settings, plan: runs.Plan, lock: runs.FolderLock, destination: hub.Destination | None
-) -> dict[str, float]:
+def _train(settings: Settings, plan: runs.Plan, destination: hub.Destination | None) -> dict[str, float]:
     args, folder = settings.training, Path(settings.training.output_dir)
-    models.build_config(settings.model)  # Cheap, so a misspelt setting does not wait for the data.
+    # Cheap, so a misspelt setting does not wait for the data.
+    models.build_config(settings.model)
+    check_best(args.metric_for_best_model, args.model_ema)
     finetuned = load_image_processor(settings.model.finetune, "finetune") if settings.model.finetune else None
     with args.main_process_first(desc="reading the data"):
         data = _load_data(settings)
+    check_best(args.metric_for_best_model, args.model_ema, len(data.labels))
     set_seed(args.seed)
     model = models.build_model(settings.model, data.labels)
     if plan.checkpoint:
         _check_resumed(model, plan.checkpoint, data)
         if settings.data.streaming:
             logger.info("What was seen of the epoch is read again, without decoding it, before training goes on.")
-    with args.main_process_first(desc="writing the image processor"):
-        if args.should_save:
-            runs.write_record(settings, identity=plan.identity, start=models.sum_of_weights(model))
-            lock.take(args.output_dir)
-            trackers.choose_run(args)
-            build_image_processor(settings.data, model.config.image_size, finetuned).save_pretrained(folder)
+    processor = build_image_processor(settings.data, model.config.image_size, finetuned)
+    with tempfile.TemporaryDirectory() as place:
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor.save_pretrained(place)
+        processor = AutoImageProcessor.from_pretrained(place)
+    begin = functools.partial(_begin, settings, plan, processor, models.sum_of_weights(model))
+    resumed = plan.checkpoint is not None and not plan.anew and runs.read_record(folder) is not None
+    if not resumed:
+        begin()
+    if args.should_save:
+        trackers.choose_run(args, anew=plan.anew)
     trainer = build_trainer(settings, model, data, processor)
     trainer.identity = plan.identity
+    if resumed:
+        # What is recorded of this folder's run stays until the checkpoint is loaded, which may be refused.
+        trainer.add_callback(_AtBeginning(begin))
     _describe(settings, model, data, trainer, destination)
     with contextlib.ExitStack() as stack:
         publisher = None
@@ -231,6 +239,25 @@ def _train(
         if publisher is not None:
             publisher.finish()
     return metrics
+
+
+def _begin(settings: Settings, plan: runs.Plan, processor, start: float) -> None:
+    """Write what says whose the folder is."""
+    args = settings.training
+    if args.should_save:
+        runs.write_record(settings, identity=plan.identity, start=start)
+        with checkpoints.writing("The image processor", Path(args.output_dir), runs.ELSEWHERE):
+            processor.save_pretrained(args.output_dir)
+
+
+class _AtBeginning(TrainerCallback):
+    """Do something when training begins, and its checkpoint is loaded."""
+
+    def __init__(self, action: Callable[[], None]):
+        self.action = action
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.action()
 
 
 def _train_and_report(

@@ -6,6 +6,8 @@ import evaluate
 import numpy as np
 import torch
 
+from .errors import InputError, did_you_mean
+
 
 TOP = 5
 
@@ -39,6 +41,22 @@ class TopKAccuracy(evaluate.Metric):
         if self.classes > TOP:
             scores["top5_accuracy"] = float((ranked[:, :TOP] == right).any(axis=1).mean())
         return scores
+
+
+def check_best(metric: str | None, average: bool, classes: int | None = None) -> None:
+    """
+    Raise an `InputError` unless an evaluation will have the metric by which the best checkpoint is chosen.
+
+    Args:
+        metric: `metric_for_best_model`, with `eval_` or without.
+        average: whether an average of the weights is evaluated too.
+        classes: how many there are, if that is known.
+    """
+    names = ["loss", "accuracy"] + ["top5_accuracy"] * (classes is None or classes > TOP)
+    names += [f"ema_{name}" for name in names] * average
+    if metric is not None and metric.removeprefix("eval_") not in names:
+        hint = did_you_mean(metric.removeprefix("eval_"), names)
+        raise InputError(f"`metric_for_best_model` is {metric!r}{hint}, expected one of {', '.join(names)}.")
 
 
 def preprocess(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

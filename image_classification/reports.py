@@ -79,7 +79,7 @@ def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def draw_curves(rows: list[dict[str, float]], path: Path, title: str) -> None:

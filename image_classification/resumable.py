@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from . import checkpoints
+from . import checkpoints, optimizer_states
 from .errors import InputError
 from .parallel import ParallelTrainer
 from .stopping import Stopped, StopSignals, outlive_signals
@@ -34,6 +35,7 @@ from .stopping import Stopped, StopSignals, outlive_signals
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("log", "evaluate", "save")
+SCHEDULE = "scheduler.pt"
 
 
 class ResumableTrainer(ParallelTrainer):
@@ -60,6 +62,7 @@ class ResumableTrainer(ParallelTrainer):
         super().__init__(*args, **kwargs)
         self.resumed_from: Path | None = None
         self.identity: str | None = None  # Which run its checkpoints are of.
+        self.began_with: list[dict] | None = None  # Settings of the optimiser's groups, before the first step.
         self._may_stop = False  # Where `_Asked` is caught.
         self._training = False
         self._loaders: list[DataLoader] = []  # Whose data workers outlive an epoch.
@@ -202,7 +205,7 @@ class ResumableTrainer(ParallelTrainer):
         model = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
         weights = checkpoints.read_weights(folder)
-        shapes = {_plain_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+        shapes = {plain_name(name): tensor.shape for name, tensor in model.state_dict().items()}
         checkpoints.check_weights(shapes, weights, folder)
         if self.is_fsdp_enabled:
             set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
@@ -224,11 +227,13 @@ class ResumableTrainer(ParallelTrainer):
                 f"{folder} has no {checkpoints.OPTIMIZER}: it was saved by DeepSpeed, or without the optimiser. Go on "
                 "with what saved it, or start anew from its weights with --finetune."
             )
-        state = torch.load(folder / checkpoints.OPTIMIZER, map_location="cpu", weights_only=True)
+        state = optimizer_states.fitted(checkpoints.read_state(folder / checkpoints.OPTIMIZER), self.optimizer, folder)
         if self.is_fsdp_enabled:
             state["state"] = _sharded(state["state"], self.optimizer)
         self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        optimizer_states.load_schedule(
+            checkpoints.read_state(folder / SCHEDULE), self.lr_scheduler, self.optimizer, folder
+        )
 
     # Stopping and saving
 
@@ -292,6 +297,7 @@ class ResumableTrainer(ParallelTrainer):
         optimizer = None
         if not self.is_deepspeed_enabled and not self.args.save_only_model:
             optimizer = self.optimizer.state_dict()
+            optimizer |= {"kind": optimizer_states.kind_of(self.optimizer), "began_with": self.began_with}
             if self.is_fsdp_enabled:
                 optimizer["state"] = recursively_apply(_whole, optimizer["state"])
         norm, rate = self._last_step
@@ -299,7 +305,7 @@ class ResumableTrainer(ParallelTrainer):
             "losses": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
             "logged_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": None if norm is None or not math.isfinite(norm) else float(norm),
             "learning_rate": rate,
             "epoch_ended": self._epoch_ended,
             "due": due,
@@ -310,7 +316,7 @@ class ResumableTrainer(ParallelTrainer):
 
     def _whole_weights(self) -> dict[str, torch.Tensor]:
         # Accelerate's `get_state_dict` returns before gloo has gathered them.
-        return {_plain_name(name): _whole(tensor) for name, tensor in self.model.state_dict().items()}
+        return {plain_name(name): _whole(tensor) for name, tensor in self.model.state_dict().items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
@@ -327,7 +333,7 @@ class ResumableTrainer(ParallelTrainer):
             self._save(str(part), state_dict=weights)
             if optimizer is not None and self.args.should_save:
                 torch.save(optimizer, part / checkpoints.OPTIMIZER)
-                torch.save(self.lr_scheduler.state_dict(), part / "scheduler.pt")
+                torch.save(self.lr_scheduler.state_dict(), part / SCHEDULE)
         if not self.args.save_only_model:
             self._save_scaler(str(part))
             self._save_rng_state(str(part))
@@ -425,7 +431,7 @@ def _start_worker(then, worker: int) -> None:
         then(worker)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A parameter's name without what compiling and activation checkpointing add."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 

@@ -6,6 +6,7 @@ The output folder: whose run it holds, and whether to start, resume or leave it 
 same folder goes on where it stopped, or says that it is done; anything else that would overwrite files is an error.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -13,17 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from . import checkpoints, hub
 from .arguments import Settings, to_json
 from .errors import InputError, more
 
 
-try:
-    import fcntl
-except ImportError:  # Not on Windows, where nothing then keeps two commands out of one folder.
-    fcntl = None
-
 RECORD, LOCK = "run.json", ".lock"
+# Where the record is written before it gets its name.
+PART = f".{RECORD}.part"
 
 # Settings that may differ between two parts of one run: they change speed, output and place, not what is trained.
 _FREE = (
@@ -57,12 +57,14 @@ class Plan:
         checkpoint: folder to resume from, or `None` to start anew.
         finished: what a finished run recorded, if this command has nothing left to do.
         message: what to tell the user.
+        anew: the folder has another run's record, and nothing that was trained.
         identity: of the run: a new one's own, else that of its folder or, under the same settings, of its checkpoint.
     """
 
     checkpoint: str | None = None
     finished: dict[str, Any] | None = None
     message: str | None = None
+    anew: bool = False
     identity: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
 
@@ -75,7 +77,7 @@ def plan(settings: Settings) -> Plan:
         InputError: the folder holds something else, or there is nothing to resume.
     """
     found = _plan(settings)
-    record = read_record(Path(settings.training.output_dir)) or {}
+    record = {} if found.anew else read_record(Path(settings.training.output_dir)) or {}
     known = record.get("id") or (_continued(Path(found.checkpoint), settings) if found.checkpoint else None)
     found.identity = known or found.identity
     return found
@@ -86,40 +88,53 @@ def _plan(settings: Settings) -> Plan:
     resume = settings.training.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output_dir` {folder} is a file, expected a folder.")
-    entries = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK) if folder.is_dir() else []
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    entries = [name for name in entries if name not in (LOCK, PART)]
     record = read_record(folder)
     if record is not None:
         checkpoints.tidy(folder)
+    # Of a command that was refused, or stopped before its first checkpoint.
+    empty = record is not None and not record.get("finished") and not _trained(folder)
     if resume is not None:
         checkpoint, damaged = _given(resume, settings.training.hub_token)
         if entries and record is None:
-            raise InputError(f"`output_dir` {folder} holds files that are of no run ({_some(entries)}). {_ELSEWHERE}")
-        if entries and checkpoint.resolve().parent != folder.resolve():
+            raise InputError(f"`output_dir` {folder} holds files that are of no run ({_some(entries)}). {ELSEWHERE}")
+        anew = empty and checkpoint.resolve().parent != folder.resolve()
+        if entries and checkpoint.resolve().parent != folder.resolve() and not anew:
             raise InputError(
-                f"`output_dir` {folder} holds a run already, and {checkpoint} is of another one. {_ELSEWHERE}"
+                f"`output_dir` {folder} holds a run already, and {checkpoint} is of another one. {ELSEWHERE}"
             )
-        return Plan(str(checkpoint), message=f"Resuming from {checkpoint}.{_told(damaged, entries)}")
+        own = [] if anew else entries
+        return Plan(str(checkpoint), message=f"Resuming from {checkpoint}.{_told(damaged, own)}", anew=anew)
     if not entries:
         return Plan()
     if record is None:
         raise InputError(
-            f"`output_dir` {folder} is not empty ({_some(entries)}), and it holds no run of this script. {_ELSEWHERE}"
+            f"`output_dir` {folder} is not empty ({_some(entries)}), and it holds no run of this script. {ELSEWHERE}"
         )
     different = differences(record["settings"], _settings(settings))
+    if different and empty:
+        return Plan(message=f"{folder} holds nothing that was trained: it is used again.", anew=True)
     if different:
         raise InputError(
-            f"`output_dir` {folder} holds another run: {different}. {_ELSEWHERE} To go on with that run under these "
+            f"`output_dir` {folder} holds another run: {different}. {ELSEWHERE} To go on with that run under these "
             "settings, give --resume_from_checkpoint with one of its checkpoint-* folders."
         )
     if record.get("finished"):
         if not any((folder / name).is_file() for name in (checkpoints.WEIGHTS, checkpoints.WEIGHTS_INDEX)):
-            raise InputError(f"{folder} holds a finished run without its weights ({checkpoints.WEIGHTS}). {_ELSEWHERE}")
+            raise InputError(f"{folder} holds a finished run without its weights ({checkpoints.WEIGHTS}). {ELSEWHERE}")
         return Plan(finished=record["finished"])
     checkpoint, damaged = _newest(folder)
     if checkpoint is None:
         return Plan(message=f"{folder} holds this run, stopped before its first checkpoint: it starts again.")
     message = f"{folder} holds this run, not finished: it goes on from {checkpoint.name}.{_told(damaged, entries)}"
     return Plan(str(checkpoint), message=message)
+
+
+def _trained(folder: Path) -> bool:
+    """Whether there are weights, or a checkpoint, be it damaged, in a run's folder."""
+    names = ("checkpoint-*", checkpoints.WEIGHTS, checkpoints.WEIGHTS_INDEX)
+    return any(True for name in names for _ in folder.glob(name))
 
 
 def _continued(checkpoint: Path, settings: Settings) -> str | None:
@@ -130,7 +145,7 @@ def _continued(checkpoint: Path, settings: Settings) -> str | None:
     return json.loads(path.read_text(encoding="utf-8")).get("run")
 
 
-_ELSEWHERE = "Choose another --output_dir, or move that folder away."
+ELSEWHERE = "Choose another --output_dir, or move that folder away."
 
 
 def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
@@ -189,42 +204,50 @@ class FolderLock:
     """
     A context that keeps a second command out of an output folder, as long as its process lives.
 
-    The system drops the lock with the process, however that ends.
+    The system drops the lock with the process, however that ends. A folder that was made to be locked, and stayed
+    empty, is removed at the end.
     """
 
     def __init__(self):
-        self.file = None
+        self._lock: FileLock | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> "FolderLock":
         return self
 
-    def take(self, folder: str) -> None:
+    def take(self, output_dir: str) -> None:
         """
-        Lock a folder, if it is a run's.
+        Lock a folder, before anything is read of it or written to it; it is made if it does not exist.
 
         Raises:
-            InputError: another process has it.
+            InputError: another process has it, or it cannot be written to.
         """
-        if self.file is not None or fcntl is None or not (Path(folder) / RECORD).is_file():
-            return
-        with checkpoints.writing("The lock file", Path(folder), _ELSEWHERE):
-            file = (Path(folder) / LOCK).open("w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.close()
-            raise InputError(
-                f"Another process is training in {folder}. Wait for it or stop it, or choose another --output_dir."
-            ) from error
-        except OSError:
-            pass  # A file system without locks.
-        self.file = file
+        folder = Path(output_dir).absolute()
+        with checkpoints.writing("The lock file", folder, ELSEWHERE):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"`output_dir` {output_dir} is a file, expected a folder.")
+            self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / LOCK, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise InputError(
+                    f"Another process is training in {output_dir}. Wait for it or stop it, or choose another "
+                    "--output_dir."
+                ) from error
+        self._lock = lock
 
     def __exit__(self, *_) -> None:
-        if self.file is not None:
-            Path(self.file.name).unlink(missing_ok=True)
-            self.file.close()
-            self.file = None
+        if self._lock is not None:
+            # Before it is released, or it might be another's by then. Windows removes no file that is open.
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink()
+            with contextlib.suppress(OSError):  # From the first on that is not empty.
+                for folder in self._made:
+                    folder.rmdir()
+            self._lock.release()
+            self._lock = None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -233,9 +256,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / RECORD} is damaged ({error}). {_ELSEWHERE}") from error
-    return record if isinstance(record, dict) and "settings" in record else None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{folder / RECORD} is damaged ({error}). {ELSEWHERE}") from error
+    if not isinstance(record, dict) or "settings" not in record:
+        return None
+    for key, kind in (("settings", dict), ("finished", dict | None), ("id", str | None)):
+        if not isinstance(record.get(key), kind):
+            raise InputError(f"{folder / RECORD} is damaged: `{key}` is {record[key]!r}. {ELSEWHERE}")
+    return record
 
 
 def write_record(
@@ -252,16 +280,20 @@ def write_record(
         finished: what a finished run records.
         identity: of the run; unset, what is recorded already stays.
         start: the `models.sum_of_weights` that it began with; what is recorded already stays.
+
+    Of a run of another identity, nothing stays.
     """
     folder = Path(settings.training.output_dir)
     before = read_record(folder) or {}
+    if identity not in (None, before.get("id")):
+        before = {}
     record = {
         "id": identity or before.get("id"),
         "settings": _settings(settings),
         "finished": finished,
         "start": before.get("start", start),
     }
-    part = folder / f".{RECORD}.part"
+    part = folder / PART
     with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
         folder.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8") as file:

@@ -29,14 +29,17 @@ class _TensorBoard(TensorBoardCallback):
         super().on_train_begin(args, state, control, **kwargs)
 
 
-def choose_run(args: RunArguments) -> None:
+def choose_run(args: RunArguments, anew: bool = False) -> None:
     """
     Say to Weights & Biases which run is meant, before the Trainer starts it: `run_id`, else the one that this output
-    folder has reported to, else a new one. The process that writes the folder calls this.
+    folder has reported to (unless another run begins in it, `anew`), else a new one. The process that writes the folder
+    calls this.
     """
+    kept = Path(args.output_dir) / WANDB_ID
+    if anew:
+        kept.unlink(missing_ok=True)
     if "wandb" not in args.report_to:
         return
-    kept = Path(args.output_dir) / WANDB_ID
     known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else None
     chosen = args.run_id or known or uuid.uuid4().hex[:12]
     kept.write_text(chosen + "\n", encoding="utf-8")

@@ -23,14 +23,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import ema
+from . import checkpoints, ema, optimizer_states
 from .arguments import RunArguments
 from .augmentation import RepeatedAugmentation
 from .device_augmentation import let_go
-from .divergence import SKIPPED_STEPS, DivergenceGuard
+from .divergence import SKIPPED_STEPS, Diverged, DivergenceGuard
 from .errors import InputError
 from .recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
-from .resumable import ResumableTrainer, unwrapped
+from .resumable import ResumableTrainer, plain_name, unwrapped
 
 
 logger = logging.getLogger(__name__)
@@ -320,6 +320,21 @@ class ImageClassificationTrainer(ResumableTrainer):
         images = num_items_in_batch / labels[0].numel()
         return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / images
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except Diverged as error:
+            if error.weights is not None and (said := self._set_aside(error.weights)):
+                raise Diverged(f"{error}{said}") from error
+            raise
+
+    def _set_aside(self, step: int) -> str:
+        """The checkpoint of a step whose weights give what is not finite is not to be gone on from."""
+        folder = checkpoints.checkpoint_folder(self.args.output_dir, step)
+        if not self.args.should_save or not folder.is_dir():
+            return ""
+        return f" {folder.name} has such weights: it is now called {checkpoints.set_aside(folder).name}."
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self._apart():
             return super().evaluate(*args, **kwargs)
@@ -327,16 +342,32 @@ class ImageClassificationTrainer(ResumableTrainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Of the weights, and of their average beside them as `eval_ema_*`: one log entry, one event."""
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.average is None or description != "Evaluation":
+        if description != "Evaluation":
+            return output
+        self._check_finite(output.metrics)
+        if self.average is None:
             return output
         with self.average.applied(self.bare_model):
             second = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs
             )
+        self._check_finite(second.metrics)
         metrics = {key: value for key, value in second.metrics.items() if not key.endswith("_model_preparation_time")}
         return EvalLoopOutput(
             output.predictions, output.label_ids, output.metrics | metrics, output.num_samples + second.num_samples
         )
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                if self._guard is not None:
+                    step = self.state.global_step
+                    said = f"The run has diverged: `{name}` is {value:g} after step {step}. {self._guard.where}"
+                    raise Diverged(said + self._set_aside(step), weights=step)
+                raise InputError(
+                    f"`{name}` is {value:g}: what the model computes of these images is not finite. Its weights are of "
+                    "a run that has diverged, or they need a precision that has their range (fp32, bf16)."
+                )
 
     def keep_better_weights(self, metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
         """
@@ -356,9 +387,12 @@ class ImageClassificationTrainer(ResumableTrainer):
         return weights, metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is not None:
-            return self.optimizer
-        model = self.model if model is None else model
+        if self.optimizer is None:
+            with _setting_up(f"The optimiser (`optim` {self.args.optimizer_name}, `optim_args`)"):
+                self._create_optimizer(self.model if model is None else model)
+        return self.optimizer
+
+    def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.args.timm_optimizer is not None:
             self.optimizer = self._timm_optimizer(parameter_groups(model, self.args))
             return self.optimizer
@@ -387,14 +421,18 @@ class ImageClassificationTrainer(ResumableTrainer):
         betas = (args.adam_beta1, args.adam_beta2)
         if betas != (default["adam_beta1"].default, default["adam_beta2"].default):
             options["betas"] = betas
-        try:
-            return create_optimizer_v2(
-                groups, opt=args.timm_optimizer, lr=args.learning_rate, momentum=args.momentum, **options
-            )
-        except (TypeError, ValueError, AssertionError) as error:
-            raise InputError(f"The optimiser `{args.optimizer_name}` cannot be set up: {error}") from error
+        return create_optimizer_v2(
+            groups, opt=args.timm_optimizer, lr=args.learning_rate, momentum=args.momentum, **options
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        name = self.args.sched or self.args.lr_scheduler_type.value
+        with _setting_up(f"The schedule (`{name}`, `lr_scheduler_kwargs` {self.args.lr_scheduler_kwargs})"):
+            schedule = self._create_scheduler(num_training_steps, optimizer)
+        self.began_with = optimizer_states.settings_of(self.optimizer)
+        return schedule
+
+    def _create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None):
         if self.args.sched is None and self.args.warmup_epochs is not None:
             self.args.warmup_steps = self._warmup_steps(num_training_steps)
         if self.args.sched is None or self.lr_scheduler is not None:
@@ -410,6 +448,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds images per second where the training loss is logged, and the totals at the end of training."""
         self._flush_guard()
+        for name in [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]:
+            del logs[name]  # The gradient's norm of a step that fp16 skips: JSON has no infinity.
         if "loss" in logs:
             seconds, images = self._training_seconds() - self._seconds_logged, self._images - self._images_logged
             self._seconds_logged, self._images_logged = self._seconds_logged + seconds, self._images
@@ -434,6 +474,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _apart(self) -> Iterator[None]:
         """What is done within is not counted as training; training must not have diverged before it."""
         self._flush_guard()
+        if self._guard is not None:
+            self._guard.check_weights(self.state.global_step)
         if self.args.device.type == "cuda":
             torch.cuda.synchronize(self.args.device)
         began = time.perf_counter()
@@ -503,6 +545,18 @@ class _Hooks(TrainerCallback):
         self.trainer.recorded = None  # And the memory of its graph.
 
 
+@contextlib.contextmanager
+def _setting_up(what: str) -> Iterator[None]:
+    """Whatever a library says of its settings becomes an `InputError` that names them."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} cannot be set up: {reason}") from error
+
+
 def peak_memory(device: torch.device) -> float:
     """GiB that this process has held at most: of the GPU, else of main memory (without the data workers)."""
     if device.type == "cuda":
@@ -521,12 +575,14 @@ def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
       parameters likewise, or all of them at `attn_weight_decay`.
     * `attn_lr` is the rate of KArAt parameters.
     * `layer_decay` multiplies either rate; the factor is the group's `lr_scale`.
+
+    Each group has its parameters' names too, as `param_names`, by which a run under other settings finds their state.
     """
     karat = model.karat_parameter_names() if hasattr(model, "karat_parameter_names") else set()
     for name in ("attn_lr", "attn_weight_decay"):
         if getattr(args, name) is not None and not karat:
             raise InputError(f"`{name}` is of KArAt parameters, and this model has none.")
-    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim > 1 and not name.endswith((".bias", *NO_DECAY))
@@ -535,9 +591,15 @@ def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
                 rate = args.learning_rate if args.attn_lr is None else args.attn_lr
                 decay = decay if args.attn_weight_decay is None else args.attn_weight_decay
             scale = layer_scale(name, model.config.num_hidden_layers, args.layer_decay or 1.0)
-            groups.setdefault((scale, rate, decay), []).append(parameter)
+            groups.setdefault((scale, rate, decay), {})[plain_name(name)] = parameter
     return [
-        {"params": parameters, "lr": rate * scale, "weight_decay": decay, "lr_scale": scale}
+        {
+            "params": list(parameters.values()),
+            "param_names": list(parameters),
+            "lr": rate * scale,
+            "weight_decay": decay,
+            "lr_scale": scale,
+        }
         for (scale, rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 

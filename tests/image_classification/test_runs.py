@@ -7,9 +7,11 @@ import signal
 
 import pytest
 
+from image_classification import main as script
 from image_classification import runs
 from image_classification.arguments import parse_settings
 from image_classification.errors import InputError
+from image_classification.trainer import ImageClassificationTrainer
 
 
 def settings(folder, *words):
@@ -63,33 +65,130 @@ def test_batch_is_what_all_devices_make_of_it(tmp_path):
         runs.plan(settings(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "2"))
 
 
-def test_only_one_process_trains_in_a_folder(tmp_path):
-    """As long as it lives, and no longer, however it ends."""
-    runs.write_record(settings(tmp_path))
+@pytest.mark.parametrize("existed", [True, False])
+def test_only_one_process_trains_in_a_folder(tmp_path, existed):
+    """As long as it lives, and no longer, however it ends; also in a folder that there was not before."""
+    folder = tmp_path if existed else tmp_path / "new" / "run"
     ready, held = os.pipe()
     process = os.fork()
     if process == 0:
         with runs.FolderLock() as lock:
-            lock.take(str(tmp_path))
+            lock.take(str(folder))
             os.write(held, b"!")
             signal.pause()
     os.read(ready, 1)
     with runs.FolderLock() as lock:
         with pytest.raises(InputError, match="Another process is training"):
-            lock.take(str(tmp_path))
+            lock.take(str(folder))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        lock.take(str(tmp_path))
-        assert (tmp_path / runs.LOCK).is_file()
-    assert not (tmp_path / runs.LOCK).exists()
+        lock.take(str(folder))
+        assert (folder / runs.LOCK).is_file()
+        # Not inherited by data workers, which may outlive this process for a while.
+        worker = os.fork()
+        if worker == 0:
+            signal.pause()
+    try:
+        with runs.FolderLock() as lock:
+            lock.take(str(folder))
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+    assert not (folder / runs.LOCK).exists() and (folder.exists() or not existed)
+
+
+def test_folder_that_was_only_locked_is_not_left_behind(tmp_path):
+    with runs.FolderLock() as lock:
+        lock.take(str(tmp_path / "a" / "b"))
+        assert runs.plan(settings(tmp_path / "a" / "b")) == runs.Plan()
+    assert not (tmp_path / "a").exists() and tmp_path.exists()
+    with runs.FolderLock() as lock:
+        lock.take(str(tmp_path / "a" / "b"))
+        runs.write_record(settings(tmp_path / "a" / "b"))
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [runs.RECORD]
+
+
+def test_folder_that_cannot_be_locked(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with runs.FolderLock() as lock, pytest.raises(InputError, match=f"{folder.name[:20]}"):
+            lock.take(str(folder))
+
+
+def test_second_command_changes_nothing_of_the_first(tmp_path, monkeypatch, small, capsys):
+    """While the first one trains in a folder that was new to both, another one with another seed is refused."""
+    folder = tmp_path / "run"
+    words = [*small, "--model", "karat_digits", "--data_set", "digits", "--max_train_samples", "32"]
+    words += ["--num_train_epochs", "1", "--max_eval_samples", "8", "--output_dir", str(folder)]
+    seen = []
+
+    def second(name):
+        """Another process, while the first one reads its data, before it has written anything, and while it trains."""
+        process = os.fork()
+        if process == 0:
+            monkeypatch.undo()
+            os._exit(script.main([*words, "--seed", "7"]))
+        seen.append((name, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), runs.read_record(folder)))
+
+    load, train = script._load_data, ImageClassificationTrainer.train
+    monkeypatch.setattr(script, "_load_data", lambda *args: (second("data"), load(*args))[1])
+    monkeypatch.setattr(
+        ImageClassificationTrainer, "train", lambda *args, **kwargs: (second("train"), train(*args, **kwargs))[1]
+    )
+    assert script.main(words) == 0
+    assert [(name, status) for name, status, _ in seen] == [("data", 2), ("train", 2)]
+    assert seen[0][2] is None and seen[1][2]["settings"]["seed"] == 42
+    assert runs.read_record(folder)["settings"]["seed"] == 42
+
+
+def test_folder_without_a_checkpoint_may_be_used_again(tmp_path):
+    """By a command with other settings, which is another run; not where anything was trained."""
+    runs.write_record(settings(tmp_path, "--grid", "3"), identity="first", start=1.0)
+    (tmp_path / "preprocessor_config.json").touch()
+    corrected = settings(tmp_path, "--grid", "5")
+    plan = runs.plan(corrected)
+    assert plan.anew and plan.checkpoint is None and plan.identity != "first"
+    runs.write_record(corrected, identity=plan.identity, start=2.0)
+    record = runs.read_record(tmp_path)
+    assert (record["settings"]["grid_size"], record["id"], record["start"]) == (5, plan.identity, 2.0)
+    # Also one that goes on from another folder's checkpoint, and was refused before.
+    path = checkpoint(tmp_path / "other", 4)
+    resumed = settings(tmp_path, "--grid", "3", "--resume", str(path))
+    assert runs.plan(resumed).checkpoint == str(path) and runs.plan(resumed).anew
+    for name in ("checkpoint-7", "checkpoint-8.damaged", "model.safetensors"):
+        (tmp_path / name).mkdir()
+        for words in (["--grid", "3"], ["--grid", "3", "--resume", str(path)]):
+            with pytest.raises(InputError, match="another"):
+                runs.plan(settings(tmp_path, *words))
+        (tmp_path / name).rmdir()
+    runs.write_record(corrected, finished={"metrics": {}})
+    with pytest.raises(InputError, match="another run"):
+        runs.plan(settings(tmp_path, "--grid", "3"))
+
+
+def test_refused_command_may_be_corrected(image_folder, tmp_path, small, capsys):
+    words = [*small, "--model", "vit_tiny_patch16_224", "--data_path", str(image_folder), "--patch_size", "4"]
+    words += ["--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")]
+    assert script.main([*words, "--image_size", "8", "16"]) == 2
+    assert "`eval_crop_ratio`" in capsys.readouterr().err
+    # Refused later: when its optimiser is made, after the record is written.
+    assert script.main([*words, "--image_size", "8", "--optim_args", "what"]) == 2
+    assert runs.read_record(tmp_path / "run") is not None
+    assert script.main([*words, "--image_size", "8", "16", "--eval_crop_ratio", "1"]) == 0
+    assert runs.read_record(tmp_path / "run")["settings"]["image_size"] == [8, 16]
+
+
+def test_record_that_was_half_written_counts_as_none(tmp_path):
+    (tmp_path / runs.PART).write_text("{")
+    assert runs.plan(settings(tmp_path)) == runs.Plan()
 
 
 def test_another_run_names_what_differs(tmp_path):
     runs.write_record(settings(tmp_path, "--grid", "3"))
+    path = checkpoint(tmp_path, 4)
     with pytest.raises(InputError, match="another run: `grid_size` was 3 and is now 5"):
         runs.plan(settings(tmp_path, "--grid", "5"))
     # Unless a checkpoint of it is named.
-    path = checkpoint(tmp_path, 4)
     assert runs.plan(settings(tmp_path, "--num_train_epochs", "50", "--resume", str(path))).checkpoint == str(path)
 
 
@@ -117,6 +216,7 @@ def test_resume_takes_the_last_checkpoint_of_a_run(tmp_path):
     checkpoint(old, 12)
     assert runs.plan(settings(tmp_path / "new", "--resume", str(old))).checkpoint == str(old / "checkpoint-12")
     runs.write_record(settings(tmp_path / "other"))
+    checkpoint(tmp_path / "other", 3)
     with pytest.raises(InputError, match="is of another one"):
         runs.plan(settings(tmp_path / "other", "--resume", str(old)))
 
@@ -126,8 +226,11 @@ def test_record_keeps_no_secret(tmp_path):
     assert "hf_secret" not in (tmp_path / runs.RECORD).read_text()
 
 
-def test_damaged_record(tmp_path):
-    (tmp_path / runs.RECORD).write_text("{")
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff\xfe", b'{"settings": 5}', b'{"settings": {}, "finished": true}', 9999 * b"["]
+)
+def test_damaged_record(tmp_path, content):
+    (tmp_path / runs.RECORD).write_bytes(content)
     with pytest.raises(InputError, match=r"run\.json is damaged"):
         runs.plan(settings(tmp_path))
 

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from timm.scheduler import create_scheduler_v2
 from transformers import EvalPrediction, Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
+from image_classification import checkpoints
 from image_classification import main as script
 from image_classification.arguments import RunArguments
 from image_classification.divergence import SKIPPED_STEPS, DivergenceGuard
 from image_classification.errors import InputError
-from image_classification.metrics import ComputeMetrics, TopKAccuracy, preprocess
+from image_classification.metrics import ComputeMetrics, TopKAccuracy, check_best, preprocess
 from image_classification.trainer import ImageClassificationTrainer, parameter_groups, schedule
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
@@ -324,6 +325,69 @@ def test_diverged_loss_stops_the_run(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("kind", ["karat", "softmax"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eval_strategy": "epoch"},
+        {"eval_strategy": "epoch", "model_ema": True, "model_ema_decay": 0.5},
+        {"eval_strategy": "no", "save_strategy": "no"},
+        {"eval_strategy": "no"},
+        {"eval_strategy": "no", "num_train_epochs": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rate, said", [(1e38, "nan"), (math.inf, "not finite")])
+def test_divergence_in_the_last_step_is_not_saved(tmp_path, kind, settings, rate, said):
+    """One step in an epoch, whose loss and gradients are finite, and after which the weights give or are NaN."""
+    settings = {"num_train_epochs": 1, "sched": "constant", "optim": "sgd", **settings}
+    args = run_arguments(tmp_path, **settings)
+    args.learning_rate = rate  # Beyond what the settings let through, so that one step is enough.
+    trainer = ImageClassificationTrainer(
+        model=make_model(kind),
+        args=args,
+        train_dataset=rows_of(8),
+        eval_dataset=rows_of(3),
+        compute_metrics=ComputeMetrics(3),
+        preprocess_logits_for_metrics=preprocess,
+    )
+    with pytest.raises(InputError, match=f"The run has diverged: .*{said}") as raised:
+        trainer.train()
+        trainer.evaluate()
+    assert not checkpoints.checkpoints(tmp_path)
+    # Saved before anything has shown it, and set aside then.
+    assert ("checkpoint-1.damaged" in str(raised.value)) == (tmp_path / "checkpoint-1.damaged").is_dir()
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_evaluation_that_is_not_finite_is_an_error(tmp_path, average):
+    """Of a run whose weights are finite still; and of a model alone."""
+
+    def make_trainer(value=None, **settings):
+        return ImageClassificationTrainer(
+            model=make_model("softmax"),
+            args=run_arguments(tmp_path, num_train_epochs=1, model_ema=average, **settings),
+            train_dataset=rows_of(8),
+            eval_dataset=rows_of(3, value),
+            compute_metrics=ComputeMetrics(3),
+            preprocess_logits_for_metrics=preprocess,
+        )
+
+    with pytest.raises(InputError, match=r"The run has diverged: `eval_loss` is nan after step 1\. .*lower rate"):
+        make_trainer(math.nan, eval_strategy="epoch").train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(InputError, match="`eval_loss` is nan: what the model computes"):
+        make_trainer(math.nan).evaluate()
+    trainer = make_trainer()
+    if average:
+        trainer.make_average()
+        next(iter(trainer.average.tensors.values())).fill_(math.nan)
+        with pytest.raises(InputError, match="`eval_ema_loss` is nan"):
+            trainer.evaluate()
+    else:
+        assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("where", ["layers.0.mlp.fc1", "layers.0.attention.o_proj"])
 def test_broken_gradient_is_named(tmp_path, where, clip):
@@ -400,6 +464,8 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
             model_ema=True,
             model_ema_decay=0.5,
             sched="constant",
+            logging_strategy="steps",
+            logging_steps=1,
         )
         trainer = ImageClassificationTrainer(model=model, args=args, train_dataset=rows_of(8))
         # What accelerate does with `fp16` on a GPU; it leaves it out on the CPU, where PyTorch has all of it.
@@ -417,6 +483,9 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
     one, two, three = map(weights, (1, 2, 3))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not all(torch.equal(three[key], two[key]) for key in one)
+    for path in tmp_path.rglob("*.json"):
+        # Not even the gradient's norm of that step, for which JSON has no word.
+        json.loads(path.read_text(), parse_constant=pytest.fail)
     resumed = make_trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.accelerator.scaler.get_scale() == 2**7
@@ -460,6 +529,43 @@ def test_metric():
     prediction = EvalPrediction(predictions=(ranked.numpy(), losses.numpy()), label_ids=labels.numpy())
     expected = torch.nn.functional.cross_entropy(logits, labels).item()
     assert ComputeMetrics(7)(prediction) == {**scores, "loss": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(
+    "metric, average, classes, known",
+    [
+        ("accuracy", False, 3, True),
+        ("eval_loss", False, None, True),
+        ("top5_accuracy", False, None, True),
+        ("top5_accuracy", False, 6, True),
+        ("top5_accuracy", False, 5, False),
+        ("acuracy", False, None, False),
+        ("eval_eval_loss", False, None, False),
+        ("ema_accuracy", False, 9, False),
+        ("eval_ema_top5_accuracy", True, 9, True),
+        ("ema_top5_accuracy", True, 4, False),
+        ("f1", True, 9, False),
+        (None, False, None, True),
+    ],
+)
+def test_metric_of_the_best_model_is_checked_before(tmp_path, metric, average, classes, known):
+    if known:
+        return check_best(metric, average, classes)
+    with pytest.raises(InputError, match=f"`metric_for_best_model` is '{metric}'.*expected one of loss, accuracy"):
+        check_best(metric, average, classes)
+
+
+def test_misspelt_metric_is_found_before_the_data_is_read(tmp_path, small, capsys):
+    words = [*small, "--model", "vit_tiny_patch16_224", "--data_path", str(tmp_path / "nowhere")]
+    assert script.main([*words, "--output_dir", str(tmp_path / "o"), "--metric_for_best_model", "acuracy"]) == 2
+    assert "did you mean `accuracy`" in capsys.readouterr().err and not (tmp_path / "o").exists()
+    words = [*small, "--model", "karat_digits", "--data_set", "digits", "--output_dir", str(tmp_path / "o")]
+    schedule = ["--lr_scheduler_kwargs", '{"a": 1}', "--lr_scheduler_type", "cosine"]
+    for flags in (["--metric_for_best_model", "ema_loss"], ["--optim_args", "x"], schedule):
+        assert script.main([*words, *flags]) == 2
+        err = capsys.readouterr().err
+        assert flags[0].lstrip("-") in err and len(err.splitlines()) == 1
+    assert not checkpoints.checkpoints(tmp_path / "o")
 
 
 def test_evaluation_counts_every_image_once(tmp_path):
