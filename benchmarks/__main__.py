@@ -70,18 +70,16 @@ def many_tokens_on_cuda(table: Table) -> None:
 
 
 def input_pipeline_on_cuda(table: Rates) -> None:
-    cores = os.cpu_count()
     run = partial(input_pipeline.run, "cuda", table, 256, 2048, 30, 130)
-    few, most = cores // 2, cores - 1
-    ways = [input_pipeline.Way(*pair) for pair in [(most, 0.25), (most, 0.0), (few, 1.0), (most, None)]]
+    ways = [input_pipeline.Way(name, os.cpu_count() - 1) for name in input_pipeline.WAYS]
     run(ways[:2], basis="", alone=False)
-    run(ways[:3:2], mode="cudagraphs", alone=False)
+    run(ways, mode="eager", alone=False)
     run(ways)  # Last, with the parts alone, whose profiler makes all launches after it slower.
 
 
 def input_pipeline_on_cpu(table: Rates) -> None:
-    pairs = [(1, 0.0), (1, 0.5), (1, None)]
-    input_pipeline.run("cpu", table, 8, 64, 2, 6, [input_pipeline.Way(*pair) for pair in pairs])
+    ways = [input_pipeline.Way(name, 1) for name in input_pipeline.WAYS]
+    input_pipeline.run("cpu", table, 8, 64, 2, 6, ways, mode="eager")
 
 
 def attention_on_cpu(table: Table) -> None:

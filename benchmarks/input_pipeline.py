@@ -5,13 +5,16 @@ Training on JPEG files beside training on tensors that lie on the device: does t
 The run is the project's own: recipe, Trainer, data loader. The files are made for it: photo-like (1/f noise in three
 correlated colours, and shapes with edges), 500x375 and 375x500, quality 90.
 
+Beside synthetic tensors there are three ways: `resident`, where all images are decoded before training; `cropped`,
+where workers decode and crop and the device does the rest; and `workers`, which do everything.
+
 What the limit is shows in the parts, each measured with and without the others beside it: the data workers alone; the
-whole pipeline without training; and in training what a batch takes of the main process's time, of its thread that pins
-memory and decodes, and of the GPU. Where wall time is far above CPU time, a thread waits: for data, for the GPU, or for
-Python's lock.
+whole pipeline without training; and in training what a batch takes of the main process's time and of the GPU. Where
+wall time is far above CPU time, a thread waits: for data, for the GPU, or for Python's lock.
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
@@ -23,10 +26,10 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import concatenate_datasets
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
@@ -35,9 +38,8 @@ from transformers import TrainerCallback
 from image_classification import main, models
 from image_classification.arguments import CONFIGURATION, parse_settings
 from image_classification.data import load_data
-from image_classification.device_augmentation import DrawnBatch, read
-from image_classification.errors import InputError
 from image_classification.images import decode
+from image_classification.resident import read
 from image_classification.trainer import ImageClassificationTrainer
 from image_classification.transforms import build_image_processor
 
@@ -50,13 +52,18 @@ RECIPES = {
     "": CONFIGURATION / "imagenet1k" / "vit_tiny_patch16_224.yaml",  # softmax
 }
 # Flags of training by what the benchmarks call modes.
-MODES = {"eager": [], "cudagraphs": ["--torch_compile", "true", "--torch_compile_mode", "reduce-overhead"]}
+MODES = {"eager": ["--record_step", "false"], "recorded": []}
 # DeiT's erasing, which the paper's recipe leaves open, so that every step of the pipeline runs.
 FULL = ["--random_erasing", "0.25"]
-# Mean difference of a batch by the two ways to augment, in pixel values, above which a way is not timed. The colours of
-# nvJPEG are not libjpeg's to the last bit.
-LIMIT = 2.0
 SECONDS = {"cuda": 2.5, "cpu": 1.0}  # In which workers are counted.
+# Flags of the ways to augment.
+WAYS = {
+    "resident": ["--augment_on", "device"],
+    "cropped": ["--augment_on", "device", "--resident_share", "0"],
+    "workers": ["--augment_on", "workers"],
+}
+# Images of a data set that is to fit.
+RESIDENT = {"cuda": 8192, "cpu": 64}  # 5 GB and 36 MB.
 
 
 def make_photo(seed: int) -> bytes:
@@ -144,29 +151,28 @@ class Clock(TrainerCallback):
 class SyntheticTrainer(ImageClassificationTrainer):
     """Every batch is the same one, which lies on the device; no data worker starts."""
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def take_batches(self, batches, count):
+        size = self.args.per_device_train_batch_size
         if not hasattr(self, "batch"):
-            size, classes = self.args.per_device_train_batch_size, self.bare_model.config.num_labels
+            device, classes = self.args.device, self.bare_model.config.num_labels
             images = torch.randn(size, 3, *[self.bare_model.config.image_size] * 2, device=device)
             self.batch = {"pixel_values": images, "labels": torch.rand(size, classes, device=device).softmax(-1)}
-        batches = [self.batch] * num_batches
-        return batches, self._get_num_items_in_batch(batches, device)
+        return [self.batch] * count, size * count * self.args.world_size
 
 
 @dataclass(frozen=True)
 class Way:
-    """Workers, and the share of the JPEGs that the device decodes; `None`: the workers do everything."""
+    """One of `WAYS`, and how many data workers there are."""
 
+    name: str
     workers: int
-    share: float | None
 
     @property
     def flags(self) -> list[str]:
-        return [] if self.share is None else ["--augment_on", "device", "--device_decode", str(self.share)]
+        return WAYS[self.name]
 
     def __str__(self) -> str:
-        what = "workers" if self.share is None else f"device, {self.share:.0%} decoded"
-        return f"{what}, {self.workers} workers"
+        return self.name if self.name == "resident" else f"{self.name}, {self.workers} workers"
 
 
 class Pipeline:
@@ -186,13 +192,18 @@ class Pipeline:
         if self.data is None:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.data = load_data(settings.data, settings.training.seed)
-            # An epoch longer than any run here: its beginning, when the workers start, is not what is measured.
-            copies = 1 + 400 * self.batch // len(self.data.train)
-            self.data.train = concatenate_datasets([self.data.train] * copies)
+        # An epoch longer than any run here: its beginning, when the workers start, is not what is measured.
+        images = (
+            RESIDENT[self.device]
+            if settings.data.augment_on == "device" and settings.data.resident_share
+            else 400 * self.batch
+        )
+        copies = 1 + images // len(self.data.train)
+        data = dataclasses.replace(self.data, train=concatenate_datasets([self.data.train] * copies), notes=[])
         torch.manual_seed(0)
         model = models.build_model(settings.model, self.data.labels)
         processor = build_image_processor(settings.data, model.config.image_size)
-        return main.build_trainer(settings, model, self.data, processor, kind)
+        return main.build_trainer(settings, model, data, processor, kind)
 
     def images_per_second(self, name: str, workers: int, begin: int, end: int, **options) -> tuple[float, Stopwatch]:
         """Of training, and what its parts take."""
@@ -204,14 +215,10 @@ class Pipeline:
         clock = Clock(begin, end, self.batch, stopwatch)
         trainer.add_callback(clock)
         trainer.training_step = stopwatch.timed("training: forward and backward", trainer.training_step)
-        trainer.get_batch_samples = stopwatch.timed("training: get a batch", trainer.get_batch_samples)
-        with (
-            mock.patch.object(DrawnBatch, "to", stopwatch.timed("training: of it augment", DrawnBatch.to)),
-            mock.patch.object(
-                DrawnBatch, "pin_memory", stopwatch.timed("training: thread that pins", DrawnBatch.pin_memory)
-            ),
-        ):
-            trainer.train()
+        trainer.take_batches = stopwatch.timed("training: get batches", trainer.take_batches)
+        if trainer.augment is not None:
+            trainer.augment = stopwatch.timed("training: of it augment", trainer.augment)
+        trainer.train()
         del trainer
         gc.collect()  # Its data workers end now, and not beside the next run.
         return clock.per_second, stopwatch
@@ -222,14 +229,14 @@ class Pipeline:
         loader = DataLoader(
             trainer.train_dataset, self.batch, True, num_workers=workers, collate_fn=trainer.data_collator
         )
-        if hasattr(trainer.data_collator, "share"):
-            trainer.data_collator.share(self.batch, workers, loader.prefetch_factor, torch.device("cpu"))
         return self._rate(iter(loader), workers, seconds)
 
     def without_training(self, workers: int, flags: list[str], seconds: float) -> float:
         """Images per second that reach the device as training batches, where nothing is trained on them."""
-        loader = self.trainer("pipeline", workers, 1, flags).get_train_dataloader()
-        return self._rate(iter(loader), workers, seconds)
+        trainer = self.trainer("pipeline", workers, 1, flags)
+        return self._rate(
+            map(trainer.augment or (lambda batch: batch), trainer.get_train_dataloader()), workers, seconds
+        )
 
     def _rate(self, batches, workers: int, seconds: float) -> float:
         for _ in range(max(2, workers)):  # Each worker's first one.
@@ -245,24 +252,8 @@ class Pipeline:
         gc.collect()
         return rate
 
-    def difference(self, share: float) -> float:
-        """Mean difference of a batch that workers augment and one that the device does, in pixel values."""
-        batches = []
-        for way in (["--augment_on", "workers"], ["--augment_on", "device", "--device_decode", str(share)]):
-            trainer = self.trainer("check", 0, 1, [*way, "--random_erasing_mode", "const"])
-            rows = [trainer.train_dataset[index] for index in range(64)]
-            made = trainer.data_collator(rows)
-            batches.append(made if isinstance(made, dict) else self.on_device(made))
-        workers, device = (batch["pixel_values"].cpu() for batch in batches)
-        labels = (batches[0]["labels"] - batches[1]["labels"].cpu()).abs().max()
-        return float((workers - device).abs().mean()) * 255 * 0.226 if labels < 1e-5 else float("inf")
 
-    def on_device(self, drawn: DrawnBatch) -> dict[str, torch.Tensor]:
-        """As the data loader and accelerate do it."""
-        return (drawn.pin_memory() if self.device == "cuda" else drawn).to(torch.device(self.device))
-
-
-def parts(pipeline: Pipeline, table: Rates, row: dict, share: float, repeats: int) -> None:
+def parts(pipeline: Pipeline, table: Rates, row: dict, repeats: int) -> None:
     """What the pieces take on their own."""
     contents = [path.read_bytes() for path in sorted(pipeline.folder.glob("train/*/*.jpg"))[:128]]
 
@@ -280,26 +271,23 @@ def parts(pipeline: Pipeline, table: Rates, row: dict, share: float, repeats: in
     per_second("decode, Pillow, one core", lambda: [decode(item, "") for item in items], len(items))
     per_second("decode, torchvision, one core", lambda: [read(item, "") for item in items], len(items))
     indices = list(range(len(contents)))
-    ways = {"workers": [], "device": ["--augment_on", "device"]}
-    if share:
-        ways["device decodes"] = [*ways["device"], "--device_decode", "1"]
-    for name, flags in ways.items():
+    for name, flags in WAYS.items():
         trainer = pipeline.trainer("part", 0, 1, flags)
         images = trainer.train_dataset
-        per_second(f"a worker's part, {name}", lambda images=images: images.__getitems__(indices), len(indices))
-        if name == "workers":
+        if name != "resident":
+            per_second(f"a worker's part, {name}", lambda images=images: images.__getitems__(indices), len(indices))
+        if trainer.augment is None:
             continue
-        drawn = trainer.data_collator(trainer.train_dataset.__getitems__(list(range(pipeline.batch))))
-        pipeline.on_device(drawn)  # The first time, kernels are compiled.
-        per_second(f"the device's part, {name}", lambda drawn=drawn: pipeline.on_device(drawn), pipeline.batch)
-        if pipeline.device == "cuda":
-            ms, calls = gpu_time_and_calls(lambda drawn=drawn: pipeline.on_device(drawn))
-            table.add(**row, what=f"the device's part, {name}: GPU time", ms=ms, error=f"{calls:.0f} calls to CUDA")
-    if pipeline.device == "cuda" and share:
-        from torchvision.io import decode_jpeg
+        batch = trainer.data_collator(images.__getitems__(list(range(pipeline.batch))))
+        batch = send_to_device(batch, torch.device(pipeline.device))
 
-        encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
-        per_second("decode, nvJPEG", lambda: decode_jpeg(encoded, device="cuda"), len(encoded))
+        def augment(trainer=trainer, batch=batch):
+            return trainer.augment(batch)
+
+        per_second(f"the device's part, {name}", augment, pipeline.batch)
+        if pipeline.device == "cuda":
+            ms, calls = gpu_time_and_calls(augment)
+            table.add(**row, what=f"the device's part, {name}: GPU time", ms=ms, error=f"{calls:.0f} calls to CUDA")
 
 
 def gpu_time_and_calls(function, repeats: int = 3) -> tuple[float, float]:
@@ -331,7 +319,7 @@ def run(
     end: int,
     ways: list[Way],
     basis: str = "fourier G=3",
-    mode: str = "eager",
+    mode: str = "recorded",
     alone: bool = True,
 ) -> None:
     """
@@ -353,18 +341,6 @@ def run(
         pipeline = Pipeline(folder, device, batch, basis)
         row = {"benchmark": "input-pipeline", "model": "tiny", "basis": basis, "batch": batch, "mode": mode}
         row |= {"dtype": "bfloat16" if device == "cuda" else "float32"}
-        for share in sorted({way.share for way in ways if way.share is not None}):
-            try:
-                wrong = pipeline.difference(share)
-                found = f"{wrong:.2f} of 255 apart"
-            except InputError as error:  # No decoder on the device.
-                wrong, found = float("inf"), str(error)
-            table.add(
-                **row, provider=f"device, {share:.0%} of JPEGs decoded", what="same as the workers' way", error=found
-            )
-            if not wrong < LIMIT:
-                print("Not as the workers' way, so not timed.", flush=True)
-                ways = [way for way in ways if way.share != share]
         flags = MODES[mode]
 
         def synthetic() -> float:
@@ -376,7 +352,7 @@ def run(
         before = synthetic()
         for way in ways:
             this = row | {"provider": str(way)}
-            last = shorter if way.share is None else end
+            last = shorter if way.name == "workers" else end
             rate, times = pipeline.images_per_second(str(way), way.workers, begin, last, flags=[*way.flags, *flags])
             # A host's speed drifts: beside the mean of before and after.
             after = synthetic()
@@ -384,11 +360,12 @@ def run(
             table.add(**this, what="train", images_per_second=rate, ratio=rate / beside)
             table.add_times(this, times, batch / rate * 1e3)
             if alone:
-                rate = pipeline.workers_alone(way.workers, way.flags, SECONDS[device])
-                table.add(**this, what="workers alone", images_per_second=rate, ratio=rate / beside)
+                if way.name != "resident":
+                    rate = pipeline.workers_alone(way.workers, way.flags, SECONDS[device])
+                    table.add(**this, what="workers alone", images_per_second=rate, ratio=rate / beside)
                 rate = pipeline.without_training(way.workers, way.flags, SECONDS[device])
                 table.add(**this, what="pipeline without training", images_per_second=rate, ratio=rate / beside)
         if alone:
-            parts(pipeline, table, row | {"provider": "part"}, max(way.share or 0 for way in ways), 2)
+            parts(pipeline, table, row | {"provider": "part"}, 2)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -309,18 +309,19 @@ class DataArguments:
     )
 
     augment_on: str = field(
-        default="workers",
+        default="auto",
         metadata={
-            "help": "Where training images are augmented: workers (processes on the CPU) or device (the workers only "
-            "read, crop and resize; the device that trains does the rest, a batch at a time).",
-            "choices": ["workers", "device"],
+            "help": "Where training images are augmented: workers (processes on the CPU), device (the one that trains, "
+            "a batch at a time; the workers only read, crop and resize, if they are needed at all), or auto (device on "
+            "an NVIDIA GPU with Triton, if it knows the operations).",
+            "choices": ["auto", "workers", "device"],
         },
     )
-    device_decode: Annotated[float, SHARE] = field(
-        default=0.0,
+    resident_share: Annotated[float, SHARE] = field(
+        default=0.25,
         metadata={
-            "help": "With augment_on device: the share of the JPEGs, from 0 to 1, that the GPU decodes (nvJPEG) in "
-            "place of the workers."
+            "help": "Where the device augments: training images are decoded once, and stay, if they fit into this "
+            "share of its memory, or of the host's free memory. 0: never."
         },
     )
 
@@ -1018,8 +1019,6 @@ def _check(record: dict[str, Any]) -> None:
             raise InputError(f"`{name}` does not work here: {why}. Leave it out.")
     for name in MAPPINGS:
         _check_mapping(name, record.get(name))
-    if record["device_decode"] and record["augment_on"] != "device":
-        raise InputError("`device_decode` is of the pipeline of `augment_on: device`. Give both, or neither.")
     sched = record["sched"]
     if record["cooldown_epochs"] and sched not in FALLING:
         raise InputError(

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Triton kernels of the device's part of augmentation: a few launches for a batch, whatever was drawn for its images.
+Triton kernels of augmentation: a few launches for a batch, whatever was drawn for its images.
 
 `device_augmentation.py` has the same in PyTorch: what runs without these kernels, and what they are tested against.
 Operations in whole numbers are equal bit for bit. A launch is for all images; each program reads what was drawn for its
-own. No argument that varies from batch to batch is compiled in.
+own from the batch's rows of numbers (`draws.py`), fp32 (B, `words`). Nothing that varies from batch to batch is
+compiled in, or known to the host, so that a CUDA graph may hold the launches.
 
 Importing this file needs Triton. With TRITON_INTERPRET=1 the kernels run on a CPU.
 """
 
 import os
 
-import numpy as np
 import torch
 
 
@@ -21,11 +21,12 @@ try:
 except ImportError as error:
     raise ImportError("The kernels of augmentation need Triton.") from error
 
-from .device_augmentation import CODES, Mixing
+from .draws import BOX, CODES, FLIP, MIX, SEED, WORDS
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+BOX, FLIP, SEED, MIX, WORDS = map(tl.constexpr, (BOX, FLIP, SEED, MIX, WORDS))
 AUTO_CONTRAST = tl.constexpr(CODES["AutoContrast"])
 EQUALIZE = tl.constexpr(CODES["Equalize"])
 INVERT = tl.constexpr(CODES["Invert"])
@@ -41,6 +42,10 @@ AFFINE = tl.constexpr(CODES["Affine"])
 TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
 # Of a program. With 1,024 pixels, the bicubic one would not get along with its registers.
 ROWS, COLUMNS, PIXELS = 16, 32, 512
+# Of what lies between the two steps of a resize, in bytes. A batch that needs more takes several launches.
+BETWEEN = 2**29
+# Whose row says how an image is mixed.
+MODES = {None: 0, "batch": 1, "pair": 2, "elem": 3}
 # A contracted multiply-add would change what is rounded down. Either is said, because Triton 3.9 warns of its default,
 # and 3.10 will have another.
 EXACT, FUSED = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}
@@ -90,25 +95,24 @@ def _byte(x):
     return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["base"])
+@triton.jit(do_not_specialize=["begin"])
 def _resize_rows(
-    crops, base, between, width, STEP: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """
-    Of a crop, to `width` pixels. `crops` (n, 8) as `_resize` has it, with images from `base` on whose pixels are `STEP`
-    bytes apart; `between` fp32 (rows of all, 3, width).
-    """
-    entry = crops + tl.program_id(0) * 8
-    high, wide = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
+    pixels, offsets, sides, items, drawn, between, begin, words, tallest, width, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of the crops of the images from `begin` on, to `width` pixels: `between` is fp32 (images, tallest, 3, width)."""
+    image = begin + tl.program_id(0)
+    box = drawn + image * words + BOX
+    high, wide = tl.load(box + 2).to(tl.int32), tl.load(box + 3).to(tl.int32)
     begin_row = tl.program_id(1) * ROWS
     if begin_row < high:
-        source = base + tl.load(entry)
-        plane, pitch = tl.load(entry + 1), tl.load(entry + 2)
-        top, left = tl.load(entry + 3), tl.load(entry + 4)
+        item = tl.load(items + image)
+        pitch = tl.load(sides + 2 * item + 1).to(tl.int64) * 3
+        top, left = tl.load(box).to(tl.int32), tl.load(box + 1).to(tl.int32)
         row = begin_row + tl.arange(0, ROWS)
         column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         first, distance, inverse, taps = _support(tl.minimum(column, width - 1), wide, width, TAPS)
-        line = source + (tl.minimum(row, high - 1) + top) * pitch + left * STEP
+        line = pixels + tl.load(offsets + item) + (tl.minimum(row, high - 1) + top) * pitch + left * 3
         total = tl.zeros((COLUMNS,), tl.float32)
         red = tl.zeros((ROWS, COLUMNS), tl.float32)
         green = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -117,29 +121,31 @@ def _resize_rows(
             place = first + tap
             weight = _weight(tl.abs(distance + tap) * inverse, TAPS)
             weight = tl.where((place >= 0) & (place < wide), weight, 0.0)
-            pointer = line[:, None] + (tl.minimum(tl.maximum(place, 0), wide - 1) * STEP)[None, :]
+            pointer = line[:, None] + (tl.minimum(tl.maximum(place, 0), wide - 1) * 3)[None, :]
             red += weight[None, :] * tl.load(pointer).to(tl.float32)
-            green += weight[None, :] * tl.load(pointer + plane).to(tl.float32)
-            blue += weight[None, :] * tl.load(pointer + 2 * plane).to(tl.float32)
+            green += weight[None, :] * tl.load(pointer + 1).to(tl.float32)
+            blue += weight[None, :] * tl.load(pointer + 2).to(tl.float32)
             total += weight
-        target = between + (tl.load(entry + 7) + row[:, None]) * 3 * width + column[None, :]
+        target = between + (tl.program_id(0) * tallest + row[:, None]) * 3 * width + column[None, :]
         mask = (row < high)[:, None] & (column < width)[None, :]
         tl.store(target, red / total[None, :], mask)
         tl.store(target + width, green / total[None, :], mask)
         tl.store(target + 2 * width, blue / total[None, :], mask)
 
 
-@triton.jit(do_not_specialize=["out"])
-def _resize_columns(crops, between, out, height, width, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """From `between` to uint8 (n, height, width, 3)."""
-    image = tl.program_id(0)
-    entry = crops + image * 8
-    high = tl.load(entry + 5).to(tl.int32)
+@triton.jit(do_not_specialize=["begin"])
+def _resize_columns(
+    between, drawn, out, begin, words, tallest, height, width, TAPS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From `between` to planes, flipped."""
+    image = begin + tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < height)[:, None] & (column < width)[None, :]
+    high = tl.load(drawn + image * words + BOX + 2).to(tl.int32)
     first, distance, inverse, taps = _support(tl.minimum(row, height - 1), high, height, TAPS)
-    source = between + tl.load(entry + 7) * 3 * width + tl.minimum(column, width - 1)
+    source = between + tl.program_id(0) * tallest * 3 * width + tl.minimum(column, width - 1)
     total = tl.zeros((ROWS,), tl.float32)
     red = tl.zeros((ROWS, COLUMNS), tl.float32)
     green = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -153,25 +159,27 @@ def _resize_columns(crops, between, out, height, width, TAPS: tl.constexpr, ROWS
         green += weight[:, None] * tl.load(pointer + width)
         blue += weight[:, None] * tl.load(pointer + 2 * width)
         total += weight
-    target = out + (image.to(tl.int64) * height * width + row[:, None] * width + column[None, :]) * 3
+    area = height * width
+    column = tl.where(tl.load(drawn + image * words + FLIP) != 0, width - 1 - column, column)
+    target = out + image.to(tl.int64) * 3 * area + row[:, None] * width + column[None, :]
     tl.store(target, _byte(red / total[:, None] + 0.5), mask)
-    tl.store(target + 1, _byte(green / total[:, None] + 0.5), mask)
-    tl.store(target + 2, _byte(blue / total[:, None] + 0.5), mask)
+    tl.store(target + area, _byte(green / total[:, None] + 0.5), mask)
+    tl.store(target + 2 * area, _byte(blue / total[:, None] + 0.5), mask)
 
 
-# What was drawn. Images are planes (B, 3, height, width) from here on, uint8, in the order of the batch.
+# Images are planes (B, 3, height, width) from here on, uint8.
 
 
-@triton.jit(do_not_specialize=["pixels", "places", "flips"])
-def _arrange(pixels, places, flips, out, height, width, PIXELS: tl.constexpr):
-    """From (B, height, width, 3)."""
+@triton.jit
+def _arrange(pixels, drawn, out, words, height, width, PIXELS: tl.constexpr):
+    """From (B, height, width, 3), flipped."""
     image = tl.program_id(0)
     pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     area = height * width
     mask = pixel < area
     flipped = pixel + width - 1 - 2 * (pixel % width)
-    source = pixels + tl.load(places + image).to(tl.int64) * 3 * area
-    source += 3 * tl.where(tl.load(flips + image) != 0, flipped, pixel)
+    source = pixels + image.to(tl.int64) * 3 * area
+    source += 3 * tl.where(tl.load(drawn + image * words + FLIP) != 0, flipped, pixel)
     target = out + image.to(tl.int64) * 3 * area + pixel
     for channel in tl.static_range(3):
         tl.store(target + channel * area, tl.load(source + channel, mask), mask)
@@ -188,11 +196,12 @@ def _gray(red, green, blue):
     return (red.to(tl.int32) * 19595 + green.to(tl.int32) * 38470 + blue.to(tl.int32) * 7471 + 0x8000) >> 16
 
 
-@triton.jit(do_not_specialize=["codes", "numbers"])
-def _make_tables(images, codes, numbers, tables, area, PIXELS: tl.constexpr):
+@triton.jit(do_not_specialize=["layer"])
+def _make_tables(images, drawn, tables, words, layer, area, PIXELS: tl.constexpr):
     """What becomes of each of the 256 values, for one channel of one image, where its operation goes by values."""
     image, channel = tl.program_id(0), tl.program_id(1)
-    code, number = tl.load(codes + image), tl.load(numbers + 6 * image)
+    drawn += image * words + layer
+    code, number = tl.load(drawn).to(tl.int32), tl.load(drawn + 1)
     value = tl.arange(0, 256)
     target = tables + (image * 3 + channel) * 256 + value
     source = images + image.to(tl.int64) * 3 * area
@@ -300,10 +309,11 @@ def _interpolate(plane, y, x, height, width, TAPS: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["codes", "numbers"])
+@triton.jit(do_not_specialize=["layer"])
 def _operate(
-    images, codes, numbers, tables, out, height, width, red, green, blue, TAPS: tl.constexpr, PIXELS: tl.constexpr
-):
+    images, drawn, tables, out, words, layer, height, width, red, green, blue, TAPS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):  # fmt: skip
     """One operation of each image. `red`, `green`, `blue`: what comes from outside of it."""
     image = tl.program_id(0)
     pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
@@ -311,9 +321,8 @@ def _operate(
     mask = pixel < area
     source = images + image.to(tl.int64) * 3 * area
     target = out + image.to(tl.int64) * 3 * area + pixel
-    code = tl.load(codes + image)
-    numbers += 6 * image
-    number = tl.load(numbers)
+    numbers = drawn + image * words + layer + 1
+    code, number = tl.load(numbers - 1).to(tl.int32), tl.load(numbers)
     row, column = pixel // width, pixel % width
     if code == AFFINE:
         x, y = column.to(tl.float32) + 0.5, row.to(tl.float32) + 0.5
@@ -356,7 +365,7 @@ def _operate(
 
 @triton.jit
 def _finished(
-    images, boxes, image, begin, batch, parts, seed, height, width, mean, inverse, CHANNEL: tl.constexpr,
+    images, drawn, image, begin, words, first_part, parts, height, width, mean, inverse, CHANNEL: tl.constexpr,
     NOISE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """One channel of some pixels of an image, normalised, with the erased parts."""
@@ -365,162 +374,151 @@ def _finished(
     row, column = pixel // width, pixel % width
     value = tl.load(images + (image.to(tl.int64) * 3 + CHANNEL) * area + pixel, pixel < area, other=0).to(tl.float32)
     value = (value - mean) * inverse
+    drawn += image * words
     for part in range(parts):
-        box = boxes + (part * batch + image) * 7
+        box = drawn + first_part + part * WORDS
         top, bottom = tl.load(box), tl.load(box + 1)
         # Noise is only drawn where there may be some.
         if (bottom * width > begin) & (top * width < begin + PIXELS):
             inside = (row >= top) & (row < bottom) & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
             if NOISE:
-                value = tl.where(inside, tl.randn(seed + image, CHANNEL * area + pixel), value)
+                seed = tl.load(drawn + SEED).to(tl.int32)
+                value = tl.where(inside, tl.randn(seed, CHANNEL * area + pixel), value)
             else:
                 value = tl.where(inside, tl.load(box + 4 + CHANNEL), value)
     return value
 
 
-@triton.jit(do_not_specialize=["boxes", "batch", "parts", "seed", "top", "bottom", "left", "right"])
+@triton.jit(do_not_specialize=["batch", "first_part", "parts"])
 def _finish(
-    images, boxes, out, batch, parts, seed, height, width, share, rest, top, bottom, left, right,
+    images, drawn, out, batch, words, first_part, parts, height, width,
     red_mean, green_mean, blue_mean, red_inverse, green_inverse, blue_inverse,
-    NOISE: tl.constexpr, MIX: tl.constexpr, PIXELS: tl.constexpr,
+    NOISE: tl.constexpr, MODE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
     begin = tl.program_id(1) * PIXELS
     pixel = begin + tl.arange(0, PIXELS)
     area = height * width
     row, column = pixel // width, pixel % width
+    # The last image of an odd number has no partner.
+    partner = batch - batch % 2 - 1 - image
+    partner = tl.where(partner < 0, image, partner)
+    mix = drawn + MIX
+    if MODE == 2:
+        mix += tl.minimum(image, partner) * words
+    elif MODE == 3:
+        mix += image * words
     for channel in tl.static_range(3):
         mean = red_mean if channel == 0 else green_mean if channel == 1 else blue_mean
         inverse = red_inverse if channel == 0 else green_inverse if channel == 1 else blue_inverse
         value = _finished(
-            images, boxes, image, begin, batch, parts, seed, height, width, mean, inverse, channel, NOISE, PIXELS
+            images, drawn, image, begin, words, first_part, parts, height, width, mean, inverse, channel, NOISE, PIXELS
         )
-        if MIX:
-            # The last image of an odd number has no partner.
-            even = batch - batch % 2
-            if image < even:
+        if MODE != 0:
+            share, top, bottom = tl.load(mix), tl.load(mix + 1), tl.load(mix + 2)
+            if (partner != image) & ((share < 1) | (bottom > top)):
                 other = _finished(
-                    images, boxes, even - 1 - image, begin, batch, parts, seed, height, width, mean, inverse,
-                    channel, NOISE, PIXELS,
+                    images, drawn, partner, begin, words, first_part, parts, height, width, mean, inverse, channel,
+                    NOISE, PIXELS,
                 )  # fmt: skip
-                pasted = (row >= top) & (row < bottom) & (column >= left) & (column < right)
-                value = tl.where(pasted, other, value * share + other * rest)
+                pasted = (row >= top) & (row < bottom) & (column >= tl.load(mix + 3)) & (column < tl.load(mix + 4))
+                value = tl.where(pasted, other, value * share + other * (1 - share))
         tl.store(out + (image.to(tl.int64) * 3 + channel) * area + pixel, value, pixel < area)
 
 
-def resize_crops(images: list[torch.Tensor], crops, out: torch.Tensor, interpolation: str) -> None:
+def crop_and_resize(images, items: torch.Tensor, drawn: torch.Tensor, size: tuple[int, int], interpolation: str):
     """
-    `device_augmentation.crop_and_resize` into `out`, to within a rounding. Nothing waits for the device: the images
-    must outlive the work.
+    Resident images, cropped, resized and flipped as was drawn; to within a rounding as torchvision does it.
 
     Args:
-        images: uint8 (3, height, width) each.
-        crops: top, left, height, width of each crop, int64 (n, 4) of NumPy.
-        out: uint8 (n, height, width, 3), contiguous.
+        images: `resident.ResidentImages`.
+        items: which ones, int64 (B,).
+        drawn: fp32 (B, words).
+        size: height and width of the results.
         interpolation: bicubic, bilinear or nearest.
+
+    Returns:
+        uint8 (B, 3, height, width).
     """
-    images = [image.contiguous() for image in images]
-    base = images[0]
-    table = np.empty((len(images), 8), dtype=np.int64)
-    table[:, :3] = [(image.data_ptr() - base.data_ptr(), image[0].numel(), image.shape[2]) for image in images]
-    table[:, 3:7] = crops
-    _resize(base, 1, table, out, interpolation)
-
-
-def resize_whole(data: torch.Tensor, sides, out: torch.Tensor, interpolation: str) -> None:
-    """`device_augmentation.resize_whole`, to within a rounding. Nothing waits for the device."""
-    table = np.zeros((len(sides), 8), dtype=np.int64)
-    lengths = 3 * sides.prod(1)
-    table[:, 0] = lengths.cumsum() - lengths
-    table[:, 1], table[:, 2] = 1, 3 * sides[:, 1]
-    table[:, 5:7] = sides
-    _resize(data, 3, table, out, interpolation)
-
-
-def _resize(base: torch.Tensor, step: int, table, out: torch.Tensor, interpolation: str) -> None:
-    """
-    Args:
-        base, step: where the images begin, and how many bytes are between two pixels of a row.
-        table: int64 (n, 8) of NumPy: from the base to the image, from one colour to the next and from one row to the
-            next, in bytes; top, left, height and width of the crop. The last column is written here.
-    """
-    size, device = out.shape[1:3], out.device
-    # Behind the rows of the images before.
-    ends = table[:, 5].cumsum()
-    table[:, 7] = ends - table[:, 5]
-    entries = torch.empty(table.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-    entries.numpy()[:] = table
-    entries = entries.to(device, non_blocking=True)
-    between = torch.empty(int(ends[-1]), 3, size[1], device=device)
-    columns, taps = triton.cdiv(size[1], COLUMNS), TAPS[interpolation]
+    (height, width), (count, words), tallest, taps = size, drawn.shape, images.tallest, TAPS[interpolation]
+    out = torch.empty(count, 3, height, width, dtype=torch.uint8, device=drawn.device)
+    most = max(1, BETWEEN // (tallest * 3 * width * 4))
+    between = torch.empty(min(most, count), tallest, 3, width, device=drawn.device)
+    columns = triton.cdiv(width, COLUMNS)
     with torch.cuda.device_of(out):
-        grid = (len(table), triton.cdiv(int(table[:, 5].max()), ROWS), columns)
-        _resize_rows[grid](entries, base, between, size[1], step, taps, ROWS, COLUMNS, **FUSED)
-        grid = (len(table), triton.cdiv(size[0], ROWS), columns)
-        _resize_columns[grid](entries, between, out, *size, taps, ROWS, COLUMNS, **FUSED)
-
-
-def arrange(pixels: torch.Tensor, places: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, height, width, 3) -> (B, 3, height, width), in the order of `places` (B,) and flipped."""
-    count, height, width, _ = pixels.shape
-    out = pixels.new_empty(count, 3, height, width)
-    with torch.cuda.device_of(out):
-        _arrange[_grid(out)](pixels, places, flips, out, height, width, PIXELS, **EXACT)
+        for begin in range(0, count, most):
+            some = min(most, count - begin)
+            _resize_rows[(some, triton.cdiv(tallest, ROWS), columns)](
+                images.pixels, images.offsets, images.sides, items, drawn, between, begin, words, tallest, width, taps,
+                ROWS, COLUMNS, **FUSED,
+            )  # fmt: skip
+            _resize_columns[(some, triton.cdiv(height, ROWS), columns)](
+                between, drawn, out, begin, words, tallest, height, width, taps, ROWS, COLUMNS, **FUSED
+            )
     return out
 
 
-def operate(
-    images: torch.Tensor, codes: torch.Tensor, numbers: torch.Tensor, fill: list[int], interpolation: str
-) -> torch.Tensor:
+def arrange(pixels: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, height, width, 3) -> (B, 3, height, width), flipped as was drawn."""
+    count, height, width, _ = pixels.shape
+    out = pixels.new_empty(count, 3, height, width)
+    with torch.cuda.device_of(out):
+        _arrange[_grid(out)](pixels, drawn, out, drawn.shape[1], height, width, PIXELS, **EXACT)
+    return out
+
+
+def operate(images: torch.Tensor, drawn: torch.Tensor, layer: int, fill: list[int], interpolation: str) -> torch.Tensor:
     """
     One operation of each image.
 
     Args:
         images: uint8 (B, 3, height, width).
-        codes: int32 (B,), of `CODES`; 0 for none.
-        numbers: of the operations, fp32 (B, 6).
+        drawn: fp32 (B, words).
+        layer: where the operation begins in them: its code, 0 for none, and its numbers.
         fill, interpolation: of affine ones.
     """
     count, _, height, width = images.shape
-    out = torch.empty_like(images)
+    out, words = torch.empty_like(images), drawn.shape[1]
     tables = images.new_empty(count, 3, 256)
     with torch.cuda.device_of(out):
-        _make_tables[(count, 3)](images, codes, numbers, tables, height * width, 8 * PIXELS, num_warps=8, **EXACT)
+        _make_tables[(count, 3)](images, drawn, tables, words, layer, height * width, 8 * PIXELS, num_warps=8, **EXACT)
         _operate[_grid(out)](
-            images, codes, numbers, tables, out, height, width, *map(float, fill), TAPS[interpolation], PIXELS, **EXACT
-        )
+            images, drawn, tables, out, words, layer, height, width, *map(float, fill), TAPS[interpolation], PIXELS,
+            **EXACT,
+        )  # fmt: skip
     return out
 
 
 def finish(
     images: torch.Tensor,
-    boxes: torch.Tensor,
+    drawn: torch.Tensor,
+    first_part: int,
+    parts: int,
     mean: list[float],
     std: list[float],
-    seed: int | None = None,
-    mixed: Mixing | None = None,
+    noise: bool = False,
+    mode: str | None = None,
 ) -> torch.Tensor:
     """
     Normalisation, random erasing, and mixup or CutMix of the batch with itself in reverse order.
 
     Args:
         images: uint8 (B, 3, height, width).
-        boxes: erased parts, fp32 (parts, B, 7), as `DrawnBatch` has them.
+        drawn: fp32 (B, words).
+        first_part, parts: where the parts to erase begin in them, and how many there are.
         mean, std: that normalise, of colours from 0 to 1.
-        seed: of noise in place of the boxes' colours.
-        mixed: as `DrawnBatch` has it.
+        noise: in place of the parts' colours.
+        mode: batch, pair or elem; `None`: nothing is mixed.
 
     Returns:
         fp32 (B, 3, height, width).
     """
     count, _, height, width = images.shape
     out = torch.empty(images.shape, device=images.device)
-    share, pasted = (1.0, (0, 0, 0, 0)) if mixed is None else mixed
     with torch.cuda.device_of(out):
         _finish[_grid(out)](
-            images, boxes, out, count, len(boxes), seed or 0, height, width, share, 1 - share, *pasted,
-            *(255 * x for x in mean), *(1 / (255 * x) for x in std), seed is not None, mixed is not None, PIXELS,
-            **EXACT,
+            images, drawn, out, count, drawn.shape[1], first_part, parts, height, width,
+            *(255 * x for x in mean), *(1 / (255 * x) for x in std), noise, MODES[mode], PIXELS, **EXACT,
         )  # fmt: skip
     return out
 

@@ -24,12 +24,13 @@ from .arguments import RunArguments, Settings, cores_to_use, parse_settings
 from .augmentation import collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
-from .device_augmentation import CollateDrawn, DrawTransform, check_device_decode, kernels_on
+from .device_augmentation import build_augmentation
 from .errors import InputError, run_command
 from .loading import height_and_width, load_config, load_image_processor
 from .metrics import ComputeMetrics, check_best, preprocess
 from .parallel import on_main_process
 from .publishing import PUSHED, Publisher
+from .resident import CropTransform, ResidentDataset, collate_for_device
 from .stopping import Stopped, same_command, without_token
 from .streaming import StreamedImageDataset, load_streamed
 from .trainer import ImageClassificationTrainer
@@ -344,22 +345,20 @@ def build_trainer(
 ) -> ImageClassificationTrainer:
     """The Trainer of a run, of the class `kind`; one that only evaluates where there are no training images."""
     args, classes = settings.data, len(data.labels)
-    train, make_batch = None, collate
+    train, make_batch, augment = None, collate, None
     if data.train is not None:
-        if args.augment_on == "device":
-            if args.device_decode:
-                check_device_decode(settings.training.device)
-            size = height_and_width(model.config.image_size)
-            device_resize = kernels_on(settings.training.device) is not None
-            transform = DrawTransform(args, size, processor, device_resize)
-            make_batch = CollateDrawn(args, size, classes, processor, device_resize)
+        size, transform, kind_of_data = height_and_width(model.config.image_size), None, ImageDataset
+        augment = build_augmentation(settings, size, data, processor)
+        if augment is None:
+            transform, make_batch = TrainTransform(args, size, processor), make_collate(args, classes)
+        elif augment.images is None:
+            transform, make_batch = CropTransform(args, size), collate_for_device
         else:
-            transform = TrainTransform(args, model.config.image_size, processor)
-            make_batch = make_collate(args, classes)
+            kind_of_data, make_batch = ResidentDataset, collate_for_device
         if args.streaming:
             train = StreamedImageDataset(data.train, transform, "training", settings.training.seed, args.shuffle_buffer)
         else:
-            train = ImageDataset(data.train, transform, "training", settings.training.seed, args.repeated_aug)
+            train = kind_of_data(data.train, transform, "training", settings.training.seed, args.repeated_aug)
     teacher = settings.model.teacher_attention
     if teacher is not None:
         run = settings.training
@@ -378,6 +377,7 @@ def build_trainer(
         compute_metrics=ComputeMetrics(len(data.labels)),
         preprocess_logits_for_metrics=preprocess,
     )
+    trainer.augment = augment
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trackers.name_tensorboard_folder(trainer)

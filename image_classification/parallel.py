@@ -29,10 +29,18 @@ IGNORED = -100  # PyTorch's and the Trainer's label of what does not count.
 
 
 class ParallelTrainer(Trainer):
-    """Transformers' Trainer, in which an image that was repeated to fill a batch does not count."""
+    """
+    Transformers' Trainer, in which an image that was repeated to fill a batch does not count.
+
+    Where `augment` is set, it makes training batches of what the data loader has moved to the device.
+    """
+
+    augment: Callable[[dict], dict[str, torch.Tensor]] | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        # From pinned memory; else each batch would wait until the device has done all that came before.
+        self.accelerator.dataloader_config.non_blocking = self.args.device.type == "cuda"
         # Of the [CLS] token's gradient under DDP, which is too small for it to matter.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view", category=UserWarning)
         if self.is_fsdp_enabled:
@@ -91,6 +99,8 @@ class ParallelTrainer(Trainer):
     def take_batches(self, batches: Iterator, count: int) -> tuple[list[dict[str, torch.Tensor]], int]:
         """The next `count` batches of this process, and how many images those of all processes have."""
         some = list(islice(batches, count))
+        if self.augment is not None:
+            some = list(map(self.augment, some))
         images = sum(len(batch["labels"]) for batch in some) * self.args.world_size
         if some and self._rows_at_end and self.accelerator.gradient_state.end_of_dataloader:
             images += self._rows_at_end - len(some[-1]["labels"]) * self.args.world_size

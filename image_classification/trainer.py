@@ -2,6 +2,7 @@
 """The Trainer: loss, parameter groups, schedules, and checkpoints that load every weight or say so."""
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -26,11 +27,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from . import checkpoints, ema, optimizer_states
 from .arguments import RunArguments
 from .augmentation import RepeatedAugmentation
-from .device_augmentation import let_go
 from .divergence import SKIPPED_STEPS, Diverged, DivergenceGuard
 from .errors import InputError
 from .recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
-from .resumable import ResumableTrainer, plain_name, unwrapped
+from .resident import ResidentDataset
+from .resumable import ResumableTrainer, plain_name
 
 
 logger = logging.getLogger(__name__)
@@ -272,22 +273,17 @@ class ImageClassificationTrainer(ResumableTrainer):
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.update()
 
-    def _get_dataloader(self, *args, **kwargs):
-        loader = super()._get_dataloader(*args, **kwargs)
-        inner, collate = unwrapped(loader), self.data_collator
-        if kwargs.get("is_training") and hasattr(collate, "share") and inner.num_workers and inner.in_order:
-            images = self._train_batch_size
-            pinned = collate.share(images, inner.num_workers, inner.prefetch_factor, self.args.device)
-            inner.shared = collate.shared  # As long as there is the loader, whatever other ones are made.
-            if pinned and not collate.decodes:
-                inner.pin_memory = False  # Nothing is left for the thread that does.
-        return loader
-
-    def _end_data_workers(self) -> None:
-        super()._end_data_workers()
-        if hasattr(self.data_collator, "share"):
-            self.data_collator.shared = None
-            let_go()
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if not isinstance(dataset, ResidentDataset):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        given, self.args = self.args, copy.copy(self.args)
+        try:
+            # Indices need no data workers.
+            self.args.dataloader_num_workers, self.args.dataloader_persistent_workers = 0, False
+            self.args.dataloader_prefetch_factor = self.args.dataloader_multiprocessing_context = None
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.args = given
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -80,6 +80,20 @@ def _crop_ratio_of(processor: BaseImageProcessor | None) -> float | None:
     return 1.0
 
 
+def torchvision_transforms():
+    """
+    Torchvision's module of them.
+
+    Raises:
+        InputError: it is missing.
+    """
+    if not is_torchvision_available():
+        raise InputError("Training augments images with torchvision, which is not installed: pip install torchvision.")
+    from torchvision.transforms import v2
+
+    return v2
+
+
 class TrainTransform:
     """
     PIL image -> normalised tensor (3, height, width): random resized crop, flip, RandAugment or colour jitter (as in
@@ -92,12 +106,7 @@ class TrainTransform:
     """
 
     def __init__(self, args: DataArguments, image_size, processor: BaseImageProcessor):
-        if not is_torchvision_available():
-            raise InputError(
-                "Training augments images with torchvision, which is not installed: pip install torchvision."
-            )
-        from torchvision.transforms import v2
-
+        v2 = torchvision_transforms()
         size = height_and_width(image_size)
         steps = [
             v2.RandomResizedCrop(

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation on the device: Pillow's and timm's operations, the draws of the workers' way, every kind of image."""
+"""Augmentation on the device: Pillow's operations, what was drawn, images that are resident and ones that are not."""
 
 import importlib.util
 import io
-import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,18 +17,27 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import auto_augment as timm_operations
 
-from image_classification import device_augmentation
+from image_classification import device_augmentation, resident
 from image_classification import main as script
-from image_classification.arguments import DataArguments
-from image_classification.augmentation import make_collate
-from image_classification.data import decode
-from image_classification.device_augmentation import CollateDrawn, DrawTransform
+from image_classification.arguments import DataArguments, parse_settings
+from image_classification.data import ImageData
+from image_classification.device_augmentation import DeviceAugmentation, build_augmentation
+from image_classification.draws import BOX, CODES, FLIP, LAYERS, MATRICES, MIX, WORDS
 from image_classification.errors import InputError
+from image_classification.images import decode
+from image_classification.resident import (
+    CropTransform,
+    ResidentDataset,
+    collate_for_device,
+    load_resident,
+    read,
+)
 from image_classification.transforms import ImageDataset, TrainTransform, build_image_processor
 from tests.images import make_image_folder
 
 
 SIZE = (40, 48)
+CPU = torch.device("cpu")
 RECIPE = {
     "auto_augment": "rand-m15-n2-mstd1.0-inc1",
     "random_erasing": 0.5,
@@ -38,6 +45,7 @@ RECIPE = {
     "mixup": 0.8,
     "cutmix": 1.0,
 }
+NOTHING = {"auto_augment": None, "color_jitter": 0.0, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
 def photo(seed: int, height: int = 60, width: int = 90) -> Image.Image:
@@ -58,25 +66,33 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def dataset(
-    device: bool, images: list[bytes], size=SIZE, device_resize: bool = False, **options
-) -> tuple[ImageDataset, object]:
-    """A data set, and what makes batches of it."""
-    args = DataArguments(**{**RECIPE, **options})
-    processor = build_image_processor(DataArguments(eval_crop_ratio=1.0), size)
+def make_split(images: list[bytes]) -> Dataset:
     features = Features({"image": ImageFeature(decode=False), "label": Value("int64")})
     rows = [{"bytes": content, "path": None} for content in images]
-    split = Dataset.from_dict({"image": rows, "label": [i % 3 for i in range(len(rows))]}, features=features)
-    transform = DrawTransform(args, size, processor, device_resize) if device else TrainTransform(args, size, processor)
-    collate = CollateDrawn(args, size, 3, processor, device_resize) if device else make_collate(args, 3)
-    return ImageDataset(split, transform, "training", seed=3), collate
+    return Dataset.from_dict({"image": rows, "label": [i % 3 for i in range(len(rows))]}, features=features)
 
 
-def batch(device: bool, images: list[bytes], epoch: int = 0, **options) -> dict[str, torch.Tensor]:
-    data, collate = dataset(device, images, **options)
+def pipeline(images: list[bytes], is_resident: bool, device: torch.device = CPU, share: float = 0.5, **options):
+    """A data set, and what makes training batches of its batches."""
+    args = DataArguments(**{**RECIPE, **options})
+    split = make_split(images)
+    kept = load_resident(split, "training", device, share)[0] if is_resident else None
+    kind, transform = (ResidentDataset, None) if is_resident else (ImageDataset, CropTransform(args, SIZE))
+    items = len(split) * (3 if args.repeated_aug else 1)
+    processor = build_image_processor(DataArguments(eval_crop_ratio=1.0), SIZE)
+    augment = DeviceAugmentation(args, SIZE, 3, processor, 3, items, kept)
+    return kind(split, transform, "training", 3, args.repeated_aug), augment
+
+
+def to(batch: dict, device: torch.device = CPU) -> dict:
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def batch(images: list[bytes], is_resident: bool = True, epoch: int = 0, indices=None, device=CPU, **options):
+    data, augment = pipeline(images, is_resident, device, **options)
     data.set_epoch(epoch)
-    made = collate([data[index] for index in range(len(data))])
-    return made.to(torch.device("cpu")) if device else made
+    indices = list(range(len(images))) if indices is None else indices
+    return augment(to(collate_for_device(data.__getitems__(indices)), device))
 
 
 LEVELS = {
@@ -100,8 +116,9 @@ LEVELS = {
 }
 
 
-def finish(**options) -> device_augmentation.DeviceAugmentation:
-    return dataset(True, [encode(photo(0))], **options)[1].finish
+def matrix(name: str, number: float, size: tuple[int, int] = SIZE) -> torch.Tensor:
+    """The six numbers of an affine operation."""
+    return torch.tensor([float(x) for x in MATRICES[name](torch.tensor(number, dtype=torch.float64), *size)])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -122,214 +139,210 @@ def test_operation_is_pillows(name):
     few = Image.fromarray(np.resize(np.array([66, 199], dtype=np.uint8), (*SIZE, 3)))
     images = [photo(1, *SIZE), photo(2, *SIZE), dark, flat, few]
     resample = {"resample": Image.BICUBIC, "fillcolor": (124, 116, 104)}
+    _, augment = pipeline([encode(photo(0))], True)
     for level in LEVELS[name]:
         expected = torch.stack(
             [to_tensor(timm_operations.NAME_TO_OP[name](image, *level, **resample)) for image in images]
         )
-        lowered, numbers = device_augmentation._lowered(name, *level, SIZE)
-        six = torch.zeros(len(images), 6)
-        six[:, : len(numbers)] = torch.tensor(numbers)
-        actual = finish().apply(lowered, torch.stack([to_tensor(image) for image in images]), six)
+        numbers = matrix(name, *level) if name in MATRICES else torch.tensor([*level, 0.0])
+        kind = "Affine" if name in MATRICES else name
+        planes = torch.stack([to_tensor(image) for image in images])
+        actual = augment.apply(kind, planes, numbers.expand(len(images), -1))
         difference = (actual.int() - expected.int()).abs()
-        if lowered == "Affine":
+        if name in MATRICES:
             # The two cubics differ, most at the rim, where a pixel may also be just inside.
             assert difference.float().mean() < 0.5 and (difference > 6).float().mean() < 0.01, (level, difference.max())
         else:
             assert difference.max() == 0, level
 
 
+def expected_image(image: Image.Image, row: np.ndarray, augment: DeviceAugmentation) -> torch.Tensor:
+    """What Pillow makes of an image and a row of numbers: fp32 (3, height, width), normalised."""
+    top, left, tall, wide = row[BOX:FLIP].tolist()
+    image = image.resize(SIZE[::-1], Image.BICUBIC, (left, top, left + wide, top + tall))
+    image = image.transpose(Image.FLIP_LEFT_RIGHT) if row[FLIP] else image
+    for layer in range(augment.draws.layers):
+        code, *numbers = row[LAYERS + layer * WORDS :][:WORDS].tolist()
+        if code == CODES["Affine"]:
+            image = image.transform(image.size, Image.AFFINE, numbers, Image.BICUBIC, fillcolor=(124, 116, 104))
+        elif code:
+            name = next(name for name in CODES if CODES[name] == code)
+            number = [int(numbers[0])] if name in ("Posterize", "Solarize", "SolarizeAdd") else numbers[:1]
+            image = timm_operations.NAME_TO_OP[name](image, *(number if LEVELS[name] != [()] else []))
+    pixels = (to_tensor(image) / 255 - torch.tensor(augment.mean)[:, None, None]) / torch.tensor(augment.std)[
+        :, None, None
+    ]
+    for part in range(augment.draws.parts):
+        top, bottom, left, right, *colour = row[augment.draws.begin_of_parts + part * WORDS :][:WORDS].tolist()
+        pixels[:, int(top) : int(bottom), int(left) : int(right)] = torch.tensor(colour)[:, None, None]
+    return pixels
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"auto_augment": None, "mixup": 0.0, "cutmix": 0.0},
-        {"auto_augment": "original-mstd0.5", "random_erasing_count": 3, "random_erasing_mode": "const"},
-        {"auto_augment": "rand-m9-n3-tweights", "random_erasing": 0.0, "cutmix": 0.0},
-        {"auto_augment": None, "color_jitter": 0.0, "horizontal_flip": 0.0, "mixup_mode": "elem"},
-        {"auto_augment": None, "mixup": 0.0, "cutmix_minmax": [0.3, 0.6]},
+        {"mixup": 0.0, "mixup_mode": "elem"},
+        {"cutmix": 0.0, "mixup_mode": "pair", "random_erasing_mode": "const", "random_erasing_count": 3},
+        {"auto_augment": "original-mstd0.5", "mixup": 0.0, "cutmix": 0.0},
+        {"auto_augment": None, "horizontal_flip": 1.0, "cutmix_minmax": [0.3, 0.6], "mixup": 0.0},
     ],
 )
-def test_same_draws_as_in_the_workers(options):
-    images = [encode(photo(seed, 60 + 10 * (seed % 3), 90)) for seed in range(12)]
-    expected, actual = batch(False, images, **options), batch(True, images, **options)
-    assert torch.equal(actual["labels"], expected["labels"])
-    # In steps of a pixel value; solarising and the like turn rounding into jumps at single pixels.
-    difference = (actual["pixel_values"] - expected["pixel_values"]).abs() * 255 * 0.22
-    assert actual["pixel_values"].dtype == torch.float32
-    assert (difference > 8).float().mean() < 0.01
-    assert difference.mean() < 0.6
+@pytest.mark.parametrize("count", [12, 7])
+def test_batches_are_what_was_drawn(options, count):
+    """Pillow's images, mixed by hand as timm does it."""
+    images = [photo(seed, 60 + 10 * (seed % 3), 90) for seed in range(count)]
+    contents = [encode(image, "PNG") for image in images]
+    data, augment = pipeline(contents, True, **options)
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        made = collate_for_device(data.__getitems__(list(range(count))))
+        rows, actual = augment.drawn(made).numpy(), augment(made)
+        whole = torch.stack([expected_image(*pair, augment) for pair in zip(images, rows, strict=True)])
+        expected, labels, targets = whole.clone(), torch.eye(3)[torch.arange(count) % 3], torch.zeros(count, 3)
+        even = count - count % 2
+        for index in range(count):
+            partner = even - 1 - index if index < even else index
+            leader = {"batch": 0, "pair": min(index, partner), "elem": index}[augment.mode or "batch"]
+            share, *box, own = rows[leader][MIX:LAYERS].tolist()
+            top, bottom, left, right = map(int, box)
+            if augment.mode is not None and partner != index:
+                expected[index] = share * whole[index] + (1 - share) * whole[partner]
+                expected[index][:, top:bottom, left:right] = whole[partner][:, top:bottom, left:right]
+            targets[index] = own * labels[index] + (1 - own) * labels[partner]
+        if augment.mode is None:
+            assert actual["labels"].tolist() == [index % 3 for index in range(count)]
+        else:
+            torch.testing.assert_close(actual["labels"], targets if count % 2 == 0 else actual["labels"])
+            torch.testing.assert_close(actual["labels"][:even], targets[:even])
+            assert torch.equal(actual["labels"][even:], labels[even:])
+        # In steps of a pixel value; solarising and the like turn rounding into jumps at single pixels.
+        difference = (actual["pixel_values"] - expected).abs() * 255 * 0.22
+        assert actual["pixel_values"].dtype == torch.float32
+        assert (difference > 8).float().mean() < 0.01 and difference.mean() < 0.6
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
-def test_jpegs_may_be_left_to_the_device(interpolation):
-    """The CPU is a device, too: the same files, crops and resizes, by matrices in place of torchvision's."""
-    images = [encode(photo(seed, *((30, 44) if seed % 2 else (180, 130))), subsampling=2) for seed in range(12)]
-    images[3] = encode(photo(3), "PNG")
-    options = {"auto_augment": None, "color_jitter": 0.0, "train_interpolation": interpolation}
-    data, collate = dataset(True, images, device_decode=1.0, **options)
-    drawn = collate([data[index] for index in range(len(data))])
-    assert drawn.names == [f"training image {index}" for index in range(12) if index != 3]
-    expected, actual = batch(True, images, **options), drawn.to(torch.device("cpu"))
-    difference = (actual["pixel_values"] - expected["pixel_values"]).abs() * 255 * 0.22
-    assert difference.max() < 1.5
-    assert torch.equal(actual["labels"], expected["labels"])
-    data, collate = dataset(True, images, device_decode=0.5, **options)
-    chosen = collate([data[index] for index in range(len(data))]).names
-    data.set_epoch(4)
-    assert 0 < len(chosen) < 11
-    assert chosen == collate([data[index] for index in range(len(data))]).names
-
-
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
-def test_crops_may_be_left_to_the_device(interpolation):
-    """Those that are not much larger than what they become; beside files that are not decoded."""
-    sizes = [(30, 44), (180, 130), (60, 90)]
-    images = [encode(photo(seed, *sizes[seed % 3]), "PNG" if seed % 2 else "JPEG") for seed in range(12)]
-    options = {"auto_augment": None, "color_jitter": 0.0, "train_interpolation": interpolation}
-    data, collate = dataset(True, images, device_resize=True, device_decode=0.5, **options)
-    drawn = collate([data[index] for index in range(len(data))])
-    assert 0 < len(drawn.sides) < 12 - len(drawn.lengths) and 0 < len(drawn.lengths)
-    assert (drawn.sides.prod(1) <= device_augmentation.LARGER_CROPS * SIZE[0] * SIZE[1]).all()
-    expected, actual = batch(True, images, **options), drawn.to(torch.device("cpu"))
-    difference = (actual["pixel_values"] - expected["pixel_values"]).abs() * 255 * 0.22
-    # The workers' resize rounds between its two passes.
-    assert difference.max() < 2.5 and difference.mean() < 0.2
-    assert torch.equal(actual["labels"], expected["labels"])
-
-
-def test_what_the_device_cannot_decode():
-    """Turned, of four colours or cut off: the workers' decoder; damaged inside: named, or read as Pillow reads it."""
-    image = photo(1)
-    turned = image.getexif()
-    turned[0x0112] = 3
-    for content in (encode(image, exif=turned), encode(image.convert("CMYK")), encode(image, "PNG")):
-        assert torch.is_tensor(device_augmentation.read({"bytes": content, "path": None}, "image", 1.0))
-    whole = encode(image)
-    with pytest.raises(InputError, match="training image 1 cannot be read"):
-        dataset(True, [whole, whole[:-100]], device_decode=1.0)[0][1]
-    broken = whole[:200] + b"\xff\xd9"
-    with pytest.raises(InputError, match="training image 1"):
-        batch(True, [whole, broken, whole], device_decode=1.0)
+def test_workers_crop_as_torchvision_does(interpolation):
+    """By the random numbers of the way that leaves everything to the workers."""
+    images = [encode(photo(seed, *((30, 44), (180, 130))[seed % 2])) for seed in range(8)]
+    options = {**NOTHING, "train_interpolation": interpolation, "horizontal_flip": 0.0}
+    data, _ = pipeline(images, False, **options)
+    args = DataArguments(**options)
+    processor = build_image_processor(DataArguments(eval_crop_ratio=1.0), SIZE)
+    expected = ImageDataset(data.split, TrainTransform(args, SIZE, processor), "training", 3)
+    for epoch in range(2):
+        data.set_epoch(epoch), expected.set_epoch(epoch)
+        made = batch(images, False, epoch, **options)
+        for index in range(8):
+            difference = (made["pixel_values"][index] - expected[index]["pixel_values"]).abs() * 255 * 0.22
+            # Where two pixels are equally near, Pillow and torch may each take another one.
+            assert (difference > 2.5).float().mean() <= (0.1 if interpolation == "nearest" else 0)
+            assert difference.mean() < 0.5
 
 
 @pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
-def test_batches_come_from_workers_as_one_tensor(start, workers):
+def test_batches_of_workers(start, workers):
+    """The device's part is drawn for the index, whatever worker has read the image."""
     images = [encode(photo(seed)) for seed in range(8)]
-    options = {"device_decode": 0.5, "random_erasing_mode": "pixel"}
-    data, collate = dataset(True, images, **options)
+    data, augment = pipeline(images, False, random_erasing_mode="pixel")
     loader = torch.utils.data.DataLoader(
         data,
         4,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_for_device,
         multiprocessing_context=start,
         persistent_workers=True,
         timeout=120,
     )
     for epoch in range(2):
         data.set_epoch(epoch)  # Which workers that run get to know.
-        for number, drawn in enumerate(loader):
-            kinds = [kind for kind, value in vars(drawn).items() if torch.is_tensor(value)]
-            assert kinds == ["data"] and drawn.data.is_shared() and drawn.lengths
-            here = collate([data[index] for index in range(4 * number, 4 * number + 4)])
-            assert drawn.key == (3, epoch, 4 * number)
-            for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
-                assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
-def test_batches_lie_in_memory_that_is_shared_once(start, workers):
-    """Whatever is taken at once is whole, in epoch after epoch; what does not fit has memory of its own."""
-    images = [encode(photo(seed, *((240, 320) if seed < 8 else (60, 90)))) for seed in range(24)]
-    data, collate = dataset(True, images, device_decode=1.0)
-    assert not collate.share(4, workers, 2, torch.device("cpu"))  # Pinned.
-    memory = collate.shared.memory
-    loader = torch.utils.data.DataLoader(
-        data,
-        4,
-        num_workers=workers,
-        collate_fn=collate,
-        multiprocessing_context=start,
-        persistent_workers=start == "spawn",
-        timeout=120,
-    )
-    fitted = []
-    for epoch in range(2):
-        data.set_epoch(epoch)
-        for number, drawn in enumerate(loader):
-            begin = drawn.data.data_ptr() - memory.data_ptr()
-            fitted.append(0 <= begin < len(memory))
-            assert fitted[-1] == (len(drawn.data) <= collate.shared.length)
-            here = collate([data[index] for index in range(4 * number, 4 * number + 4)])
-            for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
-                assert torch.equal(actual, expected)
-    assert fitted == ([False] * 2 + [True] * 4) * 2
-
-
-def test_two_iterators_share_no_place():
-    """A callback may look into the loader that the training goes through."""
-    images = [encode(photo(seed)) for seed in range(24)]
-    data, collate = dataset(True, images)
-    collate.share(4, 1, 2, torch.device("cpu"))
-    loader = torch.utils.data.DataLoader(data, 4, num_workers=1, collate_fn=collate, timeout=120)
-    first, held = iter(loader), []
-    for _ in range(3):
-        for drawn in (next(first), *itertools.islice(loader, 4)):
-            held.append(drawn.place.held)
-            begin = drawn.key[2]
-            here = collate([data[index] for index in range(begin, begin + 4)])
-            for actual, expected in zip(*(one.to(torch.device("cpu")).values() for one in (drawn, here)), strict=True):
-                assert torch.equal(actual, expected)
-    assert held == [True, False, False, False, False] * 3
-
-
-def test_no_place_is_written_to_before_it_is_copied():
-    """By when a loader asks a worker for the batch that will lie in a place, the one that lay there has been copied."""
-    workers, ahead, log = 3, 2, []
-
-    class Copy:
-        def __init__(self, batch):
-            self.batch = batch
-
-        def synchronize(self):
-            log.append(self.batch)
-
-    shared = device_augmentation.SharedBatches(workers, ahead, 64, torch.device("cpu"))
-    for batch in range(20):
-        # The loader hands over `batch`, and asks its worker for another one, `ahead` of its own later.
-        overwritten = batch + workers * ahead - workers * shared.places
-        assert overwritten < 0 or overwritten in log
-        shared.taken(Copy(batch))
-    assert log == sorted(log)
-
-
-def test_little_shared_memory_is_told(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(device_augmentation, "SYSTEM_MEMORY", tmp_path)
-    monkeypatch.setattr(device_augmentation.shutil, "disk_usage", lambda path: mock.Mock(free=1000))
-    _, collate = dataset(True, [])
-    assert not collate.share(256, 15, 2, torch.device("cpu"))
-    assert collate.shared is None
-    assert "--dataloader_num_workers" in caplog.text and "--shm-size" in caplog.text
+        for number, actual in enumerate(loader):
+            assert actual["pixels"].shape == (4, *SIZE, 3) and actual["pixels"].dtype == torch.uint8
+            here = batch(images, False, epoch, range(4 * number, 4 * number + 4), random_erasing_mode="pixel")
+            for name, expected in here.items():
+                assert torch.equal(augment(actual)[name], expected)
 
 
 def test_noise_of_erasing():
     images = [encode(Image.new("RGB", (60, 60), (124, 116, 104)))] * 16
-    options = {"auto_augment": None, "color_jitter": 0.0, "mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.7}
-    noisy = batch(True, images, random_erasing_mode="pixel", **options)["pixel_values"]
-    erased = batch(False, images, random_erasing_mode="pixel", **options)["pixel_values"].abs().amax(1) > 0.05
+    options = {**NOTHING, "random_erasing": 0.7}
+    noisy = batch(images, random_erasing_mode="pixel", **options)["pixel_values"]
+    erased = batch(images, random_erasing_mode="rand", **options)["pixel_values"].abs().amax(1) > 0.05
     assert 0 < erased.float().mean() < 0.5
     values = noisy.permute(1, 0, 2, 3)[:, erased]
     assert abs(values.mean()) < 0.05 and abs(values.std() - 1) < 0.05
     assert noisy.permute(1, 0, 2, 3)[:, ~erased].abs().max() < 0.05
 
 
-def test_a_key_and_nothing_else_decides():
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_seed_epoch_and_index_decide_and_nothing_else(is_resident):
     images = [encode(photo(seed)) for seed in range(6)]
-    first = batch(True, images, random_erasing_mode="pixel")
+    options = {"random_erasing_mode": "pixel", "mixup": 0.0, "cutmix": 0.0}
+    first = batch(images, is_resident, **options)["pixel_values"]
     torch.randn(5), np.random.rand(5)
-    again, other = batch(True, images, random_erasing_mode="pixel"), batch(True, images, 1, random_erasing_mode="pixel")
-    assert torch.equal(first["pixel_values"], again["pixel_values"]) and torch.equal(first["labels"], again["labels"])
-    assert not torch.equal(first["pixel_values"], other["pixel_values"])
+    assert torch.equal(first, batch(images, is_resident, **options)["pixel_values"])
+    assert torch.equal(first[[4, 1, 5]], batch(images, is_resident, indices=[4, 1, 5], **options)["pixel_values"])
+    assert not torch.equal(first, batch(images, is_resident, 1, **options)["pixel_values"])
+
+
+def test_numbers_of_several_blocks_and_repetitions(monkeypatch):
+    """An index has the row of its block; under repeated augmentation it is one image with several rows."""
+    monkeypatch.setattr(device_augmentation, "BLOCK", 4)
+    images = [encode(photo(seed)) for seed in range(5)]
+    data, augment = pipeline(images, True, repeated_aug=True, **NOTHING)
+    made = collate_for_device(data.__getitems__([1, 6, 11, 14]))
+    assert augment.blocks == 4
+    rows, sides = augment.drawn(made), augment.images.sides
+    for row, index in zip(rows, (1, 6, 11, 14), strict=True):
+        block, place = divmod(index, 4)
+        items = torch.arange(4 * block, 4 * block + 4) % 5
+        assert torch.equal(row, augment.draws.draw(CPU, 0, block, 4, sides[items])[place])
+    assert augment(made)["labels"].tolist() == [1, 1, 1, 1]
+    assert len(torch.unique(rows, dim=0)) == 4
+
+
+def test_numbers_of_a_stream():
+    """Blocks are drawn as they are reached, and some are kept; an epoch begins again."""
+    args = DataArguments(**NOTHING | {"color_jitter": 0.4})
+    processor = build_image_processor(DataArguments(eval_crop_ratio=1.0), SIZE)
+    augment = DeviceAugmentation(args, SIZE, 3, processor, 3, 10**9, in_order=True)
+    for epoch, first in [(0, 0), (0, 65_530), (0, 400_000), (0, 399_000), (1, 0), (0, 9 * 10**8)]:
+        index = torch.arange(first, first + 12)
+        rows = augment.drawn({"index": index, "epoch": epoch, "first": first, "last": first + 11})
+        needed = {first // 65_536, (first + 11) // 65_536}
+        blocks = {block: augment.draws.draw(CPU, epoch, block, 65_536) for block in needed}
+        assert torch.equal(rows, torch.stack([blocks[int(i) // 65_536][int(i) % 65_536] for i in index]))
+    assert len(augment.table) == 4 * 65_536
+
+
+def test_what_fits_is_resident():
+    images = [encode(photo(seed, 60 + seed, 90), "PNG") for seed in range(5)]
+    kept, how = load_resident(make_split(images), "training", CPU, 0.5)
+    assert "decoded once" in how and "in memory" in how
+    assert kept.tallest == 64 and kept.labels.tolist() == [0, 1, 2, 0, 1]
+    for index in range(5):
+        expected = to_tensor(photo(index, 60 + index, 90)).permute(1, 2, 0)
+        assert torch.equal(kept.crop(index, [0, 0, 60 + index, 90]), expected)
+        assert torch.equal(kept.crop(index, [3, 5, 20, 30]), expected[3:23, 5:35])
+    kept, how = load_resident(make_split(images), "training", CPU, 1e-9)
+    assert kept is None and "resident_share" in how
+
+
+def test_what_is_larger_than_it_seemed(monkeypatch):
+    """The estimate is by some images; what counts is all of them."""
+    sizes = (20, 200, 200, 20)
+    split = make_split([encode(photo(seed, size, size), "PNG") for seed, size in enumerate(sizes)])
+    monkeypatch.setattr(resident, "SAMPLE", 2)
+    monkeypatch.setattr(resident, "AT_ONCE", 1)
+    for available, fits in ((10_000, False), (200_000, False), (300_000, True)):
+        memory = type("Memory", (), {"available": available})
+        monkeypatch.setattr(resident.psutil, "virtual_memory", lambda memory=memory: memory)
+        kept, how = load_resident(split, "training", CPU, 1.0)
+        assert (kept is not None) == fits and ("resident_share" in how) != fits
+    for index, size in enumerate(sizes):
+        expected = to_tensor(photo(index, size, size)).permute(1, 2, 0)
+        assert torch.equal(kept.crop(index, [0, 0, size, size]), expected)
 
 
 def test_reads_every_image_as_pillow_does():
@@ -348,43 +361,65 @@ def test_reads_every_image_as_pillow_does():
     }
     for name, content in cases.items():
         item = {"bytes": content, "path": None}
-        expected = to_tensor(decode(item, "image"))
-        actual = device_augmentation.read(item, "image")
+        expected = to_tensor(decode(item, "image")).permute(1, 2, 0)
+        actual = read(item, "image")
         assert actual.shape == expected.shape and actual.dtype == torch.uint8, name
         assert (actual.int() - expected.int()).abs().max() <= 2, name
 
 
-def test_broken_images_are_named(tmp_path):
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_broken_images_are_named(tmp_path, is_resident):
     whole = encode(photo(1))
     for content, message in ((whole[: len(whole) // 2], "cannot be read"), (b"text", "cannot be read")):
-        with pytest.raises(InputError, match=f"training image 0 {message}"):
-            dataset(True, [content])[0][0]
+        with pytest.raises(InputError, match=f"training image.* {message}"):
+            batch([whole, content, whole], is_resident)
     path = tmp_path / "gone.jpg"
     with pytest.raises(InputError, match=r"gone\.jpg does not exist"):
-        device_augmentation.read({"path": str(path), "bytes": None}, "image")
+        read({"path": str(path), "bytes": None}, "image")
     path.write_bytes(whole)
-    assert torch.equal(
-        device_augmentation.read({"path": str(path), "bytes": None}, "image"),
-        device_augmentation.read({"path": None, "bytes": whole}, "image"),
-    )
+    assert torch.equal(read({"path": str(path), "bytes": None}, "image"), read({"path": None, "bytes": whole}, "image"))
 
 
-@pytest.mark.parametrize("policy, named", [("augmix-m5-w4-d2", "chains"), ("3a", "GaussianBlurRand")])
-def test_what_only_workers_do_is_refused(policy, named):
-    with pytest.raises(InputError, match=f"{named}.*--augment_on workers"):
-        dataset(True, [], auto_augment=policy)
+def test_who_augments(monkeypatch, caplog):
+    """By default the device, where it has kernels that know the operations; the log says why not."""
+    caplog.set_level("INFO")
+    split = make_split([encode(photo(seed)) for seed in range(3)])
+    processor = build_image_processor(DataArguments(eval_crop_ratio=1.0), SIZE)
+
+    def choose(*words: str, device: str = "cuda", kernels: object = "some") -> tuple[DeviceAugmentation | None, str]:
+        settings = parse_settings(["--use_cpu", "--output_dir", "out", *words])
+        data = ImageData("test", split, split, list("abc"), None, [])
+        for name, value in (("device", torch.device(device)), ("world_size", 1)):
+            monkeypatch.setattr(type(settings.training), name, value)
+        monkeypatch.setattr(device_augmentation, "kernels_on", lambda device: kernels)
+        monkeypatch.setattr(device_augmentation, "load_resident", lambda *_: load_resident(split, "training", CPU, 0.1))
+        caplog.clear()
+        return build_augmentation(settings, SIZE, data, processor), caplog.text
+
+    augment, note = choose()
+    assert augment.images is not None and "on the device" in note and "decoded once" in note
+    augment, note = choose("--resident_share", "0")
+    assert augment.images is None and "workers decode" in note
+    assert choose(device="cpu") == (None, "") and choose("--augment_on", "workers") == (None, "")
+    for why, chosen in (("Triton", choose(kernels=None)), ("3a", choose("--aa", "3a"))):
+        assert chosen[0] is None and why in chosen[1]
+    assert choose("--augment_on", "device", device="cpu", kernels=None)[0] is not None
+    with pytest.raises(InputError, match="GaussianBlurRand"):
+        choose("--augment_on", "device", "--aa", "3a")
 
 
-def test_run_through_the_script_goes_on_exactly(tmp_path, small):
+@pytest.mark.parametrize("share", ["0.2", "0"])
+def test_run_through_the_script_goes_on_exactly(tmp_path, small, share, capsys):
     """Also where the batches come from another process, and where training goes on within an epoch."""
     images = make_image_folder(tmp_path / "images", (("train", 14), ("validation", 1)))
-    words = [*small, "--data_path", str(images), "--augment_on", "device", "--device_decode", "0.5"]
+    words = [*small, "--data_path", str(images), "--augment_on", "device", "--resident_share", share]
     words += ["--model", "karat_digits", "--image_size", "16", "--patch_size", "8", "--num_train_epochs", "2"]
     words += ["--save_strategy", "steps", "--save_steps", "1"]  # Three steps an epoch.
     words += ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--mixup", "0.8", "--save_total_limit", "0"]
     words = [*words, "--eval_strategy", "no", "--learning_rate", "1e-2"]
     whole, part, by_worker = (tmp_path / name for name in ("whole", "part", "by_worker"))
     assert script.main([*words, "--output_dir", str(whole)]) == 0
+    assert ("decoded once" in capsys.readouterr().out) == (share != "0")
     checkpoint = ["--resume_from_checkpoint", str(whole / "checkpoint-2")]
     assert script.main([*words, *checkpoint, "--output_dir", str(part)]) == 0
     again = [word if word != "0" or words[i - 1] != "--dataloader_num_workers" else "1" for i, word in enumerate(words)]
@@ -397,9 +432,8 @@ def test_run_through_the_script_goes_on_exactly(tmp_path, small):
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights[0].items())
 
 
-def test_decoder_of_the_device_is_for_its_pipeline(image_folder, tmp_path, small, capsys):
-    words = [*small, "--data_path", str(image_folder), "--output_dir", str(tmp_path / "run")]
-    assert script.main([*words, "--device_decode", "1"]) == 2
-    assert "augment_on" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"device_decode.*xpu"):
-        device_augmentation.check_device_decode(torch.device("xpu"))
+def test_repeated_augmentation_of_resident_images(tmp_path, small):
+    images = make_image_folder(tmp_path / "images", (("train", 6), ("validation", 1)))
+    words = [*small, "--data_path", str(images), "--augment_on", "device", "--repeated_aug", "--eval_strategy", "no"]
+    words += ["--model", "karat_digits", "--image_size", "16", "--patch_size", "8", "--num_train_epochs", "1"]
+    assert script.main([*words, "--output_dir", str(tmp_path / "run")]) == 0
