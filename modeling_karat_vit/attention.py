@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import initialization as init
 
 from .basis import (
+    FrozenParameter,
     LinearEdgeFunctions,
     Start,
+    is_traced,
     make_edges,
     weighted_sum,
     weighted_sum_backward_weights,
@@ -111,11 +113,11 @@ class KArAtOperator(nn.Module):
     def freeze(self) -> None:
         """Switch off the gradients that `train_basis`, `train_base` and a zero base function rule out."""
         for step in self.edges:
+            if step.base is None and not isinstance(step.scale_base, FrozenParameter):
+                # Nor does anything switch this one on again: DistributedDataParallel would wait for a gradient.
+                step.scale_base = FrozenParameter(step.scale_base.detach(), requires_grad=False)
             for name, parameter in step.named_parameters():
-                if name == "scale_base":
-                    trainable = self.config.train_base and step.base is not None
-                else:
-                    trainable = self.config.train_basis
+                trainable = self.config.train_base if name == "scale_base" else self.config.train_basis
                 if not trainable:
                     parameter.requires_grad_(False)
 
@@ -172,7 +174,7 @@ class KArAtOperator(nn.Module):
         """Everything but the last step: what is left of the scores has r columns, or N with full rank."""
         x = scores
         if self.mode == "w1_phi2":
-            return x @ tensors["projector"].mT
+            return x @ tensors["projector"].transpose(1, 2)
         steps = self.edges if self.mode == "phi1_w2" else self.edges[:-1]
         for index, step in enumerate(steps):
             x = step.activate(x, _of(tensors, f"edges.{index}."), keep if index == 0 else None, lean)
@@ -194,7 +196,7 @@ class KArAtOperator(nn.Module):
         scores = scores if keep is None else scores.masked_fill(~keep, 0.0)
         x = self.reduce(scores, tensors, keep, lean)
         if self.mode == "phi1_w2":
-            x = x @ tensors["projector"].mT
+            x = x @ tensors["projector"].transpose(1, 2)
         else:
             # With full rank the last step is the first, and meets the keys.
             first = len(self.edges) == 1 and self.mode is None
@@ -240,7 +242,7 @@ def eager_karat_attention(operator, query, key, value, scaling, tensors, keep=No
         Output (B, h, N, d), activated maps and scores (B, h, N, N), all in the dtype of `query`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(dtype) @ key.to(dtype).mT) * scaling
+    scores = (query.to(dtype) @ key.to(dtype).transpose(2, 3)) * scaling
     maps = operator.activate(scores, tensors, keep)
     output = maps @ _zero_rows(value.to(dtype), keep)
     return output.to(query.dtype), maps.to(query.dtype), scores.to(query.dtype)
@@ -265,13 +267,13 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
         scores = _visible_scores(query, key, scaling, keep)
         value = _zero_rows(value.to(scores.dtype), keep)
         if factored:
-            output = operator.reduce(scores, tensors, keep, lean=True) @ (tensors["projector"].mT @ value)
+            projected = tensors["projector"].transpose(1, 2) @ value
+            output = operator.reduce(scores, tensors, keep, lean=True) @ projected
         else:
             output = operator.activate(scores, tensors, keep, lean=True) @ value
         return output.to(query.dtype)
 
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        # The compiler plans memory and recomputation itself.
+    if is_traced():
         return attend(keep, query, key, value, *tensors.values())
     floats = query.shape[2] * key.shape[2] * max(step.floats_per_score for step in operator.edges)
     maps = max(1, _budget(query.device) // floats)
@@ -295,6 +297,10 @@ def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids
     Returns:
         Output (B, h, N, d) in the dtype of `query`.
     """
+    if INTERPRET and query.dtype == torch.bfloat16:
+        # Triton's interpreter would multiply bf16 as the integers that it keeps it in.
+        output = fused_karat_attention(operator, query.float(), key, value, scaling, keep, grids)
+        return output.to(query.dtype)
     (step,) = operator.edges
     # The kernels take one dtype, and would read another one as it.
     key, value = key.to(query.dtype), value.to(query.dtype)
@@ -365,8 +371,12 @@ class _ChunkedRecompute(torch.autograd.Function):
             wanted = [x for x in (*parts, *leaves) if x.requires_grad]
             with torch.enable_grad(), _no_autocast(grad_output.device.type):
                 output = ctx.attend(keep_part, *parts, *leaves)
-                # Not all take part: `scale_base` without a base function, made trainable by hand; constant functions.
-                grads = iter(torch.autograd.grad(output, wanted, grad_output[start:stop], materialize_grads=True))
+                # Not all take part: the scores of constant functions do not, and there may be nothing else.
+                if output.requires_grad:
+                    grads = torch.autograd.grad(output, wanted, grad_output[start:stop], materialize_grads=True)
+                else:
+                    grads = map(torch.zeros_like, wanted)
+                grads = iter(grads)
             for whole, need in zip(batched_grads, needed):
                 if need:
                     whole[start:stop] = next(grads)
@@ -648,7 +658,7 @@ def eager_softmax_attention(query, key, value, scaling, dropout: float = 0.0, ke
     """
     with _no_autocast(query.device.type):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        scores = (query.to(dtype) @ key.to(dtype).mT) * scaling
+        scores = (query.to(dtype) @ key.to(dtype).transpose(2, 3)) * scaling
         visible = scores if keep is None else scores.masked_fill(~keep, torch.finfo(dtype).min)
         maps = F.dropout(visible.softmax(-1), p=dropout)
         output = maps @ value.to(dtype)
@@ -663,7 +673,7 @@ def _visible_scores(query, key, scaling: float, keep: torch.Tensor | None) -> to
     """Scores of the portable path, at least in fp32, 0 for keys that nobody may see: (B, h, N, N)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     # The queries are fewer numbers to scale than the scores.
-    scores = (query.to(dtype) * scaling) @ key.to(dtype).mT
+    scores = (query.to(dtype) * scaling) @ key.to(dtype).transpose(2, 3)
     return scores if keep is None else scores.masked_fill(~keep, 0.0)
 
 
@@ -681,7 +691,7 @@ def _zero_rows(value: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """Values of keys that nobody may see, as zeros; a mask per query has no such keys, and acts on the map."""
     if keep is None or keep.shape[-2] != 1:
         return value
-    return value.masked_fill(~keep.mT, 0.0)
+    return value.masked_fill(~keep.transpose(-2, -1), 0.0)
 
 
 def _no_autocast(device_type: str):

@@ -38,6 +38,18 @@ class Start:
     base_scale: float = 1.0
 
 
+class FrozenParameter(nn.Parameter):
+    """A parameter that takes no part: it is stored and counted, and requires no gradient, whoever asks for one."""
+
+    requires_grad = property(lambda self: False, lambda self, value: None)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        return self
+
+    def __reduce_ex__(self, protocol):
+        return type(self), (self.data, False)
+
+
 class EdgeFunctions(nn.Module):
     """
     Phi: R^in_features -> R^out_features with h x out_features x in_features learnable scalar functions.
@@ -207,16 +219,24 @@ class LinearEdgeFunctions(EdgeFunctions):
     def activate(self, x, tensors, keep=None, lean=False):
         if lean:
             coefficients = self.lean_coefficients(tensors)
-            if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if is_traced():
                 features = [_masked(feature, keep) for feature in self.lean_features(x)]
-                return sum(feature @ coefficients[:, index].mT for index, feature in enumerate(features))
+                return sum(feature @ coefficients[:, index].transpose(1, 2) for index, feature in enumerate(features))
             return _FeatureProduct.apply(self, x, keep, coefficients)
         coefficients = self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1)
         features = self.features(x)
-        y = sum(_masked(feature, keep) @ coefficients[:, index].mT for index, feature in enumerate(features))
+        y = sum(_masked(f, keep) @ coefficients[:, index].transpose(1, 2) for index, f in enumerate(features))
         if self.base is not None:
-            y = y + _masked(self.base(x), keep) @ tensors["scale_base"].mT
+            y = y + _masked(self.base(x), keep) @ tensors["scale_base"].transpose(1, 2)
         return y
+
+
+def is_traced() -> bool:
+    """
+    Whether a compiler, the tracer of an exporter or a transform of `torch.func` looks on. They differentiate and plan
+    memory themselves, do not look into an autograd function of ours, and have no values to ask for.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def weights_of(matrices: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -30,7 +31,7 @@ from .attention import (
     resample_tokens,
     why_not_fused,
 )
-from .basis import EdgeFunctions
+from .basis import EdgeFunctions, is_traced
 from .configuration_karat_vit import STRUCTURAL_FIELDS, KArAtViTConfig
 from .conversion import load_deit_state_dict
 
@@ -131,7 +132,7 @@ class KArAtViTEmbeddings(ViTEmbeddings):
                 f"The images of {height}*{width} pixels are smaller than a patch ({self.config.patch_size})."
             )
         # A check on another device would wait for it at every step.
-        if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling():
+        if pixel_values.device.type == "cpu" and not is_traced():
             # The sum is one pass; it may also be too large for its dtype.
             if not torch.isfinite(pixel_values.sum()) and not torch.isfinite(pixel_values).all():
                 bad = (~torch.isfinite(pixel_values.flatten(1))).any(1).nonzero().flatten().tolist()
@@ -139,7 +140,8 @@ class KArAtViTEmbeddings(ViTEmbeddings):
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid, new_grid = self.config.patch_grid(), self.config.patch_grid((height, width))
-        return resample_tokens(self.position_embeddings.mT, grid, new_grid).mT
+        positions = self.position_embeddings.transpose(1, 2)
+        return resample_tokens(positions, grid, new_grid).transpose(1, 2)
 
 
 class KArAtViTAttention(ViTAttention):
@@ -219,6 +221,8 @@ class KArAtViTAttention(ViTAttention):
         device, dtype = query.device.type, query.dtype
         if torch.compiler.is_compiling():
             obstacle = why_not_fused(self.config, device, dtype)
+        elif is_traced():
+            obstacle = "tracers and `torch.func` cannot look into them"
         else:
             kind = device, dtype, self.config.project_l1
             if kind not in self._obstacles:
@@ -250,7 +254,18 @@ class KArAtViTLayer(ViTLayer):
     def __init__(self, config: KArAtViTConfig, layer_index: int):
         super().__init__(config)
         self.attention = KArAtViTAttention(config, layer_index)
-        self.drop_path_rate = config.drop_path_rate * layer_index / max(1, config.num_hidden_layers - 1)
+        self.layer_index = layer_index
+        # A tensor, so that torch.compile makes one code for equal blocks: a number would be part of it.
+        rate = torch.empty(()) if config.drop_path_rate else None
+        self.register_buffer("drop_path_rate", rate, persistent=False)
+        self.reset_rate(config)
+
+    @torch.no_grad()
+    def reset_rate(self, config: KArAtViTConfig) -> None:
+        """Set the rate of stochastic depth, which rises from 0 in the first block to the configured one in the last."""
+        if self.drop_path_rate is not None:
+            last = max(1, config.num_hidden_layers - 1)
+            init.constant_(self.drop_path_rate, config.drop_path_rate * self.layer_index / last)
 
     def forward(self, hidden_states: torch.Tensor, masks=None, **kwargs) -> torch.Tensor:
         branch, *_ = self.attention(self.layernorm_before(hidden_states), masks, **kwargs)
@@ -259,15 +274,16 @@ class KArAtViTLayer(ViTLayer):
         return hidden_states + self.drop_path(self.dropout(branch))
 
     def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
-        return drop_path(branch, self.drop_path_rate) if self.training else branch
+        if not self.training or self.drop_path_rate is None:
+            return branch
+        return drop_path(branch, self.drop_path_rate)
 
 
-def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
+def drop_path(branch: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     """Stochastic depth (Huang et al. 2016): leave a branch (B, N, d) out for whole images, and scale up the others."""
-    if rate == 0.0:
-        return branch
-    keep = 1.0 - rate
-    return branch * (torch.rand(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device) < keep) / keep
+    keep = 1.0 - rate.float()  # A model in half precision has it so, too.
+    kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+    return branch * (kept / keep).to(branch.dtype)
 
 
 class KArAtViTPreTrainedModel(ViTPreTrainedModel):
@@ -291,6 +307,8 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (KArAtOperator, EdgeFunctions)):
             module.reset_parameters()
+        elif isinstance(module, KArAtViTLayer):
+            module.reset_rate(self.config)
 
     def post_init(self):
         super().post_init()
@@ -417,9 +435,8 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
                 for name, parameter in list(module.named_parameters()):
                     resized = module.resample(name, parameter, grid, new_grid).contiguous()
                     owner, _, leaf = name.rpartition(".")
-                    setattr(
-                        module.get_submodule(owner), leaf, nn.Parameter(resized, requires_grad=parameter.requires_grad)
-                    )
+                    resized = type(parameter)(resized, requires_grad=parameter.requires_grad)
+                    setattr(module.get_submodule(owner), leaf, resized)
                 for step in module.edges:
                     step.out_features, step.in_features = step.scale_basis.shape[1:]
         self.config.image_size = new.image_size
@@ -620,6 +637,8 @@ def _attention_masks(attention_mask, hidden_states, heads: int, implementation: 
     if keep.dim() == 4:
         lowest = torch.finfo(hidden_states.dtype).min
         softmax = torch.zeros_like(keep, dtype=hidden_states.dtype).masked_fill(~keep, lowest)
+    elif name == "sdpa" and torch._C._are_functorch_transforms_active():
+        softmax = keep[:, None, None, :]  # Transformers would ask whether all are visible.
     else:
         # The implementation of this call, which may not be the configured one.
         config = SimpleNamespace(_attn_implementation=name)

@@ -412,11 +412,17 @@ def test_inductor_launches_the_kernels_itself(monkeypatch, options, masked, mode
 
 @pytest.mark.parametrize("options", BASES, ids=str)
 def test_fp16(options):
-    """Half precision where there is no GPU; bf16 is more than the interpreter can."""
+    """Half precision where there is no GPU."""
     check(dtype=torch.float16, karat_rank=3, images=1, grid=(3, 5), masked=True, **options)
 
 
-half = pytest.mark.skipif(DEVICE == "cpu", reason="bf16 and the fast sine need a GPU")
+@pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
+def test_bf16(basis):
+    """The interpreter computes it in fp32, because it keeps bf16 as integers."""
+    check(dtype=torch.bfloat16, karat_rank=3, images=1, grid=(3, 5), masked=True, **basis)
+
+
+half = pytest.mark.skipif(DEVICE == "cpu", reason="the kernels for bf16 and the fast sine need a GPU")
 
 
 @half

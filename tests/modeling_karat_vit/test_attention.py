@@ -547,11 +547,55 @@ def test_what_the_configuration_freezes(basis, variant, need_maps, base_fn):
 
 
 @paths
-def test_a_parameter_that_takes_no_part_is_no_error(basis, need_maps):
-    """`model.requires_grad_(True)` reaches `scale_base` also where there is no base function."""
-    operator = make_operator(**basis).requires_grad_(True)
-    found = results(operator, make_inputs(), need_maps=need_maps)
-    assert "edges.0.scale_base" not in found or (found["edges.0.scale_base"] == 0).all()
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_parameter_that_takes_no_part_is_no_error(basis, need_maps, frozen):
+    """Without a base function `scale_base` has no gradient, also where nobody called `freeze`."""
+    operator = KArAtOperator(oracle.make_config(5, 2, **basis)).double()
+    oracle.randomise(operator)
+    if frozen:
+        operator.freeze()
+    found = results(operator.requires_grad_(True), make_inputs(), need_maps=need_maps)
+    if "edges.0.scale_base" in found:
+        assert not frozen and (found["edges.0.scale_base"] == 0).all()
+
+
+CORNERS = [
+    *({"basis_type": "rational", "rational_order": order} for order in itertools.product((0, 1, 2), repeat=2)),
+    *({"basis_type": "spline", "spline_order": order, "grid_size": 1} for order in (0, 1)),
+    {"basis_type": "fourier", "grid_size": 1},
+    *({"basis_type": "wavelet", "wavelet_type": wavelet} for wavelet in ("dog", "meyer", "shannon")),
+]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(CORNERS),
+    st.sampled_from([{}, {"modular_mode": "w1_phi2"}, {"modular_mode": None, "karat_depth": 1}, {"project_l1": True}]),
+    st.sampled_from(["zero", "relu"]),
+    st.tuples(*[st.booleans()] * 4),
+    st.booleans(),
+)
+def test_whatever_is_frozen_the_portable_gradients_are_those_of_the_reference(
+    corner, variant, base_fn, trainable, masked
+):
+    operator = make_operator(base_fn=base_fn, **corner, **variant)
+    basis, base, projector, value = trainable
+    for name, parameter in operator.named_parameters():
+        of_step = base if name.endswith("scale_base") else basis
+        parameter.requires_grad_(projector if name == "projector" else of_step)
+    inputs = make_inputs()
+    inputs[2].requires_grad_(value)
+    leaves = [x for x in (*inputs, *operator.parameters()) if x.requires_grad]
+    found = []
+    for need_maps in (True, False):
+        output = attend(operator, *inputs, key_mask() if masked else None, need_maps)[0]
+        total = output.square().sum()
+        # With constant functions of frozen values the reference leaves nothing to differentiate.
+        zeros = [torch.zeros_like(x) for x in leaves]
+        grads = torch.autograd.grad(total, leaves, materialize_grads=True) if total.requires_grad else zeros
+        found.append([output.detach(), *grads])
+    for expected, actual in zip(*found):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", [{}, {"modular_mode": "w1_phi2"}, {"modular_mode": None}], ids=str)

@@ -9,6 +9,7 @@ from torch import nn
 
 from modeling_karat_vit import KArAtViTModel
 from modeling_karat_vit import attention as attention_module
+from tests.modeling_karat_vit.conftest import BASES, VARIANTS
 
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -97,6 +98,23 @@ def test_batches_of_any_size_need_one_more_compilation_at_most(make_model, pixel
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("changes", [{}, {"sharing": "universal"}, {"karat_layers": [1, 3], "num_karat_heads": 1}])
+@pytest.mark.parametrize("cudagraphs", [False, True], ids=["", "cudagraphs"])
+def test_equal_blocks_are_compiled_once(make_model, pixels, changes, cudagraphs):
+    """Block by block, in training with stochastic depth."""
+    model = make_model(num_hidden_layers=5, drop_path_rate=0.1, **changes).train()
+    counter = torch._dynamo.testing.CompileCounter()
+    for layer in model.vit.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    # With CUDA graphs a number that changes makes a code for each of its values.
+    with torch._inductor.config.patch({"triton.cudagraphs": cudagraphs}):
+        for batch in (4, 3, 2):
+            model(pixels[:batch], labels=LABELS[:batch]).loss.backward()
+    kinds = 1 + ("karat_layers" in changes)
+    # A second one is for batches of any size.
+    assert counter.frame_count == 2 * kinds
+
+
 def test_checkpointed_blocks_compile(make_model, pixels):
     model = make_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -176,6 +194,31 @@ def test_onnx_straight_from_a_model(make_config, pixels, tmp_path):
     )
     actual = run_onnx(tmp_path / "model.onnx", pixel_values=pixels[:3])
     assert np.allclose(actual, model(pixels[:3]).last_hidden_state.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["karat_portable", "eager"])
+@pytest.mark.parametrize(
+    "changes",
+    [*BASES.values(), *VARIANTS.values(), {"num_karat_heads": 1, "sharing": "universal", "base_fn": "silu"}],
+    ids=str,
+)
+def test_onnx_by_the_exporter_of_torchscript(make_model, pixels, tmp_path, monkeypatch, backend, changes):
+    monkeypatch.undo()  # The reference runs, too.
+    model = make_model(**changes)
+    with torch.no_grad():
+        expected = model(pixels[:3]).logits
+    model.set_attn_implementation(backend)
+    torch.onnx.export(
+        model,
+        (pixels * 2,),
+        tmp_path / "model.onnx",
+        dynamo=False,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_axes={"pixel_values": {0: "batch"}, "logits": {0: "batch"}},
+    )
+    actual = torch.from_numpy(run_onnx(tmp_path / "model.onnx", pixel_values=pixels[:3]))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_exported_program_survives_saving(make_model, pixels, tmp_path):

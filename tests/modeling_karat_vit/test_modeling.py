@@ -17,6 +17,7 @@ from modeling_karat_vit import attention as attention_module
 from modeling_karat_vit import modeling_karat_vit as modeling
 from modeling_karat_vit.attention import KArAtOperator
 from modeling_karat_vit.modeling_karat_vit import KArAtViTAttention
+from tests.modeling_karat_vit.conftest import BASES, VARIANTS
 
 
 BACKENDS = ("eager", "karat_portable", "sdpa")
@@ -450,6 +451,19 @@ def test_drop_path_rises_with_depth_and_keeps_the_expectation(make_model):
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
+def test_drop_path_rates_survive_loading_and_casting(make_model, tmp_path):
+    make_model(drop_path_rate=0.3, num_hidden_layers=4).save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = KArAtViTForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+        assert not any("drop_path" in name for name in model.state_dict())
+        rates = [layer.drop_path_rate.item() for layer in model.vit.layers]
+        assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3], rel=1e-2)
+        torch.manual_seed(0)
+        branch = model.vit.layers[1].train().drop_path(torch.ones(20000, 1, 1, dtype=dtype))
+        assert branch.dtype == dtype
+        assert (branch == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+
+
 def test_drop_path_is_off_in_evaluation_and_acts_in_training(make_model, pixels):
     model = make_model(drop_path_rate=0.9)
     plain = make_model(drop_path_rate=0.0)
@@ -458,6 +472,54 @@ def test_drop_path_is_off_in_evaluation_and_acts_in_training(make_model, pixels)
     model.train()
     draws = torch.stack([model(pixels).logits.detach() for _ in range(5)])
     assert draws.std(0).max() > 0
+
+
+# --------------------------------------------------------------------------------------------------------- torch.func
+
+
+@pytest.mark.parametrize("backend", ["eager", "karat_portable", "karat_triton"])
+@pytest.mark.parametrize(
+    "changes",
+    [*BASES.values(), *VARIANTS.values(), {"num_karat_heads": 1, "sharing": "universal", "base_fn": "gelu"}],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_gradients_of_single_images_by_vmap(make_model, pixels, backend, changes, masked):
+    model = make_model(dtype=torch.float64, **changes)
+    model.set_attn_implementation(backend)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    masks = torch.rand(4, TOKENS, generator=torch.Generator().manual_seed(3)) > 0.3 if masked else None
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def loss(parameters, image, label, mask):
+        mask = None if mask is None else mask[None]
+        inputs = {"attention_mask": mask, "labels": label[None]}
+        return torch.func.functional_call(model, parameters, (image[None],), inputs).loss
+
+    axes = (None, 0, 0, 0 if masked else None)
+    found = torch.func.vmap(torch.func.grad(loss), axes)(parameters, pixels.double(), labels, masks)
+    model.set_attn_implementation("eager")
+    for index in range(len(pixels)):
+        mask = masks[index : index + 1] if masked else None
+        inputs = {"pixel_values": pixels[index : index + 1].double(), "labels": labels[index : index + 1]}
+        expected = backward(model, attention_mask=mask, **inputs)
+        for name, gradients in found.items():
+            wanted = expected.get(name, torch.zeros_like(gradients[index]))
+            torch.testing.assert_close(gradients[index], wanted, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_second_derivatives_by_torch_func(make_model, pixels):
+    def product(backend):
+        model = make_model(dtype=torch.float64, num_hidden_layers=1)
+        model.set_attn_implementation(backend)
+        image = pixels[:1].double()
+
+        def loss(image):
+            return model(image).logits.square().sum()
+
+        return torch.func.jvp(torch.func.grad(loss), (image,), (torch.ones_like(image),))[1]
+
+    torch.testing.assert_close(product("karat_portable"), product("eager"), rtol=1e-8, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------- embeddings and bad input
@@ -581,6 +643,55 @@ def test_freezing_holds_on_construction_and_after_loading(make_config, pixels, t
     # Frozen parameters count.
     assert built.num_parameters() == sum(p.numel() for p in built.parameters())
     assert built.num_parameters(only_trainable=True) < built.num_parameters() or not expected
+
+
+def as_peft_saves_modules(model):
+    """What PEFT's `modules_to_save` does: train a copy of a module of a frozen model."""
+    model.vit.layers = nn.ModuleDict({"default": copy.deepcopy(model.requires_grad_(False).vit.layers)})
+    model.vit.layers.requires_grad_(True)
+    model.vit.layers = model.vit.layers["default"]
+    return model
+
+
+def one_by_one(model):
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.requires_grad = True
+    return model
+
+
+UNFREEZING = {
+    "module": lambda model: model.requires_grad_(False).requires_grad_(True),
+    "parameters": one_by_one,
+    "peft": as_peft_saves_modules,
+    "copy": lambda model: copy.deepcopy(model).requires_grad_(True),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)).requires_grad_(True),
+    "dtype": lambda model: model.to(torch.float64).float().requires_grad_(True),
+    "resize": lambda model: model.resize((4, 4)).resize((8, 12)).requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("unfreeze", UNFREEZING.values(), ids=UNFREEZING.keys())
+@pytest.mark.parametrize("changes", [{}, {"train_basis": False}, {"sharing": "universal"}], ids=str)
+def test_ddp_does_not_wait_for_the_scales_of_a_zero_base(make_model, pixels, tmp_path, unfreeze, changes):
+    make_model(**changes).save_pretrained(tmp_path)
+    model = unfreeze(KArAtViTForImageClassification.from_pretrained(tmp_path))
+    scales = {name for name, _ in model.named_parameters() if name.endswith("scale_base")}
+    assert scales and {name for name in scales if model.get_parameter(name).requires_grad} == set()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # the second step is the one that would stop
+            wrapped(pixels, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), name
+
+
+def test_scales_of_a_base_function_can_be_unfrozen(make_model, pixels):
+    model = make_model(base_fn="silu", train_base=False).requires_grad_(True)
+    found = backward(model, pixel_values=pixels, labels=torch.tensor([0, 1, 2, 3]))
+    assert all((gradient != 0).any() for name, gradient in found.items() if name.endswith("scale_base"))
 
 
 def test_every_parameter_gets_a_gradient(make_model, pixels, basis, variant, sharing):
