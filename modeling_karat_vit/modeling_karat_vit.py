@@ -435,7 +435,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
                 for name, parameter in list(module.named_parameters()):
                     resized = module.resample(name, parameter, grid, new_grid).contiguous()
                     owner, _, leaf = name.rpartition(".")
-                    resized = type(parameter)(resized, requires_grad=parameter.requires_grad)
+                    resized = type(parameter)(resized.detach(), requires_grad=parameter.requires_grad)
                     setattr(module.get_submodule(owner), leaf, resized)
                 for step in module.edges:
                     step.out_features, step.in_features = step.scale_basis.shape[1:]
