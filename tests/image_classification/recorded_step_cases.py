@@ -4,8 +4,14 @@ The recorded step on a GPU: `pytest tests/image_classification/recorded_step_cas
 machines without a GPU have nothing to record; test_recorded_step.py has the same function uncaptured.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -21,6 +27,7 @@ from tests.image_classification.test_recorded_step import Poison
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -152,3 +159,18 @@ def test_divergence_is_found(tmp_path):
     with pytest.raises(InputError, match="step 6") as caught:
         train(tmp_path, True, poison=5, eval_strategy="no")
     assert "the first gradient of the backward pass that is not finite" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    """DDP, recorded: the images of a step, also of the last one of an epoch, count as in one process."""
+    words = [str(ROOT / "run_image_classification.py"), str(ROOT / "configuration/digits.yaml"), "--record_step"]
+    words += ["--num_train_epochs", "3", "--disable_tqdm", "--dataloader_num_workers", "0", "--augment_on", "workers"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    for count in (1, 2):
+        run = [*words, "--output_dir", str(tmp_path / str(count)), "--per_device_train_batch_size", str(64 // count)]
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+        subprocess.run([sys.executable, *launch, str(count), *run], check=True, cwd=ROOT, env=os.environ | visible)
+    one, two = (load_file(tmp_path / str(count) / "model.safetensors") for count in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
