@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Runs many variants of training and keeps what came out: `python -m results.screen ARMS.yaml --data FOLDER`.
+
+Each arm is a command of run_image_classification.py, several of which share a GPU. A run that was stopped goes on when
+the same command is given again; an arm whose row is in the table is left out. Choices are made on training images that
+are held out: `--held-out FOLDER` makes a folder of CIFAR-10's parquet files, the last 5,000 of whose training images
+are the validation split. The test images are for the final figure of a choice that is made.
+
+ARMS.yaml: `recipe`, a path from the project's folder; `flags`, of all arms; and `arms`, further flags by name. Under
+`seeds` a list; each arm is then run with each.
+"""
+
+import argparse
+import csv
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "results" / "runs.csv"
+FIELDS = (
+    *("screen", "arm", "seed", "recipe", "flags", "epochs", "judged_on"),
+    *("best", "last", "average_last", "train_loss", "images_per_second", "peak_gib", "minutes", "card", "on_card"),
+    *("commit", "torch", "transformers", "date"),
+)
+HELD_OUT = 5000
+
+
+def hold_out(source: Path, target: Path) -> None:
+    """Make a folder of `train.parquet` and `validation.parquet` out of the training images of another."""
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(source / "train.parquet")
+    target.mkdir(parents=True, exist_ok=True)
+    split = len(table) - HELD_OUT
+    parquet.write_table(table.slice(0, split), target / "train.parquet")
+    parquet.write_table(table.slice(split), target / "validation.parquet")
+
+
+def read_arms(path: Path) -> list[dict]:
+    """Every run of a file of arms: name, seed, recipe and flags."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    common = shlex.split(content.get("flags") or "")
+    return [
+        {"screen": path.stem, "arm": name, "seed": seed, "recipe": content["recipe"], "flags": [*common, *own]}
+        for seed in content.get("seeds", [42])
+        for name, words in content["arms"].items()
+        for own in [shlex.split(words or "")]
+    ]
+
+
+def row_of(run: dict, folder: Path) -> dict:
+    """
+    A row of the table, from what a finished run wrote. `best` is the best evaluation of the raw weights, `last` their
+    last one, `average_last` the last one of the average; in percent.
+    """
+    figures = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    raw = [100 * row["eval_accuracy"] for row in history]
+    average = [100 * row["eval_ema_accuracy"] for row in history if "eval_ema_accuracy" in row]
+    return {
+        "epochs": history[-1]["epoch"],
+        "best": max(raw),
+        "last": raw[-1],
+        "average_last": average[-1] if average else "",
+        "train_loss": history[-1].get("train_loss", ""),
+        "images_per_second": figures.get("train_images_per_second", ""),
+        "peak_gib": figures.get("train_peak_memory_gib", ""),
+        "minutes": figures["train_runtime"] / 60,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the arms of a file. Returns the number of those that failed."""
+    parser = argparse.ArgumentParser(prog="python -m results.screen", description=__doc__.split("\n")[1])
+    parser.add_argument("arms", type=Path, nargs="?", help="YAML file of arms")
+    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files, as --data_path takes it")
+    parser.add_argument("--held-out", type=Path, help="make this folder from the training images of --data, and end")
+    parser.add_argument("--judged-on", default="held out", help="what the validation split is (default: held out)")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs", help="where the runs' folders are")
+    parser.add_argument("--table", type=Path, default=TABLE, help="CSV to append to")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--per-gpu", type=int, default=3, help="runs that share a GPU (default: 3)")
+    args = parser.parse_args(argv)
+    if args.held_out is not None:
+        hold_out(args.data, args.held_out)
+        return 0
+    import torch
+    import transformers
+
+    facts = {
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "on_card": args.per_gpu,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+        or os.environ.get("KARAT_COMMIT", ""),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "judged_on": args.judged_on,
+    }
+    done = set()
+    if args.table.exists():
+        with args.table.open(encoding="utf-8") as file:
+            done = {(row["screen"], row["arm"], row["seed"]) for row in csv.DictReader(file)}
+    waiting, lock, failed = queue.SimpleQueue(), threading.Lock(), []
+    for run in read_arms(args.arms):
+        if (run["screen"], run["arm"], str(run["seed"])) not in done:
+            waiting.put(run)
+
+    def work(gpu: int) -> None:
+        while True:
+            try:
+                run = waiting.get_nowait()
+            except queue.Empty:
+                return
+            name = f"{run['screen']}/{run['arm']}-{run['seed']}"
+            folder = args.output / name
+            command = [sys.executable, str(ROOT / "run_image_classification.py"), str(ROOT / run["recipe"])]
+            command += [*run["flags"], "--data_path", str(args.data), "--seed", str(run["seed"]), "--disable_tqdm"]
+            command += ["--output_dir", str(folder)]
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with (folder.parent / f"{folder.name}.log").open("a") as log:
+                environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                status = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+            with lock:
+                if status:
+                    failed.append(name)
+                    print(f"{name}: failed ({status}), see {folder}.log", flush=True)
+                    continue
+                row = run | {"flags": shlex.join(run["flags"])} | row_of(run, folder) | facts
+                new = not args.table.exists()
+                with args.table.open("a", newline="", encoding="utf-8") as file:
+                    writer = csv.DictWriter(file, FIELDS)
+                    if new:
+                        writer.writeheader()
+                    row["date"] = time.strftime("%Y-%m-%d")
+                    writer.writerow({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()})
+                print(
+                    f"{name}: best {row['best']:.2f}, last {row['last']:.2f} % ({row['minutes']:.1f} min)", flush=True
+                )
+
+    workers = [threading.Thread(target=work, args=(slot % args.gpus,)) for slot in range(args.gpus * args.per_gpu)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
