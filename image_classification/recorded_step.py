@@ -29,6 +29,8 @@ from .softmax_attention import UNMASKED
 
 # Before recording, on the stream that is recorded: kernels are compiled and libraries take their workspaces.
 WARM_UPS = 2
+# Small kernels side by side in one launch: the casts of a block's weights to half precision, and sums of its gradients.
+COMPILED = {"combo_kernels": True}
 
 
 class RecordedStep:
@@ -128,7 +130,7 @@ class RecordedStep:
         generator = torch.cuda.get_rng_state(images.device)
         self._make_momentum()
         for block in self.blocks:
-            block.compile()
+            block.compile(options=COMPILED)
         try:
             for index in range(WARM_UPS):
                 with listen() if index == 0 else contextlib.nullcontext():

@@ -212,7 +212,8 @@ class ImageClassificationTrainer(ResumableTrainer):
         if step.graphs is None:
             self.model.train()
             if self.args.device.type == "cuda" and len(labels) == self._train_batch_size:
-                step.record(batches[0]["pixel_values"], labels, self._guard.listening)
+                with self._apart():
+                    step.record(batches[0]["pixel_values"], labels, self._guard.listening)
         elif len(batches[-1]["labels"]) != self._train_batch_size:
             self.model.train()  # A batch that is not replayed, maybe after an evaluation.
         with contextlib.nullcontext() if self._guard.heard else self._guard.listening():

@@ -73,9 +73,11 @@ def train(folder, record, kind="blockwise", steps=40, resume=None, compiled=True
     defaults |= {"per_device_train_batch_size": 16, "logging_strategy": "steps", "max_steps": steps}
     defaults |= {"record_step": record, "metric_for_best_model": None, "save_total_limit": None}
     model = {key: settings.pop(key) for key in ("drop_path_rate", "dropout") if key in settings}
+    arguments = RunArguments(**{**defaults, "output_dir": str(folder), **settings})
+    arguments._n_gpu = min(1, arguments.n_gpu)  # One process, one GPU, whatever is there.
     trainer = ImageClassificationTrainer(
         model=make_model(kind, **model),
-        args=RunArguments(**{**defaults, "output_dir": str(folder), **settings}),
+        args=arguments,
         train_dataset=rows,
         eval_dataset=[{"pixel_values": p, "labels": label} for p, label in zip(pixels[:40], labels[:40])],
         callbacks=[Poison(poison)] if poison is not None else [],
