@@ -49,6 +49,8 @@ EXCLUSIVE = (
 
 
 MOST_WORKERS = 16
+# Images of an evaluation at a time on a GPU, which smaller batches would leave idle.
+EVAL_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,8 @@ class DataArguments:
         default=0.25,
         metadata={
             "help": "Where the device augments: training images are decoded once, and stay, if they fit into this "
-            "share of its memory, or of the host's free memory. 0: never."
+            "share of its memory, or of the host's free memory; and so do those to evaluate on, of its memory. 0: "
+            "never."
         },
     )
 
@@ -424,7 +427,7 @@ class RunArguments(TrainingArguments):
         default=64, metadata={"help": "Images per device and step."}
     )
     per_device_eval_batch_size: Annotated[int | None, COUNT] = _optional(
-        "Images per device in evaluation; unset: as in training."
+        f"Images per device in evaluation; unset: as in training, and on a GPU {EVAL_BATCH} at least."
     )
     num_train_epochs: Annotated[float, NOT_NEGATIVE] = field(
         default=100.0, metadata={"help": "Passes over the training images."}
@@ -511,7 +514,8 @@ class RunArguments(TrainingArguments):
         if scaled:
             self.base_lr = 5e-4 if self.base_lr is None else self.base_lr
             self.learning_rate = self.base_lr
-        if self.per_device_eval_batch_size is None:
+        own_eval_batch = self.per_device_eval_batch_size is None
+        if own_eval_batch:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = max(1, min(cores_to_use() - 1, MOST_WORKERS))
@@ -530,6 +534,8 @@ class RunArguments(TrainingArguments):
             self._try_ema_device()
         if self.torch_compile:
             self._try_compiling()
+        if own_eval_batch and self.device.type == "cuda":
+            self.per_device_eval_batch_size = max(EVAL_BATCH, self.per_device_eval_batch_size)
         if self.fp16 and self.device.type == "cpu":
             raise InputError("`fp16` trains on GPUs: on the CPU it would not be used at all. Give --bf16, or none.")
         if self.device.type == "cpu":

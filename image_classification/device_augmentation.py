@@ -238,7 +238,9 @@ def build_augmentation(
     images, items, how = None, len(data.train), "workers decode and crop"
     if args.resident_share > 0 and not args.streaming:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
-        images, how = load_resident(data.train, "training", run.device, args.resident_share, processes)
+        images, how = load_resident(
+            data.train, "training", run.device, args.resident_share, processes, run.dataloader_num_workers
+        )
     if args.repeated_aug:
         items *= REPEATS
     logger.info(f"Images  augmented on the device; {how}")

@@ -30,7 +30,7 @@ from .loading import height_and_width, load_config, load_image_processor
 from .metrics import ComputeMetrics, check_best, preprocess
 from .parallel import on_main_process
 from .publishing import PUSHED, Publisher
-from .resident import CropTransform, ResidentDataset, collate_for_device
+from .resident import CropTransform, ResidentDataset, ResidentEvaluation, collate_for_device
 from .stopping import Stopped, same_command, without_token
 from .streaming import StreamedImageDataset, load_streamed
 from .trainer import ImageClassificationTrainer
@@ -370,9 +370,7 @@ def build_trainer(
         args=settings.training,
         data_collator=make_batch,
         train_dataset=train,
-        eval_dataset=(StreamedImageDataset if args.streaming else ImageDataset)(
-            data.validation, EvalTransform(processor), "validation"
-        ),
+        eval_dataset=_held_out(settings, model, data, processor, resident=augment is not None),
         processing_class=processor,
         compute_metrics=ComputeMetrics(len(data.labels)),
         preprocess_logits_for_metrics=preprocess,
@@ -383,6 +381,18 @@ def build_trainer(
     trackers.name_tensorboard_folder(trainer)
     trainer.add_callback(EpochLines())
     return trainer
+
+
+def _held_out(settings: Settings, model: PreTrainedModel, data: ImageData, processor, resident: bool):
+    """The images to evaluate on; they stay on the device if `resident`, if they fit."""
+    args, run = settings.data, settings.training
+    if args.streaming:
+        return StreamedImageDataset(data.validation, EvalTransform(processor), "validation")
+    size = height_and_width(model.config.image_size)
+    fits = ResidentEvaluation.fits(len(data.validation), size, processor, run.device, args.resident_share)
+    if resident and fits:
+        return ResidentEvaluation(data.validation, "validation", processor, run.device, run.dataloader_num_workers)
+    return ImageDataset(data.validation, EvalTransform(processor), "validation")
 
 
 def _check_resumed(model: PreTrainedModel, checkpoint: str, data: ImageData) -> None:

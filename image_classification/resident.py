@@ -8,7 +8,7 @@ the data workers decode, crop and resize them, as ever.
 
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,17 @@ from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
+from transformers.image_processing_utils import BaseImageProcessor
 
-from .arguments import DataArguments, cores_to_use
+from .arguments import DataArguments
 from .augmentation import collate
 from .images import decode
+from .stopping import outlive_signals
 from .transforms import ImageDataset, torchvision_transforms
 
 
 SAMPLE = 200  # Images by which the size of all is estimated.
-AT_ONCE = 128  # Images that a thread decodes at a time.
+AT_ONCE = 128  # Images that a worker decodes at a time.
 
 
 def read(item: dict[str, Any], where: str) -> torch.Tensor:
@@ -113,7 +115,7 @@ class ResidentImages:
 
 
 def load_resident(
-    split: Dataset, name: str, device: torch.device, share: float, processes: int = 1
+    split: Dataset, name: str, device: torch.device, share: float, processes: int = 1, workers: int = 0
 ) -> tuple[ResidentImages | None, str]:
     """
     Decode all images of a split and keep them, if they fit.
@@ -124,6 +126,7 @@ def load_resident(
         device: that trains.
         share: of its memory that they may take; else of the host's that is free.
         processes: on this host, which all do the same.
+        workers: processes that decode, for each of them.
 
     Returns:
         The images, or `None` where they do not fit; and where they are, in words.
@@ -143,27 +146,16 @@ def load_resident(
         return None, f"decoded they would take about {needed / 2**30:,.2f} GiB, {too_large}"
     where = {"dtype": torch.uint8, "device": device if on_device else "cpu", "pin_memory": pinned}
     pixels, sides, end = torch.empty(needed, **where), [], 0
-    threads = max(1, cores_to_use() // processes)
-    batches = [range(begin, min(begin + AT_ONCE, len(split))) for begin in range(0, len(split), AT_ONCE)]
-    hidden = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    with (
-        tqdm(total=len(split), desc="Decoding images", unit="image", leave=False, delay=2, disable=hidden) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        try:
-            for part, of_part in pool.map(lambda batch: _decode(split, name, batch), batches):
-                begin, end = end, end + len(part)
-                if end > most:
-                    return None, f"decoded they take {end / 2**30:,.2f} GiB and more, {too_large}"
-                if end > len(pixels):  # The sample's images were smaller.
-                    pixels, before = torch.empty(min(end + end // 8, most), **where), pixels
-                    pixels[:begin].copy_(before[:begin])
-                pixels[begin:end].copy_(part)
-                sides += of_part
-                bar.update(len(of_part))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    sides = torch.tensor(sides, dtype=torch.int32)
+    for part, of_part in in_workers(_Decoded(split, name), "Decoding images", workers):
+        begin, end = end, end + len(part)
+        if end > most:
+            return None, f"decoded they take {end / 2**30:,.2f} GiB and more, {too_large}"
+        if end > len(pixels):  # The sample's images were smaller.
+            pixels, before = torch.empty(min(end + end // 8, most), **where), pixels
+            pixels[:begin].copy_(before[:begin])
+        pixels[begin:end].copy_(part)
+        sides.append(of_part)
+    sides = torch.cat(sides)
     lengths = 3 * sides.long().prod(1)
     images = ResidentImages(
         pixels[:end],
@@ -176,10 +168,40 @@ def load_resident(
     return images, f"decoded once, {end / 2**30:,.2f} GiB {place}: no data workers"
 
 
-def _decode(split: Dataset, name: str, indices: range) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    items = split[indices.start : indices.stop]["image"]
-    images = [read(item, f"{name} image {index}") for index, item in zip(indices, items, strict=True)]
-    return torch.cat([image.flatten() for image in images]), [tuple(image.shape[:2]) for image in images]
+class _Decoded(torch.utils.data.Dataset):
+    """
+    The images of a split, `AT_ONCE` at a time: their bytes, uint8 (n,), and heights and widths, int32 (images, 2).
+
+    Args:
+        split, name: as `load_resident` has them.
+        read: of an undecoded image, and what errors call it; uint8 (height, width, 3).
+    """
+
+    def __init__(self, split: Dataset, name: str, read: Callable[[dict[str, Any], str], torch.Tensor] = read):
+        self.split, self.name, self.read = split, name, read
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.split) / AT_ONCE)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = number * AT_ONCE
+        items = self.split[begin : begin + AT_ONCE]["image"]
+        images = [self.read(item, f"{self.name} image {index}") for index, item in enumerate(items, begin)]
+        sides = torch.tensor([image.shape[:2] for image in images], dtype=torch.int32)
+        return torch.cat([image.flatten() for image in images]), sides
+
+
+def in_workers(parts: torch.utils.data.Dataset, doing: str, workers: int) -> Iterator:
+    """What is in a data set, in order, prepared by processes; with a progress bar where it takes a while."""
+    loader = torch.utils.data.DataLoader(
+        parts, batch_size=None, num_workers=workers, worker_init_fn=lambda _: outlive_signals()
+    )
+    hidden = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    bar = tqdm(total=len(parts.split), desc=doing, unit="image", leave=False, delay=2, disable=hidden)
+    with bar:
+        for part in loader:
+            yield part
+            bar.update(len(part[1]))
 
 
 class ResidentDataset(ImageDataset):
@@ -189,13 +211,75 @@ class ResidentDataset(ImageDataset):
         return [{"index": torch.tensor(indices), "epoch": int(self._epoch)}]
 
 
+class ResidentEvaluation(torch.utils.data.Dataset):
+    """
+    Images of an evaluation as the image processor resizes and crops them, which stay on the device as uint8 from the
+    first time that they are asked for. `batch` normalises them there, as the processor does.
+
+    Args:
+        split, name: as `load_resident` has them.
+        processor: of torchvision's backend.
+        device: that evaluates.
+        workers: processes that decode and resize.
+    """
+
+    def __init__(self, split: Dataset, name: str, processor: BaseImageProcessor, device: torch.device, workers: int):
+        self.split, self.name, self.processor = split, name, processor
+        self.device, self.workers = device, workers
+        self.labels = torch.tensor(split["label"][:], device=device)
+        self.pixels: torch.Tensor | None = None
+
+    @staticmethod
+    def fits(images: int, size: tuple[int, int], processor: BaseImageProcessor, device: torch.device, share: float):
+        """Whether so many images of a size fit into a share of the device's memory, and this can be done at all."""
+        if device.type != "cuda" or not hasattr(processor, "rescale_and_normalize"):
+            return False
+        return images * 3 * math.prod(size) <= share * torch.cuda.get_device_properties(device).total_memory
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [{"index": torch.tensor(indices)}]
+
+    def batch(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`pixel_values`, fp32 (B, 3, height, width), and `labels`, int64 (B,), of int64 (B,) indices."""
+        if self.pixels is None:
+            self.pixels = self._load()
+        processor = self.processor
+        pixels = processor.rescale_and_normalize(
+            self.pixels[index].permute(0, 3, 1, 2).contiguous(),
+            processor.do_rescale,
+            processor.rescale_factor,
+            processor.do_normalize,
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+        )
+        return {"pixel_values": pixels, "labels": self.labels[index]}
+
+    def _load(self) -> torch.Tensor:
+        pixels, end = None, 0
+        for part, sides in in_workers(_Decoded(self.split, self.name, self._read), "Reading images", self.workers):
+            part = part.view(len(sides), *sides[0].tolist(), 3)
+            if pixels is None:
+                pixels = part.new_empty((len(self), *part.shape[1:]), device=self.device)
+            pixels[end : end + len(part)] = part
+            end += len(part)
+        return pixels
+
+    def _read(self, item: dict[str, Any], where: str) -> torch.Tensor:
+        """By Pillow, resized and cropped as evaluation and pipeline do it: uint8 (height, width, 3)."""
+        made = self.processor(decode(item, where), return_tensors="pt", do_rescale=False, do_normalize=False)
+        return made["pixel_values"][0].permute(1, 2, 0)
+
+
 def collate_for_device(rows: list[dict]) -> dict[str, Any]:
     """
     A batch that `DeviceAugmentation` makes a training batch of: `epoch`; `index` of the items in it, int64 (B,); and
     where the images are not resident `pixels`, uint8 (B, height, width, 3), and `labels`, int64 (B,). In evaluation
-    `collate`.
+    `collate`, or `index` alone.
     """
-    if "epoch" in rows[0]:
+    if "index" in rows[0]:
         return rows[0]
     if "key" not in rows[0]:
         return collate(rows)

@@ -30,7 +30,7 @@ from .augmentation import RepeatedAugmentation
 from .divergence import SKIPPED_STEPS, Diverged, DivergenceGuard
 from .errors import InputError
 from .recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
-from .resident import ResidentDataset
+from .resident import ResidentDataset, ResidentEvaluation
 from .resumable import ResumableTrainer, plain_name
 
 
@@ -275,7 +275,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             self.average.update()
 
     def _get_dataloader(self, dataset, *args, **kwargs):
-        if not isinstance(dataset, ResidentDataset):
+        if not isinstance(dataset, (ResidentDataset, ResidentEvaluation)):
             return super()._get_dataloader(dataset, *args, **kwargs)
         given, self.args = self.args, copy.copy(self.args)
         try:
@@ -338,6 +338,7 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Of the weights, and of their average beside them as `eval_ema_*`: one log entry, one event."""
+        self._evaluated_images = dataloader.dataset
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if description != "Evaluation":
             return output
@@ -365,6 +366,11 @@ class ImageClassificationTrainer(ResumableTrainer):
                     f"`{name}` is {value:g}: what the model computes of these images is not finite. Its weights are of "
                     "a run that has diverged, or they need a precision that has their range (fp32, bf16)."
                 )
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        if isinstance(self._evaluated_images, ResidentEvaluation):
+            inputs = self._evaluated_images.batch(inputs["index"])
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def keep_better_weights(self, metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
         """

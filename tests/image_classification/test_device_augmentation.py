@@ -3,6 +3,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import subprocess
 import sys
@@ -28,11 +29,12 @@ from image_classification.images import decode
 from image_classification.resident import (
     CropTransform,
     ResidentDataset,
+    ResidentEvaluation,
     collate_for_device,
     load_resident,
     read,
 )
-from image_classification.transforms import ImageDataset, TrainTransform, build_image_processor
+from image_classification.transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
 from tests.images import make_image_folder
 
 
@@ -437,3 +439,50 @@ def test_repeated_augmentation_of_resident_images(tmp_path, small):
     words = [*small, "--data_path", str(images), "--augment_on", "device", "--repeated_aug", "--eval_strategy", "no"]
     words += ["--model", "karat_digits", "--image_size", "16", "--patch_size", "8", "--num_train_epochs", "1"]
     assert script.main([*words, "--output_dir", str(tmp_path / "run")]) == 0
+
+
+def mixed_files() -> list[bytes]:
+    """Sizes, kinds and modes side by side."""
+    images = [photo(seed, 50 + 3 * seed, 70 - 5 * seed) for seed in range(5)]
+    modes = [images[3].convert("L"), images[4].convert("P")]
+    return [encode(images[0]), encode(images[1], "PNG"), encode(images[2]), *(encode(image, "PNG") for image in modes)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resident_evaluation_sees_what_the_pipeline_sees(workers):
+    """Bit for bit, in any order."""
+    split, processor = make_split(mixed_files()), build_image_processor(DataArguments(), 32)
+    held = ResidentEvaluation(split, "validation", processor, CPU, workers)
+    plain = ImageDataset(split, EvalTransform(processor), "validation")
+    for indices in ([0, 1, 2, 3, 4], [4, 2]):
+        rows = collate_for_device(held.__getitems__(indices))
+        expected = collate_for_device(plain.__getitems__(indices))
+        found = held.batch(rows["index"])
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert held.pixels.dtype == torch.uint8 and len(held) == 5
+
+
+def test_resident_evaluation_names_a_broken_image():
+    split = make_split([*mixed_files()[:2], encode(photo(9))[:200]])
+    held = ResidentEvaluation(split, "validation", build_image_processor(DataArguments(), 32), CPU, 0)
+    with pytest.raises(InputError, match="validation image 2"):
+        held.batch(torch.tensor([0]))
+
+
+def test_a_run_evaluates_resident_images(tmp_path, small, monkeypatch):
+    """As with images that are read each time: every figure of the log."""
+    images = make_image_folder(tmp_path / "images")
+    logs = []
+    for fits in (False, True):
+        monkeypatch.setattr(ResidentEvaluation, "fits", staticmethod(lambda *_, fits=fits: fits))
+        words = [*small, "--model", "vit_tiny_patch16_224", "--image_size", "32", "--patch_size", "8"]
+        words += ["--data_path", str(images), "--augment_on", "device", "--num_train_epochs", "2", "--model_ema"]
+        assert script.main([*words, "--output_dir", str(tmp_path / str(fits))]) == 0
+        history = json.loads((tmp_path / str(fits) / "history.json").read_text())
+        timeless = [
+            {key: value for key, value in row.items() if "runtime" not in key and "second" not in key}
+            for row in history
+        ]
+        logs.append(timeless)
+    assert logs[0] == logs[1] and len(logs[0]) == 2 and "eval_ema_loss" in logs[0][0]
