@@ -16,6 +16,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from .ema import WeightAverage
 from .softmax_attention import UNMASKED
 
 
+T = TypeVar("T")
 # Before recording, on the stream that is recorded: kernels are compiled and libraries take their workspaces.
 WARM_UPS = 2
 # Small kernels side by side in one launch: the casts of a block's weights to half precision, and sums of its gradients.
@@ -94,8 +96,13 @@ class RecordedStep:
         if scaler is not None:
             scaler._lazy_init_scale_growth_tracker(device)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] | None = None
+        self.pool = None
         self.images: torch.Tensor | None = None
         self.labels: torch.Tensor | None = None
+        # Of an evaluation.
+        self.forward: torch.cuda.CUDAGraph | None = None
+        self.seen: torch.Tensor | None = None
+        self.answer: torch.Tensor | None = None
 
     def run(self, batches: list[dict[str, torch.Tensor]], items: int) -> None:
         """
@@ -144,21 +151,42 @@ class RecordedStep:
                 self._make_gradients()
             self.graphs = {}
             for last in (True, False) if self.accumulated > 1 else (True,):
-                torch.cuda.synchronize(images.device)
-                gc.collect()
-                self.graphs[last] = torch.cuda.CUDAGraph()
-                pool = self.graphs[True].pool() if last is False else None
-                # Other threads, such as the data loader's, go on.
-                with torch.cuda.graph(
-                    self.graphs[last], pool, torch.cuda.current_stream(images.device), capture_error_mode="thread_local"
-                ):
-                    self._compute(self.images, self.labels, last)
+                self.graphs[last], _ = self._capture(lambda last=last: self._compute(self.images, self.labels, last))
         finally:
             for block in self.blocks:
                 block._compiled_call_impl = None  # Evaluation, and batches of other sizes, would compile anew.
         if self.accumulated == 1:
             self._drop_gradients()
         torch.cuda.set_rng_state(generator, images.device)
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """What the model, in evaluation, says of images: recorded for batches of the first one's size."""
+        if not images.is_cuda:
+            return self.model(pixel_values=images).logits
+        if self.forward is None:
+            self.seen = images.clone()
+            for _ in range(WARM_UPS):
+                self.model(pixel_values=self.seen)
+            self.forward, self.answer = self._capture(lambda: self.model(pixel_values=self.seen).logits)
+        if images.shape != self.seen.shape:
+            return self.model(pixel_values=images).logits
+        self.seen.copy_(images)
+        self.forward.replay()
+        return self.answer.clone()
+
+    def _capture(self, work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """`work` as a graph of the current stream, and what it returns. One graph runs at a time: they share memory."""
+        device = self.running_loss.device
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(device)
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the data loader's, go on.
+        with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(device), capture_error_mode="thread_local"):
+            result = work()
+        return graph, result
 
     def position_now(self) -> int:
         """Steps that the schedule has taken: all but those that fp16 skipped. Waits for the device."""

@@ -243,7 +243,7 @@ class ResumableTrainer(ParallelTrainer):
         self._last_step = (grad_norm, learning_rate)
         self._may_stop = True
         try:
-            self._stop_if_asked()
+            self.stop_if_asked()
             super()._maybe_log_save_evaluate(
                 tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
             )
@@ -257,12 +257,12 @@ class ResumableTrainer(ParallelTrainer):
             self._may_stop = False
 
     def prediction_step(self, *args, **kwargs):
-        if self._may_stop:
-            self._stop_if_asked()
+        self.stop_if_asked()
         return super().prediction_step(*args, **kwargs)
 
-    def _stop_if_asked(self) -> None:
-        if number := self.largest(self._signals.received):
+    def stop_if_asked(self) -> None:
+        """Within an evaluation of training, and at the end of each of its steps."""
+        if self._may_stop and (number := self.largest(self._signals.received)):
             raise _Asked(number)
 
     def _save_checkpoint(self, model, trial, due: list[str] = ()) -> None:

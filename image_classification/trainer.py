@@ -367,10 +367,15 @@ class ImageClassificationTrainer(ResumableTrainer):
                     "a run that has diverged, or they need a precision that has their range (fp32, bf16)."
                 )
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         if isinstance(self._evaluated_images, ResidentEvaluation):
             inputs = self._evaluated_images.batch(inputs["index"])
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        if self.recorded is None or self.args.world_size > 1:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        self.stop_if_asked()
+        logits, labels = self.recorded.logits(inputs["pixel_values"]), inputs["labels"]
+        loss = self.cross_entropy({"logits": logits}, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def keep_better_weights(self, metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
         """

@@ -102,6 +102,10 @@ def same(first, second):
         for name, tensor in first.average.tensors.items():
             assert torch.equal(second.average.tensors[name], tensor), name
     assert torch.equal(losses(first), losses(second))
+    evaluations = [
+        [entry["eval_loss"] for entry in t.state.log_history if "eval_loss" in entry] for t in (first, second)
+    ]
+    assert evaluations[0] == evaluations[1]
 
 
 EXACT = {
