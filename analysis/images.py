@@ -12,6 +12,7 @@ from PIL import Image
 from image_classification.arguments import DataArguments
 from image_classification.data import ImageData, load_data
 from image_classification.errors import InputError
+from image_classification.folders import files_below
 from image_classification.images import decode, read_image
 
 from .checkpoints import Checkpoint
@@ -110,7 +111,7 @@ def _of_paths(checkpoint: Checkpoint, paths: list[str], count: int, seed: int, f
     files, in_folders = [], []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            inside = files_below(path, suffixes)
             if not inside:
                 raise InputError(f"`{flag}` {path} holds no images.")
             in_folders += inside

@@ -6,11 +6,13 @@ Whatever the source, the result is an `ImageData`: two splits of undecoded image
 the classes. Images are decoded by `images.decode`, whose errors say which image cannot be read.
 """
 
+import contextlib
 import functools
 import io
 import logging
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .arguments import DataArguments
-from .errors import InputError, did_you_mean
+from .errors import InputError, did_you_mean, more
+from .folders import Walk, files_below, is_folder, visible
 from .images import decode
 
 
@@ -31,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Larger sets are not decoded from one end to the other before training starts, unless asked for.
 CHECK_UP_TO = 20_000
+# That plain integers may number; more than there are images make no sense either.
+MOST_CLASSES = 100_000
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
 # Of the whole digits set; the split is part of the data set and does not follow the run's seed.
 DIGITS_HELD_OUT, DIGITS_SEED = 0.2, 0
@@ -123,7 +129,7 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
             "No data set is named. Give --data_path FOLDER (train/CLASS/*.jpg and validation/CLASS/*.jpg, or parquet "
             f"files), --data_set NAME ({', '.join(KNOWN_SETS)}), or --dataset_name of the Hub."
         )
-    train_name, validation_name = choose_splits(args, hub, splits, name)
+    train_name, validation_name = choose_splits(args, hub, splits, name, train)
     chosen = {role: splits[split] for role, split in (("train", train_name), ("validation", validation_name)) if split}
     if not train and "validation" in chosen:
         chosen.pop("train", None)
@@ -189,23 +195,22 @@ def _digits() -> DatasetDict:
 
 def _local(path: Path) -> DatasetDict:
     """An image folder, a folder of parquet or arrow files, or one that `save_to_disk` wrote."""
-    if not path.is_dir():
-        raise InputError(f"The data folder {path} does not exist (`data_path`).")
+    check_folder(path)
     if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(path))
+        with reading(str(path)):
+            return datasets.load_from_disk(str(path))
     roles = [name for name in ("train", *VALIDATION_NAMES) if (path / name).is_dir()]
     if any(_class_folders(path / name) for name in roles):
         return _image_folder(path, roles)
     for kind, suffix in (("parquet", ".parquet"), ("arrow", ".arrow")):
-        files = sorted(path.rglob(f"*{suffix}"))
-        if files:
+        files = files_below(path, [suffix])
+        splits = DatasetDict()
+        for split, found in files_by_split(path, files).items():
             # One by one: together, all splits would take the first one's class names.
-            return DatasetDict(
-                {
-                    split: datasets.load_dataset(kind, data_files={split: list(map(str, found))}, split=split)
-                    for split, found in files_by_split(path, files).items()
-                }
-            )
+            with reading(f"{found[0]}{more(found, 1)}"):
+                splits[split] = datasets.load_dataset(kind, data_files={split: list(map(str, found))}, split=split)
+        if splits:
+            return splits
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise InputError(
         f"{path} holds no data set. Expected class folders of images (train/cat/1.jpg, train/dog/2.jpg, "
@@ -213,19 +218,38 @@ def _local(path: Path) -> DatasetDict:
     )
 
 
+def check_folder(path: Path) -> None:
+    """Raise an `InputError` unless `data_path` is a folder."""
+    if path.is_file():
+        raise InputError(f"`data_path` is the file {path}, expected a folder of data.")
+    if not path.is_dir():
+        raise InputError(f"The data folder {path} does not exist (`data_path`).")
+
+
 def _class_folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """Not a link that leads back to where it is."""
+    here = os.path.join(os.path.realpath(folder), "")
+    folders = [Path(entry.path) for entry in visible(folder) if is_folder(entry)]
+    return [found for found in folders if not here.startswith(os.path.join(os.path.realpath(found), ""))]
 
 
 def _image_folder(path: Path, roles: list[str]) -> DatasetDict:
     """Folders in ImageNet's layout: class names are the sorted folder names of the training split."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    splits, names = {}, None
+    walks: dict[str, Walk] = {}
     for role in roles:
-        folders = _class_folders(path / role)
-        if not folders:
+        walks[role], real = Walk(path / role, suffixes), {}
+        for folder in _class_folders(path / role):
+            if (other := real.setdefault(os.path.realpath(folder), folder)) != folder:
+                raise InputError(f"{folder} and {other} are the same folder, by a link: an image has one class.")
+            walks[role].enter(folder)
+    own = {role: set(walk.entered) for role, walk in walks.items()}
+    splits, names = {}, None
+    for role, walk in walks.items():
+        if not walk.files:
             raise InputError(f"{path / role} holds no class folders: expected {role}/CLASS/*.jpg.")
-        files = {folder.name: _images_under(folder, suffixes) for folder in folders}
+        walk.follow(set().union(*(entered for other, entered in own.items() if other != role)))
+        files = {folder.name: sorted(found) for folder, found in walk.files.items()}
         empty = [name for name, found in files.items() if not found]
         if empty:
             raise InputError(
@@ -247,11 +271,17 @@ def _image_folder(path: Path, roles: list[str]) -> DatasetDict:
     return DatasetDict(splits)
 
 
-def _images_under(folder: Path, suffixes: set[str]) -> list[str]:
-    found = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        found += [os.path.join(root, name) for name in names if os.path.splitext(name)[1].lower() in suffixes]
-    return sorted(found)
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever pyarrow, `datasets` and the file system say of damaged files becomes an `InputError` that names them."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error  # `datasets` says only that something went wrong.
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise InputError(f"{what} cannot be read: {reason}. It is damaged, or not what its name says.") from error
 
 
 def files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -287,7 +317,7 @@ def from_hub(name: str, config: str | None, streaming: bool = False) -> DatasetD
         ) from error
 
 
-def choose_splits(args, hub, splits: DatasetDict, name: str) -> tuple[str | None, str | None]:
+def choose_splits(args, hub, splits: DatasetDict, name: str, train_needed: bool) -> tuple[str | None, str | None]:
     def wanted(setting: str, given: str | None, candidates: tuple[str, ...]) -> str | None:
         if given is not None and given not in splits:
             raise InputError(f"`{setting}` is {given!r}, and {name} has {', '.join(splits)}.")
@@ -301,6 +331,8 @@ def choose_splits(args, hub, splits: DatasetDict, name: str) -> tuple[str | None
         raise InputError(
             f"{name} has the splits {', '.join(splits)}: name them with --train_split, --validation_split."
         )
+    if train_needed and train is None:
+        raise InputError(f"{name} has no training split. Its splits: {', '.join(splits)}. See --train_split.")
     if train is not None and train == validation:
         raise InputError(f"{name}: the split {train!r} cannot be both trained on and evaluated on.")
     return train, validation
@@ -331,6 +363,8 @@ def find_columns(args, hub, split: Dataset, name: str) -> tuple[str, str]:
 
     image = one("image_column", args.image_column, hub and hub.image, images, "images")
     label = one("label_column", args.label_column, hub and hub.label, labels, "class labels")
+    if image == label:
+        raise InputError(f"`image_column` and `label_column` of {name} are one column, {image!r}.")
     if not isinstance(features[image], datasets.Image):
         raise InputError(f"`image_column` {image!r} of {name} holds {_kind(features[image])}, no images.")
     return image, label
@@ -354,8 +388,14 @@ def _two_columns(split: Dataset, image: str, label: str, where: str) -> Dataset:
         raise InputError(
             f"{where}: the label column {label!r} holds {_kind(kind)}, expected classes, integers or names."
         )
-    if None in split["label"][:]:
-        raise InputError(f"{where}: some images have no label.")
+    with reading(where):
+        split.data.validate(full=True)  # Arrow trusts the offsets in a file, and would read beyond its end.
+        if split.data.column("label").null_count:
+            raise InputError(f"{where}: some images have no label.")
+        for part in split.data.column("image").chunks:
+            empty = pc.and_(*(pc.is_null(pc.struct_field(part, field)) for field in ("bytes", "path")))
+            if pc.any(empty).as_py():
+                raise InputError(f"{where}: some rows have no image, neither bytes nor a path.")
     return split
 
 
@@ -373,7 +413,13 @@ def class_names(splits: dict[str, Dataset], name: str) -> list[str]:
         raise InputError(f"{name}: the label columns of the splits are of different types.")
     values = [split["label"][:] for split in splits.values()]
     if kinds[0].dtype != "string":
-        return [str(index) for index in range(max(map(max, values)) + 1)]
+        most, images = max(map(max, values)), sum(map(len, values))
+        if most >= max(MOST_CLASSES, images):
+            raise InputError(
+                f"{name}: the largest label is {most:,}, and integers count classes from 0: expected fewer than "
+                f"{max(MOST_CLASSES, images):,}. For labels that are names, make the column one of strings."
+            )
+        return [str(index) for index in range(most + 1)]
     names = sorted(set(values[0]))
     unknown = sorted(set(values[-1]) - set(names))
     if unknown:

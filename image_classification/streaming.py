@@ -26,8 +26,19 @@ from datasets import ClassLabel, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from .arguments import DataArguments, RunArguments
-from .data import HUB_DATASETS, ImageData, choose_splits, files_by_split, find_columns, from_hub, known_set
-from .errors import InputError
+from .data import (
+    HUB_DATASETS,
+    ImageData,
+    check_folder,
+    choose_splits,
+    files_by_split,
+    find_columns,
+    from_hub,
+    known_set,
+    reading,
+)
+from .errors import InputError, more
+from .folders import files_below
 from .transforms import ImageDataset
 
 
@@ -70,7 +81,12 @@ class StreamedSplit:
         stream = self.dataset if seed is None else self.dataset.shuffle(seed=seed, buffer_size=buffer)
         if processes > 1:
             stream = split_dataset_by_node(stream, rank=process, world_size=processes)
-        for row in stream:
+        stream = iter(stream)
+        while True:
+            with reading(self.where):
+                row = next(stream, None)
+            if row is None:
+                return
             if row["label"] is None or not 0 <= row["label"] < self.classes:
                 raise InputError(
                     f"{self.where}: an image has the label {row['label']}, expected 0 to {self.classes - 1} (a split "
@@ -212,15 +228,13 @@ def load_streamed(args: DataArguments, training: RunArguments, train: bool = Tru
             "No data set to stream is named. Give --dataset_name of the Hub, --data_set NAME, or --data_path with "
             "parquet or arrow files."
         )
-    train_name, validation_name = choose_splits(args, hub, splits, name)
+    train_name, validation_name = choose_splits(args, hub, splits, name, train)
     if validation_name is None:
         raise InputError(
             f"{name} has no split to evaluate on, and none is held out of a stream, which would have to be read as a "
             f"whole. Its splits: {', '.join(splits)}. Name one with --validation_split, or give local files with both."
         )
     roles = {"train": train_name, "validation": validation_name} if train else {"validation": validation_name}
-    if train and train_name is None:
-        raise InputError(f"{name} has no training split. Its splits: {', '.join(splits)}. See --train_split.")
     image, label = _columns_of(args, hub, splits, roles, name)
     names = splits[validation_name].features[label].names
     notes: list[str] = []
@@ -258,17 +272,17 @@ def _refuse(args: DataArguments) -> None:
 
 def _local(path: Path) -> tuple[dict[str, IterableDataset], dict[str, int]]:
     """Parquet or arrow files by split, and how many rows they have."""
-    if not path.is_dir():
-        raise InputError(f"The data folder {path} does not exist (`data_path`).")
+    check_folder(path)
     for kind, count in (("parquet", _parquet_rows), ("arrow", _arrow_rows)):
-        found = sorted(path.rglob(f"*.{kind}"))
+        found = files_below(path, [f".{kind}"])
         if not found:
             continue
         splits, counts = {}, {}
         for split, files in files_by_split(path, found).items():
             counts[split] = sum(map(count, files))
             names = {split: list(map(str, files))}
-            splits[split] = datasets.load_dataset(kind, data_files=names, split=split, streaming=True)
+            with reading(f"{files[0]}{more(files, 1)}"):
+                splits[split] = datasets.load_dataset(kind, data_files=names, split=split, streaming=True)
         return splits, counts
     raise InputError(
         f"{path} has no parquet or arrow files, which are what `streaming` reads from a folder. Class folders of "

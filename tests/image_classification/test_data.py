@@ -3,10 +3,13 @@
 
 import io
 import logging
+import os
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -14,6 +17,8 @@ from image_classification import data as data_module
 from image_classification.arguments import DataArguments
 from image_classification.data import HUB_DATASETS, decode, load_data
 from image_classification.errors import InputError
+from image_classification.streaming import load_streamed
+from tests.image_classification.test_trainer import run_arguments
 from tests.images import COLOURS, colour_image, make_image_folder
 
 
@@ -213,7 +218,220 @@ def test_columns_that_must_be_named(tmp_path):
         load(data_path=str(tmp_path / "saved"), label_column="other", image_column="label")
 
 
+# Links, hidden files
+
+
+def paths_of(root, split="train", **settings):
+    """Of the images of a split, relative to the data, by class."""
+    data = load(data_path=str(root), **settings)
+    found = {}
+    for row in getattr(data, split):
+        found.setdefault(data.labels[row["label"]], []).append(str(Path(row["image"]["path"]).relative_to(root)))
+    return found
+
+
+def own_files(root, split="train"):
+    """What `make_image_folder` has made."""
+    return {
+        colour: sorted(str(path.relative_to(root)) for path in (root / split / colour).glob("*.jpg"))
+        for colour in COLOURS
+    }
+
+
+def up_and_down(root, outside):
+    (root / "train" / "blue" / "loop").symlink_to("../..")
+
+
+def to_itself(root, outside):
+    (root / "train" / "blue" / "self").symlink_to(".")
+    (root / "train" / "red" / "never").symlink_to("never")
+
+
+def a_class_that_is_all(root, outside):
+    (root / "train" / "self").symlink_to(".")
+    (root / "train" / "up").symlink_to("../..")
+
+
+def to_the_other_split(root, outside):
+    (root / "train" / "green" / "more").symlink_to(root / "validation")
+    (root / "train" / "green" / "one").symlink_to(root / "validation" / "green")
+
+
+def to_another_class(root, outside):
+    # Also where the class that links comes before the one that is linked to.
+    for one, other in (("blue", "red"), ("red", "green")):
+        (root / "train" / other / "deep").mkdir()
+        (root / "train" / one / "its").symlink_to(f"../{other}")
+        (root / "train" / one / "deeper").symlink_to(f"../{other}/deep")
+
+
+def hidden(root, outside):
+    for name in (".ipynb_checkpoints", "__MACOSX", "deep/.thumbnails", "deep/__MACOSX"):
+        (root / "train" / "blue" / name).mkdir(parents=True)
+        shutil.copy(root / "train" / "red" / "0.jpg", root / "train" / "blue" / name / "x.jpg")
+    shutil.copy(root / "train" / "red" / "0.jpg", root / "train" / "blue" / "._0.jpg")
+    for name in ("__MACOSX", ".cache"):
+        shutil.copytree(root / "train" / "red", root / "train" / name)
+        shutil.copytree(root / "train", root / name, symlinks=True)
+
+
+@pytest.mark.parametrize(
+    "change", [up_and_down, to_itself, a_class_that_is_all, to_the_other_split, to_another_class, hidden]
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_each_real_folder_counts_once_and_what_is_hidden_is_nothing(tmp_path, image_folder, change, skip):
+    expected = {split: own_files(image_folder, split) for split in ("train", "validation")}
+    change(image_folder, tmp_path)
+    assert {split: paths_of(image_folder, split, skip_bad_images=skip) for split in expected} == expected
+
+
+def test_links_to_folders_elsewhere_count_once(tmp_path, image_folder):
+    """Whatever else leads there, in whatever order, and with what is below them."""
+    outside = make_image_folder(tmp_path / "outside", splits=(("part", 3),))
+    (outside / "part" / "blue" / "back").symlink_to("..")
+    (image_folder / "train" / "blue" / "a").symlink_to(outside / "part" / "blue")
+    (image_folder / "train" / "blue" / "b").symlink_to(outside / "part" / "blue")
+    (image_folder / "train" / "green" / "all").symlink_to(outside)
+    shutil.rmtree(image_folder / "train" / "red")
+    (image_folder / "train" / "red").symlink_to(outside / "part" / "red")
+    found = load(data_path=str(image_folder)).train
+    real = [os.path.realpath(row["image"]["path"]) for row in found]
+    assert len(real) == len(set(real)) == 4 + 4 + 3 * 3
+    # A split may be a link as a whole, to see whether a model can learn its images by heart.
+    shutil.rmtree(image_folder / "validation")
+    (image_folder / "validation").symlink_to("train")
+    data = load(data_path=str(image_folder))
+    assert len(data.validation) == len(data.train)
+
+
+def test_two_classes_that_are_one_folder(image_folder):
+    (image_folder / "train" / "crimson").symlink_to("red")
+    with pytest.raises(InputError, match=r"crimson.*same folder"):
+        load(data_path=str(image_folder))
+
+
+def test_hidden_parquet_files_are_nothing(tmp_path):
+    for split, count in (("train", 9), ("test", 6)):
+        rows(count).to_parquet(tmp_path / f"{split}.parquet")
+        for folder in (".cache", "__MACOSX"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            rows(3).to_parquet(tmp_path / folder / f"{split}.parquet")
+        (tmp_path / f"._{split}.parquet").write_bytes(b"Mac OS X")
+    (tmp_path / "loop").symlink_to(".")
+    found = load(data_path=str(tmp_path))
+    assert (len(found.train), len(found.validation)) == (9, 6)
+    streamed = load_streamed(DataArguments(data_path=str(tmp_path), streaming=True), run_arguments(tmp_path / "o"))
+    assert (len(streamed.train), len(streamed.validation)) == (9, 6)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode elsewhere")
+def test_names_that_are_not_utf8(image_folder):
+    os.rename(image_folder / "train" / "red", os.fsencode(image_folder / "train") + b"/caf\xe9")
+    with pytest.raises(InputError, match=r"caf.*UTF-8"):
+        load(data_path=str(image_folder))
+
+
 # What can be wrong
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_no_training_split(tmp_path, split):
+    folder = make_image_folder(tmp_path / "images", splits=((split, 2),))
+    (tmp_path / "parquet").mkdir()
+    rows(6).to_parquet(tmp_path / "parquet" / f"{split}.parquet")
+    for path in (folder, tmp_path / "parquet"):
+        with pytest.raises(InputError, match=f"no training split. Its splits: {split}.*--train_split"):
+            load(data_path=str(path))
+        assert len(load(data_path=str(path), train=False).validation) == 6
+    with pytest.raises(InputError, match="no training split"):
+        load_streamed(DataArguments(data_path=str(tmp_path / "parquet"), streaming=True), run_arguments(tmp_path / "o"))
+
+
+GARBAGE = {
+    "empty": b"",
+    "text": b"not what its name says\n" * 9,
+    "magic": b"PAR1" + b"\xff" * 99 + b"PAR1",
+    "arrow": b"ARROW1\0\0" + b"\x01" * 999,
+    "zeros": bytes(4096),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("content", list(GARBAGE))
+def test_data_files_of_garbage_name_the_file(tmp_path, kind, content):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.{kind}").write_bytes(GARBAGE[content])
+    for read in (
+        lambda: load(data_path=str(tmp_path)),
+        lambda: load_streamed(DataArguments(data_path=str(tmp_path), streaming=True), run_arguments(tmp_path / "o")),
+    ):
+        with pytest.raises(InputError, match=rf"\.{kind}|empty") as raised:
+            read()
+        assert "\n" not in str(raised.value)
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("dataset_dict.json", lambda path: path.write_text("{")),
+        ("dataset_dict.json", lambda path: path.write_text('{"splits": ["train", "nowhere"]}')),
+        ("train/state.json", lambda path: path.unlink()),
+        ("train/dataset_info.json", lambda path: path.write_text("[]")),
+        ("train/data-00000-of-00001.arrow", halve),
+        ("train/data-00000-of-00001.arrow", lambda path: path.write_bytes(b"")),
+        ("train/data-00000-of-00001.arrow", lambda path: path.unlink()),
+    ],
+)
+def test_damaged_folder_of_save_to_disk(tmp_path, name, change):
+    datasets.DatasetDict(train=rows(9), validation=rows(6)).save_to_disk(tmp_path / "saved")
+    change(tmp_path / "saved" / name)
+    with pytest.raises(InputError, match="saved") as raised:
+        load(data_path=str(tmp_path / "saved"))
+    assert "\n" not in str(raised.value)
+
+
+def test_truncated_parquet(tmp_path):
+    for split in ("train", "test"):
+        rows(30).to_parquet(tmp_path / f"{split}.parquet")
+    halve(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"train\.parquet cannot be read"):
+        load(data_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("label", [2_000_000_000, 100_000])
+def test_labels_that_number_more_classes_than_there_can_be(tmp_path, label):
+    split = rows(6).remove_columns("label").add_column("label", [0, 1, 2, 0, 1, label])
+    for name in ("train", "test"):
+        split.to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(InputError, match=f"largest label is {label:,}"):
+        load(data_path=str(tmp_path))
+
+
+def test_rows_without_an_image(tmp_path):
+    for value in (None, {"bytes": None, "path": None}):
+        table, info = rows(6).data.table, rows(6).info
+        images = pa.array([*table["image"].to_pylist()[:5], value], table["image"].type)
+        split = datasets.Dataset(table.set_column(0, table.schema.field("image"), images), info=info)
+        for name in ("train", "test"):
+            split.to_parquet(tmp_path / f"{name}.parquet")
+        with pytest.raises(InputError, match="some rows have no image"):
+            load(data_path=str(tmp_path))
+
+
+def test_one_column_for_both(tmp_path):
+    rows(6).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"`image_column` and `label_column` .* one column"):
+        load(data_path=str(tmp_path), label_column="image")
+
+
+def test_data_path_that_is_a_file(tmp_path):
+    rows(6).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"is the file .*train\.parquet"):
+        load(data_path=str(tmp_path / "train.parquet"))
 
 
 def test_no_data_named():

@@ -200,7 +200,7 @@ def test_labels_are_checked_as_they_are_read(tmp_path, training):
         ({"data_path": None}, "No data set to stream is named"),
         ({"data_path": "gone"}, "gone does not exist"),
         ({"validation_split": "extra"}, "has train, validation"),
-        ({"label_column": "img"}, r"holds Image.*class labels"),
+        ({"label_column": "img"}, r"are one column, 'img'"),
     ],
 )
 def test_refused(shards, training, options, message):
