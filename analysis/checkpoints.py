@@ -162,7 +162,10 @@ def read_run(source: str | Path) -> dict[str, Any] | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state in a checkpoint-* folder: `epoch`, `global_step`, `log_history`."""
-    return read_json(checkpoint / saved.STATE)
+    state = read_json(checkpoint / saved.STATE)
+    if not isinstance(state, dict) or not {"epoch", "global_step", "log_history"} <= state.keys():
+        raise InputError(f"{checkpoint / saved.STATE} is damaged: it lacks `epoch`, `global_step` or `log_history`.")
+    return state
 
 
 def read_json(path: Path) -> Any:

@@ -15,6 +15,7 @@ import gradio as gr
 
 from image_classification import models
 from image_classification.errors import InputError
+from image_classification.reports import escaped
 
 from . import style
 from .demo import STAGES, TOP, VIEWS, Viewer
@@ -186,7 +187,7 @@ def _column(viewer: Viewer, number: int) -> dict[str, Part]:
     kind = style.KIND_NAMES[viewer.checkpoint.kind]
     with gr.Column(min_width=260):
         described = models.describe_model(viewer.checkpoint.model)
-        gr.Markdown(f"## {kind}: {viewer.name}\n{described}", elem_classes="model")
+        gr.Markdown(f"## {kind}: {escaped(viewer.name)}\n{described}", elem_classes="model")
         # Beneath each other in a narrow column, side by side in a wide one.
         with gr.Row():
             with gr.Column(min_width=320):

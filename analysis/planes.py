@@ -8,7 +8,6 @@ parameters have no part in it.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +207,8 @@ def file_reader(folder: Path) -> Reader:
     """
     index = folder / saved.WEIGHTS_INDEX
     if index.is_file():
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        saved.weight_files(folder)  # Refuses a list that is damaged.
+        files = saved.read_json(index)["weight_map"]
     else:
         files = None
     opened = {}

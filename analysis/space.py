@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from image_classification.errors import InputError, more
 from image_classification.hub import Repository, understood
+from image_classification.reports import code_span
 
 from .demo import Viewer
 
@@ -83,7 +84,7 @@ def files(viewers: list[Viewer], examples: list[str]) -> dict[str, Path | bytes]
         else:
             on_hub.append(source)
             words += [flag, source]
-        names.append(f"`{viewer.name}`")
+        names.append(code_span(viewer.name))
     if examples:
         result |= {f"examples/{Path(example).name}": Path(example) for example in examples}
         words += ["--examples", "examples"]

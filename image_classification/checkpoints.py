@@ -43,10 +43,14 @@ def checkpoint_folder(run: str | Path, step: int) -> Path:
 
 def checkpoints(run: Path) -> dict[int, Path]:
     """The checkpoints in a run's folder that were written to the end, by step, in ascending order."""
+    return {step: folder for step, folder in _numbered(run).items() if is_checkpoint(folder)}
+
+
+def _numbered(run: Path) -> dict[int, Path]:
+    """What is called a checkpoint, by step, in ascending order."""
     found = {}
     for entry in run.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
-        if match and is_checkpoint(entry):
+        if entry.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", entry.name)):
             found[int(match[1])] = entry
     return dict(sorted(found.items()))
 
@@ -66,7 +70,8 @@ def damage(folder: Path) -> str | None:
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return None
+        missing = STATE if not (folder / STATE).is_file() else WEIGHTS
+        return None if is_checkpoint(folder) else f"{missing} is missing"
     except (OSError, UnicodeDecodeError):
         return f"{SUMS} cannot be read"
     listed = [re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line) for line in lines]
@@ -85,6 +90,21 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def check_progress(folder: Path) -> None:
+    """Raise an `InputError` unless a checkpoint says how far its run was. What `SHA256SUMS` lists need not be asked."""
+    _check_fields(folder / STATE, {"global_step": int, "epoch": (int, float), "log_history": list})
+    if (folder / PROGRESS).is_file():
+        fields = {"losses": list, "logged_loss": (int, float), "last_logged_step": int, "seconds": (int, float)}
+        _check_fields(folder / PROGRESS, {**fields, "epoch_ended": bool, "due": list})
+
+
+def _check_fields(path: Path, fields: dict[str, type | tuple[type, ...]]) -> None:
+    content = read_json(path)
+    for name, kind in fields.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise InputError(f"{path} is damaged: it has no `{name}`, or one of another type.")
+
+
 def newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     The checkpoint to go on from.
@@ -93,7 +113,7 @@ def newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
         The undamaged checkpoint of the highest step, if any; and the damaged ones after it, with what is wrong.
     """
     damaged = {}
-    for folder in reversed(checkpoints(run).values()):
+    for folder in reversed(_numbered(run).values()):
         wrong = damage(folder)
         if wrong is None:
             return folder, damaged

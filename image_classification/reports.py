@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -54,6 +55,28 @@ _HYPERPARAMETERS = (
     "cutmix",
     "repeated_aug",
 )
+
+
+def one_line(text: str) -> str:
+    """A name as people may have made it (a folder's, a class's), without line breaks and what cannot be printed."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
+def escaped(text: str) -> str:
+    """A name as Markdown shows it: on one line, and never as markup, HTML or a link."""
+    special = r"[&<>\[\]`*|~$\\@]|^[#+=-]|(?<!\w)_|_(?!\w)|:(?=\S)|(?<=www)\."
+    return re.sub(special, lambda match: f"&#{ord(match[0])};", one_line(text))
+
+
+def code_span(text: str) -> str:
+    """A name as Markdown shows code, where nothing is markup."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return f"{fence}{space}{one_line(text)}{space}{fence}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(one_line(text), ensure_ascii=False)
 
 
 def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -109,7 +132,7 @@ def draw_curves(rows: list[dict[str, float]], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(one_line(title), parse_math=False)
     figure.savefig(path, dpi=120)
 
 
@@ -143,7 +166,9 @@ def recipe(settings: Settings) -> str:
         "# Every setting of a run of KArAt-ViT, which this repeats:",
         f"#   {command} {_AGAIN}",
     ]
-    lines += [f"# Add --{name}: it was the folder {Path(value).name}, elsewhere." for name, value in folders.items()]
+    lines += [
+        f"# Add --{name}: it was the folder {one_line(Path(value).name)}, elsewhere." for name, value in folders.items()
+    ]
     for group, title in ((ModelArguments, "Model"), (DataArguments, "Data"), (RunArguments, "Training")):
         part = [name for name in group.__dataclass_fields__ if name in kept and name not in folders]
         lines += ["", f"# {title}", *(f"{name}: {_yaml(kept[name])}" for name in part)]
@@ -174,13 +199,14 @@ def card(
         weights: which were written: `ema`, `model`, or `None` where there was no choice.
         progress: how far training is, if it is not finished.
     """
-    name = Path(settings.training.output_dir).resolve().name
+    name = one_line(Path(settings.training.output_dir).resolve().name)
+    called = one_line(data.name)
     karat = model.config.model_type == "karat_vit"
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=data.hub_name or data.name,
-            dataset_name=data.name,
+            dataset_type=data.hub_name or called,
+            dataset_name=called,
             dataset_config=settings.data.dataset_config_name,
             dataset_split=data.split or "train",
             metric_type=kind,
@@ -205,22 +231,22 @@ def card(
         eval_results=results or None,
     )
     record = to_json(settings.record)
-    table = [f"| `{key}` | {record[key]} |" for key in _HYPERPARAMETERS if record.get(key) is not None]
+    table = [f"| `{key}` | {_shown(record[key])} |" for key in _HYPERPARAMETERS if record.get(key) is not None]
     table.insert(0, f"| learning rate | {settings.training.describe_learning_rate()} |")
     code = ", trust_remote_code=True" if karat else ""
     teacher = transfer.needs(model.config)
     use = f"""```python
 from transformers import pipeline
 
-classifier = pipeline("image-classification", model="{name}"{code})
+classifier = pipeline("image-classification", model={_quoted(name)}{code})
 classifier("{SAMPLE}")
 ```
 
 {_LOCAL}The image processor saved here resizes and normalises exactly as the evaluation did."""
     if teacher is not None:
         use = f"""This model does not work alone: in every block and head it attends with the maps of its teacher,
-`{teacher}`, of the same image, and its own queries and keys were never trained. A pipeline, which knows no teacher,
-gives wrong answers without a warning. This evaluates it:
+{code_span(teacher)}, of the same image, and its own queries and keys were never trained. A pipeline, which knows no
+teacher, gives wrong answers without a warning. This evaluates it:
 `python run_image_classification.py --eval --resume FOLDER --teacher_attention TEACHER`;
 `image_classification.transfer` feeds the maps to a model in Python."""
     about = (
@@ -233,11 +259,15 @@ gives wrong answers without a warning. This evaluates it:
     )
     if teacher is not None:
         about = (
-            f"A Vision Transformer that attends with the maps of another model, `{teacher}`, its teacher (attention "
-            "transfer, as in [KArAt](https://arxiv.org/abs/2503.10632))."
+            f"A Vision Transformer that attends with the maps of another model, {code_span(teacher)}, its teacher "
+            "(attention transfer, as in [KArAt](https://arxiv.org/abs/2503.10632))."
         )
-    labels = ", ".join(data.labels[:20]) + (f", ... ({len(data.labels)} in all)" if len(data.labels) > 20 else "")
-    start = f"Started from the weights of `{Path(settings.model.finetune).name}`." if settings.model.finetune else ""
+    labels = ", ".join(map(escaped, data.labels[:20])) + (
+        f", ... ({len(data.labels)} in all)" if len(data.labels) > 20 else ""
+    )
+    start = ""
+    if settings.model.finetune:
+        start = f"Started from the weights of {code_span(Path(settings.model.finetune).name)}."
     choice = f"\n{describe_choice(weights, metrics)}\n" if weights is not None else ""
     paper = describe_reported(settings.reported)
     choice += f"\nFor this recipe, {paper}.\n" if paper else ""
@@ -249,7 +279,8 @@ gives wrong answers without a warning. This evaluates it:
         )
         if key in metrics
     ]
-    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in data.notes)
+    images = f"trained on {len(data.train):,} images, evaluated on {len(data.validation):,} held-out ones"
+    notes = "".join(f" {escaped(note[0].upper() + note[1:])}." for note in data.notes)
     state = f"\n**Training goes on: this is the model after {progress}.**\n" if progress else ""
     top5 = f"{100 * metrics['eval_top5_accuracy']:.2f} %" if "eval_top5_accuracy" in metrics else None
     figures = "Not evaluated at this step."
@@ -270,12 +301,12 @@ gives wrong answers without a warning. This evaluates it:
 {header.to_yaml()}
 ---
 
-# {name}
+# {escaped(name)}
 
 {about}
 {state}
-* Model: {describe_model(model)}. {start}
-* Data: {data.name}; trained on {len(data.train):,} images, evaluated on {len(data.validation):,} held-out ones.{notes}
+* Model: {escaped(describe_model(model))}. {start}
+* Data: {escaped(data.name)}; {images}.{notes}
 * Classes: {labels}.
 
 ## Results
@@ -305,10 +336,14 @@ gives wrong answers without a warning. This evaluates it:
     return str(ModelCard(text))
 
 
+def _shown(value: Any) -> Any:
+    return escaped(value) if isinstance(value, str) else value
+
+
 def card_on_hub(text: str, folder: Path, repository: str) -> str:
     """The card of a run's folder as it reads in a repository of the Hub."""
     for here, there in (
-        (f'model="{folder.resolve().name}"', f'model="{repository}"'),
+        (f"model={_quoted(folder.resolve().name)}", f"model={_quoted(repository)}"),
         (f'("{SAMPLE}")', '("image.png")'),
         (_LOCAL, ""),
         (_REPEAT, f"hf download {repository} {RECIPE} --local-dir .\n{_REPEAT}"),

@@ -80,6 +80,7 @@ class ResumableTrainer(ParallelTrainer):
         self.resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         if self.resumed_from is not None:
             self.args.eval_on_start = False  # It is done already.
+            checkpoints.check_progress(self.resumed_from)
             if self.is_deepspeed_enabled and not list(self.resumed_from.glob("global_step*")):
                 raise InputError(
                     f"{self.resumed_from} was not saved by DeepSpeed, which can only go on from its own files. Go on "
@@ -211,6 +212,15 @@ class ResumableTrainer(ParallelTrainer):
             set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
         else:
             model.load_state_dict(weights)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        name = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+        with checkpoints.reading(Path(checkpoint or "") / name):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(Path(checkpoint or "") / "scaler.pt"):
+            super()._load_scaler(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:

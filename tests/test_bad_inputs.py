@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs that are wrong, one test for each kind: every command says so in one line, and gives no answer."""
 
+import dataclasses
+import html
 import json
 import math
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,7 +28,9 @@ import analysis.__main__ as analyses
 import analysis.spectrum
 import image_classification.main as script
 import predict
-from image_classification.arguments import ModelArguments
+from image_classification import reports
+from image_classification.arguments import ModelArguments, parse_settings
+from image_classification.data import ImageData
 from image_classification.errors import InputError, run_command
 from image_classification.images import LONGEST, check_image, read_image
 from image_classification.loading import load_image_processor, load_model
@@ -466,3 +471,100 @@ def test_one_image_at_a_time_is_in_memory(checkpoint, image, monkeypatch, capsys
     captured = capsys.readouterr()
     assert captured.out.count(image) == 12
     assert "12/12" in captured.err or "Classifying" in captured.err  # The progress.
+
+
+# Names on the model card
+
+BAD_NAMES = {
+    "HTML": "<img src=x onerror=alert(1)>",
+    "a link": "[click](javascript:alert(1))",
+    "an address": "<javascript:alert(1)> https://example.org www.example.org",
+    "line breaks": "cat\n\n# Results\r\n---\u2028| a | b |",
+    "front matter": "---\nlicense: mit\n---",
+    "markup": "*cat* _dog_ `ls` ~~owl~~ $x$ a|b",
+    "not UTF-8": "cat\udcff",
+    "right to left": "cat\u202egod",
+}
+
+
+@pytest.mark.parametrize("fault", BAD_NAMES)
+def test_names_on_the_model_card(fault, trained, tmp_path):
+    name = BAD_NAMES[fault]
+    settings = parse_settings(["--data_path", str(tmp_path), "--model", "x", "--output_dir", str(tmp_path / name)])
+    model, _ = load_model(str(trained["karat"]), "--model")
+    data = ImageData(name, [0], [0], [name, "dog"], None, [f"a note on {name}"])
+    metrics = {"eval_accuracy": 0.5, "eval_loss": 1.0}
+
+    def card(data):
+        text = reports.card(settings, model, data, metrics, None)
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        return text
+
+    found, plain = card(data), card(dataclasses.replace(data, name="n", labels=["n", "dog"], notes=["n"]))
+    assert found.count("\n") == plain.count("\n") and found.isprintable() == plain.isprintable()
+    # Outside of the code and of the metadata, whose quoting is YAML's.
+    metadata, _, text = found.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(metadata)["model-index"][0]["results"][0]["dataset"]["name"] == reports.one_line(name)
+    prose = "\n".join(text.split("```")[::2])
+    for markup in ("<", "](", "javascript:a", "://e", "www.e", "*cat*", "_dog_", "`ls`", "~~", "$x", "a|b"):
+        assert markup not in prose.replace("](https://arxiv", "").replace("](training_curves.png", "")
+    assert f"Classes: {reports.one_line(name)}, dog." in html.unescape(prose)
+
+
+def test_a_formula_in_the_name_of_a_data_set_is_none(tmp_path):
+    reports.draw_curves([{"epoch": 1, "step": 1, "eval_loss": 1.0}], tmp_path / "curves.png", "data: $x_{$ \n\udcff")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# Checkpoints to go on from
+
+DAMAGED = {
+    "cut short": ("trainer_state.json", b"{"),
+    "no object": ("trainer_state.json", b"[]"),
+    "empty": ("trainer_state.json", b"{}"),
+    "another type": ("trainer_state.json", b'{"global_step": "1", "epoch": 1.0, "log_history": []}'),
+    "no progress": ("progress.json", b"{}"),
+    "random numbers": ("rng_state.pth", b"garbage"),
+    "weights": ("model.safetensors", b"garbage"),
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two epochs, stopped before its end."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert script.main([*RUN, "--output_dir", str(folder)]) == 0
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "finished": None}))
+    return folder
+
+
+RUN = (
+    "configuration/digits.yaml --hidden_size 8 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 8 "
+    "--num_train_epochs 2 --max_train_samples 32 --max_eval_samples 16 --save_total_limit 0 --use_cpu --disable_tqdm"
+).split()
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+def test_going_on_from_a_damaged_checkpoint(run_folder, fault, tmp_path, capsys):
+    """With the sums of its files it is left out, which is said; without, it is an error that names the file."""
+    name, content = DAMAGED[fault]
+    for sums in (True, False):
+        folder = Path(shutil.copytree(run_folder, tmp_path / f"sums-{sums}"))
+        (folder / "checkpoint-2" / name).write_bytes(content)
+        if not sums:
+            (folder / "checkpoint-2" / "SHA256SUMS").unlink()
+        assert script.main([*RUN, "--output_dir", str(folder)]) == (0 if sums else 2)
+        captured = capsys.readouterr()
+        if sums:
+            assert f"left out: checkpoint-2 ({name}" in captured.out and "goes on from checkpoint-1" in captured.out
+        else:
+            assert str(folder / "checkpoint-2" / name) in captured.err and len(captured.err.splitlines()) == 1
+
+
+def test_a_checkpoint_without_its_state_is_left_out_and_that_is_said(run_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()
+    assert script.main([*RUN, "--output_dir", str(folder)]) == 0
+    assert "left out: checkpoint-2 (trainer_state.json is missing)" in capsys.readouterr().out
+    assert (folder / "checkpoint-2.damaged").is_dir()
