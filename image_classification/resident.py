@@ -6,6 +6,7 @@ Where all of them fit, they are decoded once and stay there, and the data loader
 the data workers decode, crop and resize them, as ever.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -191,11 +192,13 @@ class _Decoded(torch.utils.data.Dataset):
         return torch.cat([image.flatten() for image in images]), sides
 
 
+def _start_worker(worker: int) -> None:
+    outlive_signals()
+
+
 def in_workers(parts: torch.utils.data.Dataset, doing: str, workers: int) -> Iterator:
     """What is in a data set, in order, prepared by processes; with a progress bar where it takes a while."""
-    loader = torch.utils.data.DataLoader(
-        parts, batch_size=None, num_workers=workers, worker_init_fn=lambda _: outlive_signals()
-    )
+    loader = torch.utils.data.DataLoader(parts, batch_size=None, num_workers=workers, worker_init_fn=_start_worker)
     hidden = int(os.environ.get("LOCAL_RANK", 0)) > 0
     bar = tqdm(total=len(parts.split), desc=doing, unit="image", leave=False, delay=2, disable=hidden)
     with bar:
@@ -259,7 +262,8 @@ class ResidentEvaluation(torch.utils.data.Dataset):
 
     def _load(self) -> torch.Tensor:
         pixels, end = None, 0
-        for part, sides in in_workers(_Decoded(self.split, self.name, self._read), "Reading images", self.workers):
+        processed = functools.partial(_processed, self.processor)  # Goes to processes, and must not take tensors along.
+        for part, sides in in_workers(_Decoded(self.split, self.name, processed), "Reading images", self.workers):
             part = part.view(len(sides), *sides[0].tolist(), 3)
             if pixels is None:
                 pixels = part.new_empty((len(self), *part.shape[1:]), device=self.device)
@@ -267,10 +271,11 @@ class ResidentEvaluation(torch.utils.data.Dataset):
             end += len(part)
         return pixels
 
-    def _read(self, item: dict[str, Any], where: str) -> torch.Tensor:
-        """By Pillow, resized and cropped as evaluation and pipeline do it: uint8 (height, width, 3)."""
-        made = self.processor(decode(item, where), return_tensors="pt", do_rescale=False, do_normalize=False)
-        return made["pixel_values"][0].permute(1, 2, 0)
+
+def _processed(processor: BaseImageProcessor, item: dict[str, Any], where: str) -> torch.Tensor:
+    """By Pillow, resized and cropped as evaluation and pipeline do it: uint8 (height, width, 3)."""
+    made = processor(decode(item, where), return_tensors="pt", do_rescale=False, do_normalize=False)
+    return made["pixel_values"][0].permute(1, 2, 0)
 
 
 def collate_for_device(rows: list[dict]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -329,6 +330,24 @@ def test_what_fits_is_resident():
         assert torch.equal(kept.crop(index, [3, 5, 20, 30]), expected[3:23, 5:35])
     kept, how = load_resident(make_split(images), "training", CPU, 1e-9)
     assert kept is None and "resident_share" in how
+
+
+def test_workers_that_are_started_anew_decode():
+    """As Python 3.14 starts them: what they need is sent to them."""
+    images = [encode(photo(seed, 60 + seed, 90), "PNG") for seed in range(5)]
+    split, processor = make_split(images), build_image_processor(DataArguments(eval_crop_ratio=1.0), SIZE)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        kept, _ = load_resident(split, "training", CPU, 0.5, workers=1)
+        held = ResidentEvaluation(split, "validation", processor, CPU, 1)
+        made = held.batch(torch.arange(5))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    here, _ = load_resident(split, "training", CPU, 0.5)
+    assert torch.equal(kept.pixels, here.pixels)
+    expected = ResidentEvaluation(split, "validation", processor, CPU, 0).batch(torch.arange(5))
+    assert torch.equal(made["pixel_values"], expected["pixel_values"])
 
 
 def test_what_is_larger_than_it_seemed(monkeypatch):
