@@ -73,7 +73,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.high == Range.high:
-            return f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
+            low = f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
+            return f"{low}, below {self.high:.0e}"
         bounds = ("more than " if self.above else "", "less than " if self.below else "")
         if not any(bounds):
             return f"between {self.low:.12g} and {self.high:.12g}"
@@ -429,7 +430,7 @@ class RunArguments(TrainingArguments):
     per_device_eval_batch_size: Annotated[int | None, COUNT] = _optional(
         f"Images per device in evaluation; unset: as in training, and on a GPU {EVAL_BATCH} at least."
     )
-    num_train_epochs: Annotated[float, NOT_NEGATIVE] = field(
+    num_train_epochs: Annotated[float, POSITIVE] = field(
         default=100.0, metadata={"help": "Passes over the training images."}
     )
     weight_decay: Annotated[float, NOT_NEGATIVE] = field(
@@ -530,6 +531,8 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
         if self.dataloader_multiprocessing_context is not None and self.dataloader_num_workers == 0:
             raise InputError("`dataloader_multiprocessing_context` is of data workers: `dataloader_num_workers` is 0.")
+        if self.fsdp and self.world_size == 1:
+            raise InputError("`fsdp` shards a model over several processes: start them with `accelerate launch`.")
         if self.model_ema_device is not None:
             self._try_ema_device()
         if self.torch_compile:
@@ -1025,6 +1028,8 @@ def _check(record: dict[str, Any]) -> None:
             raise InputError(f"`{name}` does not work here: {why}. Leave it out.")
     for name in MAPPINGS:
         _check_mapping(name, record.get(name))
+    if record["save_strategy"] == "best" and record["eval_strategy"] == "no":
+        raise InputError("`save_strategy: best` saves after an evaluation, and `eval_strategy` is no.")
     sched = record["sched"]
     if record["cooldown_epochs"] and sched not in FALLING:
         raise InputError(

@@ -205,6 +205,11 @@ def _train(settings: Settings, plan: runs.Plan, destination: hub.Destination | N
     with args.main_process_first(desc="reading the data"):
         data = _load_data(settings)
     check_best(args.metric_for_best_model, args.model_ema, len(data.labels))
+    if args.dataloader_drop_last and len(data.train) < args.global_batch_size:
+        raise InputError(
+            f"`dataloader_drop_last` leaves nothing to train on: {len(data.train):,} images are less than a batch of "
+            f"{args.global_batch_size:,}."
+        )
     set_seed(args.seed)
     model = models.build_model(settings.model, data.labels)
     if plan.checkpoint:

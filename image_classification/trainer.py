@@ -405,6 +405,11 @@ class ImageClassificationTrainer(ResumableTrainer):
             self.optimizer = self._timm_optimizer(parameter_groups(model, self.args))
             return self.optimizer
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if self.args.optim_args:
+            plain = copy.copy(self.args)
+            plain.optim_args = None
+            if self.get_optimizer_cls_and_kwargs(plain, model) == (kind, options):
+                raise InputError(f"`optim_args` does nothing with `optim: {self.args.optim.value}`. Leave it out.")
         if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
             for name in ("attn_lr", "attn_weight_decay", "layer_decay"):
                 if getattr(self.args, name) is not None:

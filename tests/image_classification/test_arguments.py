@@ -234,7 +234,8 @@ def test_no_number_is_unbounded(name, value):
 @pytest.mark.parametrize(
     "words",
     "seed -1|seed 4294967296|data_seed -1|adam_beta1 2|adam_beta1 1|adam_beta2 -0.1|adam_epsilon -1|cpu_threads 100000|"
-    "cpu_threads 0|dataloader_num_workers 100000|dataloader_num_workers -1|num_train_epochs -1|max_steps -2|"
+    "cpu_threads 0|dataloader_num_workers 100000|dataloader_num_workers -1|num_train_epochs -1|num_train_epochs 0|"
+    "max_steps -2|"
     "per_device_train_batch_size 0|per_device_eval_batch_size 0|gradient_accumulation_steps 0|weight_decay -0.1|"
     "label_smoothing_factor 1.1|max_grad_norm -1|save_steps 0|save_total_limit -1|logging_steps -1|eval_steps -5|"
     "eval_delay -1|eval_accumulation_steps 0|dataloader_prefetch_factor 0|ddp_timeout 0|ddp_timeout 10000000000|"
@@ -292,6 +293,8 @@ def test_lists_without_a_number(recipe, text):
         ("--train_sampling_strategy group_by_length", "train_sampling_strategy"),
         ("--lr_scheduler_type reduce_lr_on_plateau --eval_strategy no", "reduce_lr_on_plateau"),
         ("--load_best_model_at_end --eval_strategy no", "load_best_model_at_end"),
+        ("--save_strategy best --eval_strategy no", "save_strategy"),
+        ("--fsdp full_shard", "fsdp"),
         ("--dataloader_num_workers 0 --dataloader_prefetch_factor 2", "dataloader_prefetch_factor"),
         ("--dataloader_num_workers 0 --dataloader_multiprocessing_context fork", "dataloader_multiprocessing_context"),
     ],

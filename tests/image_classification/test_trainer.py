@@ -561,7 +561,9 @@ def test_misspelt_metric_is_found_before_the_data_is_read(tmp_path, small, capsy
     assert "did you mean `accuracy`" in capsys.readouterr().err and not (tmp_path / "o").exists()
     words = [*small, "--model", "karat_digits", "--data_set", "digits", "--output_dir", str(tmp_path / "o")]
     schedule = ["--lr_scheduler_kwargs", '{"a": 1}', "--lr_scheduler_type", "cosine"]
-    for flags in (["--metric_for_best_model", "ema_loss"], ["--optim_args", "x"], schedule):
+    few = ["--dataloader_drop_last", "--max_train_samples", "9"]
+    nothing = ["--optim_args", "a=b", "--optim", "adagrad"]
+    for flags in (["--metric_for_best_model", "ema_loss"], ["--optim_args", "x"], nothing, schedule, few):
         assert script.main([*words, *flags]) == 2
         err = capsys.readouterr().err
         assert flags[0].lstrip("-") in err and len(err.splitlines()) == 1
