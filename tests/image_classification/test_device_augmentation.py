@@ -36,6 +36,7 @@ from image_classification.resident import (
     read,
 )
 from image_classification.transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
+from tests.image_classification.processes import in_two_forks
 from tests.images import make_image_folder
 
 
@@ -505,3 +506,19 @@ def test_a_run_evaluates_resident_images(tmp_path, small, monkeypatch):
         ]
         logs.append(timeless)
     assert logs[0] == logs[1] and len(logs[0]) == 2 and "eval_ema_loss" in logs[0][0]
+
+
+@pytest.mark.parametrize("share", ["0.2", "0"])
+def test_two_processes_train_as_one(tmp_path, small, share, capfd):
+    """An item's numbers are the same in whichever process it is."""
+    images = make_image_folder(tmp_path / "images", (("train", 8), ("validation", 1)))
+    words = [*small, "--data_path", str(images), "--augment_on", "device", "--resident_share", share]
+    words += ["--model", "karat_digits", "--image_size", "16", "--patch_size", "8", "--num_train_epochs", "2"]
+    words += ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--eval_strategy", "no", "--learning_rate", "1e-2"]
+    size = words.index("--per_device_train_batch_size") + 1
+    one, two = ([*words[:size], batch, *words[size + 1 :]] for batch in ("8", "4"))
+    assert script.main([*one, "--output_dir", str(tmp_path / "one")]) == 0
+    statuses = in_two_forks(lambda: script.main([*two, "--output_dir", str(tmp_path / "two")]))
+    assert statuses == [0, 0], capfd.readouterr()
+    losses = [json.loads((tmp_path / name / "all_results.json").read_text())["train_loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
