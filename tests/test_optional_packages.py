@@ -14,8 +14,8 @@ from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
 
 PROJECT = Path(__file__).parents[1]
-# Where the module has another name than its distribution; PyYAML is left out, since Transformers needs it too.
-MODULES = {"scikit-learn": "sklearn", "pytest-xdist": "xdist", "pyyaml": None}
+# Where the module has another name than its distribution; left out is what Transformers and the Hub's client need too.
+MODULES = {"scikit-learn": "sklearn", "pytest-xdist": "xdist", "pyyaml": None, "filelock": None}
 
 USER = """
 import sys
