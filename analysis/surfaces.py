@@ -23,9 +23,14 @@ from tqdm.auto import tqdm
 
 from image_classification import checkpoints as saved
 from image_classification.errors import InputError
-from image_classification.runs import fcntl
 
 from .planes import flatten, trainable
+
+
+try:
+    import fcntl
+except ImportError:  # Windows has none.
+    fcntl = None
 
 
 @dataclass
