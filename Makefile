@@ -16,7 +16,7 @@ caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo gallery test test-pinned test-lowest lint format clean
+.PHONY: help train demo gallery test test-pinned test-lowest lint format docs clean
 
 help: ## List the targets
 	@echo "make TARGET [VENV=path of the Python environment, $(VENV) unless given]"
@@ -48,6 +48,9 @@ test-lowest: $(lowest)/.installed ## Run the tests of the model, and one of the 
 lint: $(VENV)/.installed-test ## Check style and formatting
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+
+docs: $(VENV)/.installed-docs ## Build the pages of docs/ as a site in build/site; links that lead nowhere are errors
+	$(VENV)/bin/zensical build --strict --clean
 
 format: $(VENV)/.installed-test ## Mend style and formatting
 	$(python) -m ruff check --fix .

@@ -19,7 +19,7 @@ COMMANDS = {
     "compare": "a table of models: parameters, FLOPs, memory, speed, accuracy",
     "faithfulness": "what the maps are worth: deletion, insertion, pointing game and IoU, beside random maps",
     "demo": "a page in the browser: guesses, attention and learned functions of any image that you drop in",
-    "gallery": "all of them for a KArAt model and its softmax twin, which it trains: the README's pictures",
+    "gallery": "all of them for a KArAt model and its softmax twin, which it trains: the documentation's pictures",
 }
 
 _USAGE = """\

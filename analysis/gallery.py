@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The pictures of the README: trains a KArAt-ViT and its softmax twin under one recipe, and makes every figure of them. A
-second call finds them trained.
+The pictures of the documentation: trains a KArAt-ViT and its softmax twin under one recipe, and makes every figure of
+them. A second call finds them trained.
 
   --data-set digits     a small model on scikit-learn's handwritten digits, which need no download: some minutes on two
                         CPU cores

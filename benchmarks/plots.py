@@ -3,6 +3,8 @@
 The rows of benchmarks/results/cuda.csv as a picture: training steps over softmax's, in GPU time and in peak memory.
 
     python -m benchmarks.plots [rows.csv] [picture.png]
+
+Without arguments, the picture of docs/performance.md.
 """
 
 import csv
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 
 
 RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "performance.png"
 NAMES = {"karat_triton": "fused", "karat_portable": "portable", "eager": "reference", "naive": "einsums"}
 WAVELETS = {
     "mexican_hat": "Mexican hat",
@@ -71,7 +74,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     arguments = [Path(argument) for argument in sys.argv[1:]]
     rows = arguments[0] if arguments else RESULTS / "cuda.csv"
-    picture = arguments[1] if len(arguments) > 1 else rows.with_suffix(".png")
+    picture = arguments[1] if len(arguments) > 1 else rows.with_suffix(".png") if arguments else PICTURE
     draw(latest(rows), picture)
     print(f"Written to {picture}")
 

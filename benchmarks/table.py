@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rows of benchmarks/results/ as the tables of README.md and NOTES.md, whole runs first:
+The rows of benchmarks/results/ as tables for the documentation, whole runs first:
 
     python -m benchmarks.table [cuda.csv]
 

@@ -2,8 +2,8 @@
 """
 The command line of the official KArAt code (a DeiT derivative), translated to our settings.
 
-`OFFICIAL_FLAGS` is the only place that knows the official spellings: the parser, the translation, the README's table
-and the tests read it. Spellings with `-` and `_` are both accepted, as for every flag.
+`OFFICIAL_FLAGS` is the only place that knows the official spellings: the parser, the translation, the table of
+docs/official-command-line.md and the tests read it. Spellings with `-` and `_` are both accepted, as for every flag.
 """
 
 import re
@@ -364,7 +364,7 @@ def suggest(flag: str, native: set[str]) -> str:
 
 
 def markdown_table() -> str:
-    """The README's table from official flag to our setting."""
+    """The table of docs/official-command-line.md, from official flag to our setting."""
     lines = ["| official flag | our setting | remark |", "| --- | --- | --- |"]
     for flag in OFFICIAL_FLAGS:
         settings = ", ".join(f"`{setting}`" for setting in flag.settings)

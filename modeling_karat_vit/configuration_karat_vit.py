@@ -95,52 +95,52 @@ _PRETRAINED_KEYS = {
 @strict
 class KArAtViTConfig(ViTConfig):
     r"""
-    Configuration of [`KArAtViTModel`] and [`KArAtViTForImageClassification`]: every field of Transformers' `ViTConfig`,
+    Configuration of `KArAtViTModel` and `KArAtViTForImageClassification`: every field of Transformers' `ViTConfig`,
     and the fields below. Defaults give the paper's operator (`phi1_w2`, Fourier, blockwise) on ViT-Base.
 
     Args:
-        basis_type (`str`, defaults to `"fourier"`):
+        basis_type (str, defaults to "fourier"):
             Basis of the learnable scalar functions: `"fourier"`, `"spline"`, `"wavelet"` or `"rational"`.
-        wavelet_type (`str`, defaults to `"mexican_hat"`):
+        wavelet_type (str, defaults to "mexican_hat"):
             `"mexican_hat"`, `"morlet"`, `"dog"`, `"meyer"` or `"shannon"`; read with `basis_type="wavelet"`.
-        grid_size (`int`, defaults to 3):
+        grid_size (int, defaults to 3):
             G: the number of harmonics of the Fourier basis, or of intervals of the B-spline's grid.
-        spline_order (`int`, defaults to 3):
+        spline_order (int, defaults to 3):
             Degree k of the B-splines (0 or more; 0 gives the scores no gradient).
-        grid_range (pair of `float`, defaults to `(-4.0, 4.0)`):
+        grid_range (pair of float, defaults to (-4.0, 4.0)):
             The scores that the B-spline's grid spans. The splines fade to zero k intervals beyond it.
-        rational_order (pair of `int`, defaults to `(5, 4)`):
+        rational_order (pair of int, defaults to (5, 4)):
             Degrees (m, n) of numerator and denominator of the rational functions.
-        base_fn (`str`, defaults to `"zero"`):
+        base_fn (str, defaults to "zero"):
             `"zero"`, or the name of an activation in Transformers' `ACT2FN`, added to every scalar function as
             `scale_base * base_fn(x)`.
-        karat_rank (`int`, defaults to 12):
+        karat_rank (int, defaults to 12):
             r, the width between the two steps of the operator (the official `hidden_dim`).
-        karat_depth (`int`, defaults to 2):
+        karat_depth (int, defaults to 2):
             Steps of the operator. 1 is the full-rank operator (N x N functions). With `modular_mode=None`, a depth of 2
             or more composes that many learnable steps N -> r -> ... -> r -> N.
-        modular_mode (`str` or `None`, defaults to `"phi1_w2"`):
+        modular_mode (str or None, defaults to "phi1_w2"):
             `"phi1_w2"`: scalar functions N -> r, then a linear projector r -> N (the paper's operator). `"w1_phi2"`: a
             linear projector N -> r, then scalar functions r -> N. `None`: every step has scalar functions.
-        sharing (`str`, defaults to `"blockwise"`):
+        sharing (str, defaults to "blockwise"):
             `"blockwise"`: each block has its own operator. `"universal"`: all blocks share one.
-        num_karat_heads (`int`, *optional*):
+        num_karat_heads (int, optional):
             The first `num_karat_heads` heads are KArAt and the others softmax. `None`: all heads are KArAt.
-        karat_layers (list of `int`, *optional*):
+        karat_layers (list of int, optional):
             Indices of the blocks with KArAt heads (negative ones count from the end); the others are plain softmax
             blocks. `None`: all blocks.
-        project_l1 (`bool`, defaults to `False`):
+        project_l1 (bool, defaults to False):
             Project each activated row on the probability simplex.
-        train_basis (`bool`, defaults to `True`):
+        train_basis (bool, defaults to True):
             `False` freezes the parameters of the basis and `scale_basis`. The projector still learns.
-        train_base (`bool`, defaults to `True`):
+        train_base (bool, defaults to True):
             `False` freezes `scale_base`. With the zero base function it never needs a gradient.
-        karat_init (`str`, defaults to `"scaled"`):
+        karat_init (str, defaults to "scaled"):
             `"scaled"` keeps the variance of the attention output, damps the harmonics and starts one component at the
             mean over the tokens; `"normal"` is the paper's N(0, 1).
-        drop_path_rate (`float`, defaults to 0.0):
+        drop_path_rate (float, defaults to 0.0):
             Stochastic depth: rate of the last block; the others rise linearly towards it from 0 in the first.
-        format_version (`int`):
+        format_version (int):
             Version of the checkpoint format, written by the library.
 
     Raises:

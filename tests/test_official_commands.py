@@ -11,7 +11,6 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from image_classification import main as script
-from image_classification.official_flags import markdown_table
 from tests.images import make_image_folder, own_library_settings  # noqa: F401
 
 
@@ -139,7 +138,3 @@ def test_the_log_says_which_operator_runs(imagenet, tmp_path, capsys, flags, ope
 def test_contradiction(capsys):
     assert script.main(["--model", "vit_tiny_patch16_224_karat", "--blockwise", "--universal"]) == 2
     assert "--blockwise and --universal contradict each other" in capsys.readouterr().err
-
-
-def test_readme_has_the_table_of_flags():
-    assert markdown_table() in (PROJECT / "README.md").read_text()

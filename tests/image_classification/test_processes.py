@@ -202,4 +202,4 @@ def test_configuration_and_its_command(path):
         word for word in launcher.training_script_args if word.startswith("--") and word[2:] not in known.settings
     ]
     assert not unknown
-    assert path.name in (PROJECT / "README.md").read_text()
+    assert path.name in (PROJECT / "docs" / "devices.md").read_text()
