@@ -16,7 +16,7 @@ caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo gallery test test-pinned test-lowest lint format docs clean
+.PHONY: help train demo gallery test test-pinned test-lowest lint docs format clean
 
 help: ## List the targets
 	@echo "make TARGET [VENV=path of the Python environment, $(VENV) unless given]"

@@ -9,6 +9,7 @@ The README's snippets are those of the pages, where they run.
 """
 
 import configparser
+import csv
 import importlib
 import os
 import re
@@ -332,6 +333,15 @@ def test_the_ratios_are_those_measured_last():
         assert (time, memory) == (f"{float(row['ratio_gpu']):.2f}", f"{float(row['ratio_memory']):.2f}"), label
 
 
+def test_the_runs_are_those_of_the_table():
+    with (PROJECT / "results" / "runs.csv").open(newline="", encoding="utf-8") as file:
+        measured = {(row["screen"], row["arm"], row["seed"]): row for row in csv.DictReader(file)}
+    for screen, arm, seed, *figures in table(DOCS / "results.md", "screen"):
+        row = measured[screen.strip("`"), arm.strip("`"), seed]
+        found = float(row["best"]), float(row["average_last"]), float(row["images_per_second"])
+        assert figures == [f"{found[0]:.2f}", f"{found[1]:.2f}", f"{found[2]:,.0f}"], arm
+
+
 def anchors(path: Path) -> set[str]:
     titles = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
@@ -360,8 +370,7 @@ def test_the_files_it_names_exist(path):
 
 
 def test_the_layout_is_what_is_there():
-    layout = (DOCS / "developing.md").read_text().split("## How it is laid out")[1].split("```")[1]
-    named = {line.split()[0] for line in layout.splitlines()[1:]}
+    named = {name.strip("`") for name, _ in table(DOCS / "developing.md", "part")}
     assert all((PROJECT / name).exists() for name in named), named
     packages = {f"{path.parent.name}/" for path in PROJECT.glob("*/__init__.py")}
     assert packages <= named
