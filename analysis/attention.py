@@ -2,9 +2,9 @@
 """
 Attention maps of one block: what one query ([CLS], or a patch) sees of each image.
 
-attention_heads_<i>, one for each image: every head, before the activation (the scores) and after it, signed, with zero
-in the middle of the colours. attention_summary, all images: the map of the dominant head, the region that holds most
-of it, which head is strongest at each patch, and attention rollout over all blocks. With --compare, another model (a
+`attention_heads_<i>`, one for each image: every head, before the activation (the scores) and after it, signed, with
+zero in the middle of the colours. attention_summary, all images: the map of the dominant head, the region that holds
+most of it, which head is strongest at each patch, and attention rollout over all blocks. With --compare, another model (a
 softmax ViT, say) beside it. attention.npz has the numbers.
 
 The dominant head is the one whose map is the longest vector over the patches. Regions and overlays show what is

@@ -4,7 +4,7 @@ The learned functions phi_pq of one block: for each KArAt head the mean over all
 edges and a chosen one, base function included, over the range of inputs that really occur (measured on images, and
 drawn beneath as a density). With --before, the same edges before training beside them.
 
-Writes functions_block<B>.png, .svg (the figure) and .csv (its curves and densities).
+Writes `functions_block<B>.png`, .svg (the figure) and .csv (its curves and densities).
 """
 
 import argparse

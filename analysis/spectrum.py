@@ -5,8 +5,8 @@ and largest over heads and images, with the bounds that the head size d and the 
 effective rank of every block: exp(entropy of the normalised singular values), Roy and Vetterli 2007. With --compare,
 another model (a softmax ViT, say) beside it.
 
-Writes spectrum_block<B>.png, .svg and .npz (all singular values and effective ranks). Computed in fp64 where the device
-has it; what is zero up to rounding is not drawn.
+Writes `spectrum_block<B>.png`, .svg and .npz (all singular values and effective ranks). Computed in fp64 where the
+device has it; what is zero up to rounding is not drawn.
 """
 
 import argparse
