@@ -4,8 +4,8 @@ Attention maps of one block: what one query ([CLS], or a patch) sees of each ima
 
 `attention_heads_<i>`, one for each image: every head, before the activation (the scores) and after it, signed, with
 zero in the middle of the colours. attention_summary, all images: the map of the dominant head, the region that holds
-most of it, which head is strongest at each patch, and attention rollout over all blocks. With --compare, another model (a
-softmax ViT, say) beside it. attention.npz has the numbers.
+most of it, which head is strongest at each patch, and attention rollout over all blocks. With --compare, another
+model (a softmax ViT, say) beside it. attention.npz has the numbers.
 
 The dominant head is the one whose map is the longest vector over the patches. Regions and overlays show what is
 positive. Rollout (Abnar and Zuidema 2020) needs rows that are distributions: KArAt's signed maps go in as magnitudes,
