@@ -21,7 +21,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from .divergence import SKIPPED_STEPS
 from .ema import WeightAverage
@@ -92,8 +93,8 @@ class RecordedStep:
         # Steps done, and skipped in a row; the first step that diverged (0: none), with its loss and norms.
         self.steps, self.skipped, self.diverged = (zeros(dtype=torch.int64) for _ in range(3))
         self.steps.fill_(step)
-        self.values = torch.zeros(1 + len(self.parameters), device=device)
-        if scaler is not None:
+        self.values: torch.Tensor | None = None
+        if scaler is not None and scaler._scale is None:
             scaler._lazy_init_scale_growth_tracker(device)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] | None = None
         self.pool = None
@@ -118,11 +119,12 @@ class RecordedStep:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             images, labels = batch["pixel_values"], batch["labels"]
-            if self.graphs is not None and images.shape == self.images.shape:
+            if self.graphs is not None and (images.shape, labels.shape) == (self.images.shape, self.labels.shape):
                 self.images.copy_(images)
                 self.labels.copy_(labels)
                 self.graphs[last].replay()
             else:
+                self.model.train()  # Maybe after an evaluation.
                 self._compute(images, labels, last)
 
     def record(self, images: torch.Tensor, labels: torch.Tensor, listen=contextlib.nullcontext) -> None:
@@ -135,6 +137,7 @@ class RecordedStep:
         """
         self.images, self.labels = images.clone(), labels.clone()
         generator = torch.cuda.get_rng_state(images.device)
+        self.model.train()
         self._make_momentum()
         for block in self.blocks:
             block.compile(options=COMPILED)
@@ -199,8 +202,6 @@ class RecordedStep:
 
     def _compute(self, images: torch.Tensor, labels: torch.Tensor, last: bool) -> None:
         """All that is recorded: a batch, and after the `last` one the step."""
-        if self.accumulated > 1 and self.parameters[0].grad is None:
-            self._make_gradients()
         loss = self._differentiate(images, labels)
         self.loss += loss
         self.running_loss += loss * self.world
@@ -216,6 +217,11 @@ class RecordedStep:
     def _differentiate(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = self.loss_of(self.model(pixel_values=images), labels, self.items)
         (loss if self.scaler is None else loss * self.scaler._scale).backward()
+        if self.values is None:
+            # As the optimiser does, leave out what gets no gradient: it would decay by one of 0.
+            used = {name: weight for name, weight in zip(self.names, self.parameters) if weight.grad is not None}
+            self.names, self.parameters = list(used), list(used.values())
+            self.values = torch.zeros(1 + len(used), device=loss.device)
         return loss.detach()
 
     def _finish(self) -> None:
@@ -311,7 +317,9 @@ class RecordedStep:
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks of a ViT that can be compiled: none where a teacher hands each its maps."""
-    return [] if getattr(model.config, "teacher_attention", None) else list(model.base_model.layers)
+    if getattr(model.config, "teacher_attention", None):
+        return []
+    return [module for module in model.modules() if isinstance(module, ViTLayer)]
 
 
 def table_of_rates(scheduler: LambdaLR, steps: int) -> torch.Tensor:
@@ -336,12 +344,16 @@ def obstacle(trainer) -> str | None:
         return "one process has several GPUs: start one for each, with `accelerate launch`"
     if trainer.bare_model.config.model_type == "vit" and trainer.bare_model.config._attn_implementation == "sdpa":
         return f"`attn_implementation` sdpa makes a mask while it is recorded ({UNMASKED} does not)"
-    if args.gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in trainer.bare_model.modules()):
         return "`gradient_checkpointing` restores random numbers on the host"
     if args.torch_compile:
         return "`torch_compile` compiles the whole model in its own way"
     if args.torch_empty_cache_steps is not None:
         return "`torch_empty_cache_steps` gives memory back that the graph uses"
+    if args.debug:
+        return f"`debug` {args.debug[0].value} looks at every module's output on the host"
+    if others := [callback for callback in trainer.callback_handler.callbacks if _acts_within(callback)]:
+        return f"the callback {type(others[0]).__name__} acts within a step"
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
         return f"the optimiser {args.optimizer_name} cannot be recorded (adamw_torch_fused, adamw_torch and sgd can)"
     if not all(group.get("fused") for group in optimizer.param_groups):
@@ -355,6 +367,13 @@ def obstacle(trainer) -> str | None:
     if not has_compiler():
         return "there is no C compiler (gcc, clang, or $CC)"
     return None
+
+
+def _acts_within(callback: TrainerCallback) -> bool:
+    """Whether it wants to hear of events of which there is none while a graph is replayed."""
+    events = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
+    heard = any(getattr(type(callback), event) is not getattr(TrainerCallback, event) for event in events)
+    return heard and not getattr(callback, "is_recorded", False)
 
 
 def has_compiler() -> bool:

@@ -115,7 +115,7 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def _make_recorded_step(self) -> RecordedStep | None:
         """By `record_step`, if nothing stands against it; the log says which way steps are taken, and why."""
-        if self.args.record_step is False:
+        if self.args.record_step is False or self.state.global_step >= self.state.max_steps:
             return None
         if (reason := obstacle(self)) is not None:
             if self.args.record_step:
@@ -175,10 +175,13 @@ class ImageClassificationTrainer(ResumableTrainer):
                 **rest,
             )
         self.tell_epoch(epoch, train_dataloader)
-        done, resumed = 0, epoch == epochs_trained and resume_from_checkpoint is not None
-        if resumed and steps_trained_in_current_epoch > 0:
-            done = steps_trained_in_current_epoch
-            train_dataloader = skip_first_batches(train_dataloader, done)
+        # As Transformers: what iterating draws comes after the state of an epoch's end, and before that of a step.
+        skipped = 0
+        if epoch == epochs_trained and resume_from_checkpoint is not None:
+            if skipped := steps_trained_in_current_epoch:
+                train_dataloader = skip_first_batches(train_dataloader, skipped)
+            else:
+                self._load_rng_state(resume_from_checkpoint)
         if hasattr(train_dataloader, "set_epoch"):
             train_dataloader.set_epoch(epoch)
         batches, handler, state = iter(train_dataloader), self.callback_handler, self.state
@@ -186,14 +189,14 @@ class ImageClassificationTrainer(ResumableTrainer):
             self._maybe_log_save_evaluate, self._tr_loss, model=model, trial=trial, epoch=epoch,
             ignore_keys_for_eval=ignore_keys_for_eval, start_time=start_time,
         )  # fmt: skip
+        done = skipped
         while done < steps_in_epoch:
             some = min(self.args.gradient_accumulation_steps, steps_in_epoch - done)
             some, images = self.take_batches(batches, some)
             if not some:
                 break
-            if resumed:
-                self._load_rng_state(resume_from_checkpoint)  # After what iterating draws, as Transformers has it.
-                resumed = False
+            if 0 < done == skipped:
+                self._load_rng_state(resume_from_checkpoint)
             self.control = handler.on_step_begin(self.args, state, self.control)
             self._take_recorded_step(some, images)
             done += len(some)
@@ -209,18 +212,15 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def _take_recorded_step(self, batches: list[dict[str, torch.Tensor]], images: int) -> None:
         step, labels = self.recorded, batches[0]["labels"]
-        if step.graphs is None:
-            self.model.train()
-            if self.args.device.type == "cuda" and len(labels) == self._train_batch_size:
-                with self._apart():
-                    step.record(batches[0]["pixel_values"], labels, self._guard.listening)
-        elif len(batches[-1]["labels"]) != self._train_batch_size:
-            self.model.train()  # A batch that is not replayed, maybe after an evaluation.
+        if step.graphs is None and self.args.device.type == "cuda" and len(labels) == self._train_batch_size:
+            with self._apart():
+                step.record(batches[0]["pixel_values"], labels, self._guard.listening)
         with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
             step.run(batches, images * labels[0].numel())
         self._images += images
         for batch in batches:
             self.current_flos += float(self.floating_point_ops(batch))
+            self._track_num_input_tokens(batch)
         if self.state.global_step % STEPS_UNSEEN == 0:
             self._flush_guard()
 
@@ -370,7 +370,7 @@ class ImageClassificationTrainer(ResumableTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         if isinstance(self._evaluated_images, ResidentEvaluation):
             inputs = self._evaluated_images.batch(inputs["index"])
-        if self.recorded is None or self.args.world_size > 1:
+        if self.recorded is None or self.args.world_size > 1 or inputs.keys() != {"pixel_values", "labels"}:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         self.stop_if_asked()
         logits, labels = self.recorded.logits(inputs["pixel_values"]), inputs["labels"]
@@ -509,7 +509,8 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self._apart():
             if self.recorded is not None:
-                self._last_step = (self.recorded.norm, self._catch_up_with_device())
+                rate, (norm, logged) = self._catch_up_with_device(), self._last_step
+                self._last_step = (norm, rate if logged is None else logged)
             super()._save_checkpoint(*args, **kwargs)
 
     def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -541,6 +542,8 @@ class ImageClassificationTrainer(ResumableTrainer):
 
 class _Hooks(TrainerCallback):
     """The Trainer's own part in its events."""
+
+    is_recorded = True  # What it does within a step.
 
     def __init__(self, trainer: ImageClassificationTrainer):
         self.trainer = trainer

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recorded step is the Trainer's own: uncaptured here, on a CPU; recorded_step_cases.py captures it on a GPU."""
 
+import copy
+import json
 import math
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
+from image_classification import recorded_step
 from image_classification import trainer as trainer_module
 from image_classification.arguments import RunArguments
 from image_classification.ema import WeightAverage
@@ -49,7 +52,9 @@ def make_rows(images, soft):
     ]
 
 
-def make_trainer(folder, record, monkeypatch, kind="karat", images=10, soft=True, drop_path_rate=0.0, **settings):
+def make_trainer(
+    folder, record, monkeypatch, kind="karat", images=10, soft=True, drop_path_rate=0.0, model=None, **settings
+):
     defaults = {"use_cpu": True, "disable_tqdm": True, "eval_strategy": "epoch", "dataloader_num_workers": 0}
     # A rate of which fp32 has all digits: the recorded step keeps its rates in fp32.
     defaults |= {"learning_rate": 2**-6, "sched": "constant", "warmup_epochs": 0.0, "logging_steps": 1}
@@ -57,7 +62,7 @@ def make_trainer(folder, record, monkeypatch, kind="karat", images=10, soft=True
     defaults |= {"record_step": record, "metric_for_best_model": None, "save_total_limit": None}
     rows = make_rows(images, soft)
     trainer = ImageClassificationTrainer(
-        model=make_model(kind, drop_path_rate),
+        model=make_model(kind, drop_path_rate) if model is None else model,
         args=RunArguments(**{**defaults, "output_dir": str(folder), **settings}),
         train_dataset=rows,
         eval_dataset=make_rows(6, False),
@@ -119,10 +124,57 @@ def test_rates_follow_the_schedule(tmp_path, monkeypatch):
         torch.testing.assert_close(both[1].model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [3, 4])  # At the end of an epoch and within one.
-def test_resuming_is_exact_either_way(step, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_what_gets_no_gradient_is_left_alone(accumulated, tmp_path, monkeypatch):
+    """As the optimiser leaves it, which would decay it by a gradient of 0."""
+    weights = []
+    for record in (False, True):
+        model = make_model("softmax")
+        model.unused = torch.nn.Parameter(torch.ones(2, 2))
+        settings = {"save_strategy": "no", "eval_strategy": "no", "gradient_accumulation_steps": accumulated}
+        trainer = make_trainer(tmp_path / str(record), record, monkeypatch, model=model, weight_decay=0.5, **settings)
+        trainer.train()
+        weights.append(model.state_dict())
+    assert torch.equal(weights[1]["unused"], torch.ones(2, 2))
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+
+
+def test_what_the_trainer_counts_is_counted(tmp_path, monkeypatch):
+    settings = {"save_strategy": "no", "eval_strategy": "no", "include_num_input_tokens_seen": "all"}
+    trainers = [make_trainer(tmp_path / str(record), record, monkeypatch, **settings) for record in (False, True)]
+    for trainer in trainers:
+        trainer.train()
+    theirs, ours = (trainer.state for trainer in trainers)
+    assert ours.num_input_tokens_seen == theirs.num_input_tokens_seen > 0
+    assert ours.total_flos == theirs.total_flos > 0
+
+
+def test_a_run_of_which_no_step_is_left_ends(tmp_path, monkeypatch):
+    """As when it goes on with fewer steps than it has taken."""
+    make_trainer(tmp_path / "run", True, monkeypatch, save_strategy="epoch").train()
+    trainer = make_trainer(tmp_path / "again", True, monkeypatch, save_strategy="no", max_steps=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert trainer.state.global_step == 6
+
+
+def test_a_checkpoint_that_is_due_keeps_the_last_step(tmp_path, monkeypatch):
+    """Written when the run goes on, before a step: norm and rate are those of the step before."""
+    make_trainer(tmp_path / "run", True, monkeypatch, save_strategy="steps", save_steps=2).train()
+    path = tmp_path / "run" / "checkpoint-4" / "progress.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"due": ["save"]}))
+    trainer = make_trainer(tmp_path / "again", True, monkeypatch, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(path.parent))
+    after = json.loads((tmp_path / "again" / "checkpoint-4" / "progress.json").read_text())
+    assert before["grad_norm"] > 0
+    assert [after[name] for name in ("grad_norm", "learning_rate")] == [before["grad_norm"], before["learning_rate"]]
+
+
+# At the end of an epoch and within one; the order drawn from the generator that the model draws from, too.
+@pytest.mark.parametrize("step, seedable", [(3, True), (4, True), (3, False)])
+def test_resuming_is_exact_either_way(step, seedable, tmp_path, monkeypatch):
     settings = {"save_strategy": "steps", "save_steps": 1, "model_ema": True, "model_ema_decay": 0.5}
-    settings |= {"drop_path_rate": 0.5}
+    settings |= {"drop_path_rate": 0.5, "accelerator_config": {"use_seedable_sampler": seedable}}
     whole = make_trainer(tmp_path / "whole", True, monkeypatch, **settings)
     whole.train()
     for record in (True, False):
@@ -164,33 +216,24 @@ def test_divergence_names_the_step(step, tmp_path, monkeypatch):
     assert messages[1].partition("of the backward pass")[0] == messages[0].partition("of the backward pass")[0]
 
 
-def test_a_skipped_step_changes_nothing_but_the_scale():
-    """fp16's overflow is seen on the device: optimiser, schedule and average stay where they are."""
-    torch.manual_seed(0)
-    model = make_model("softmax")
-    trainable = dict(model.named_parameters())
+def make_step(model, scaler=None, average=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    average = WeightAverage(model, 0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
 
     def loss(outputs, labels, items):
         return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / items
 
-    step = RecordedStep(
-        model,
-        [],
-        trainable,
-        loss,
-        optimizer,
-        table_of_rates(scheduler, 9),
-        0,
-        0,
-        max_norm=1.0,
-        running_loss=torch.zeros(()),
-        scaler=scaler,
-        average=average,
-    )
+    rates = table_of_rates(LambdaLR(optimizer, lambda step: 1 / (1 + step)), 9)
+    options = {"max_norm": 1.0, "running_loss": torch.zeros(()), "scaler": scaler, "average": average}
+    return RecordedStep(model, [], dict(model.named_parameters()), loss, optimizer, rates, 0, 0, **options)
+
+
+def test_a_skipped_step_changes_nothing_but_the_scale():
+    """fp16's overflow is seen on the device: optimiser, schedule and average stay where they are."""
+    torch.manual_seed(0)
+    model = make_model("softmax")
+    average = WeightAverage(model, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    step = make_step(model, scaler, average)
     batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0])}
     step.run([batch], 4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -216,8 +259,65 @@ def test_a_skipped_step_changes_nothing_but_the_scale():
     assert step.divergence()[0] == 4 + 25  # As many skipped in a row.
 
 
+def test_a_second_training_goes_on_with_the_scale():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for _ in range(2):
+        make_step(make_model("softmax"), scaler)
+        assert scaler.get_scale() == 4.0
+        scaler._scale.fill_(4.0)
+
+
+def test_a_batch_of_no_images_of_its_own_is_not_replayed():
+    """Of a process that has none left: its one image has a class that is ignored, where others have probabilities."""
+    step = make_step(make_model("softmax"))
+    images, targets = torch.randn(1, 3, 8, 8), torch.tensor([[0.0, 0.5, 0.5]])
+    step.graphs, step.images, step.labels = {}, images, targets  # Replaying would fail.
+    step.run([{"pixel_values": images, "labels": torch.tensor([-100])}], 3)
+    assert step.position_now() == 1 and torch.equal(step.labels, targets)
+
+
 def test_what_is_not_recorded_says_why(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, True, monkeypatch)
     monkeypatch.setattr(trainer_module, "obstacle", obstacle)
     with pytest.raises(InputError, match=r"record_step.*cpu"):
         trainer.train()
+
+
+class Watching(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({}, None),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"debug": "underflow_overflow"}, "underflow_overflow"),
+        ({"optim": "adamw_torch"}, "adamw_torch"),
+        ({"callbacks": [Watching()]}, "Watching"),
+    ],
+)
+def test_obstacles_are_named(settings, named, tmp_path, monkeypatch):
+    """Of what would otherwise fail while it is recorded, or not be heard of."""
+    callbacks, found = settings.get("callbacks", ()), []
+    settings = {key: value for key, value in settings.items() if key != "callbacks"}
+    trainer = make_trainer(tmp_path, None, monkeypatch, save_strategy="no", max_steps=1, **settings)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+    def asked(trainer):
+        class OnAGpu(type(trainer.args)):
+            device, n_gpu = torch.device("cuda"), 1
+
+        arguments = copy.copy(trainer.args)
+        arguments.__class__ = OnAGpu
+        monkeypatch.setattr(trainer, "args", arguments)
+        found.append(obstacle(trainer))
+        monkeypatch.undo()
+        return "on this CPU"
+
+    monkeypatch.setattr(recorded_step, "has_compiler", lambda: True)
+    monkeypatch.setattr(trainer_module, "obstacle", asked)
+    trainer.train()
+    assert found == [None] if named is None else named in found[0]
