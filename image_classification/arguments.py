@@ -324,8 +324,8 @@ class DataArguments:
         default=0.25,
         metadata={
             "help": "Where the device augments: training images are decoded once, and stay, if they fit into this "
-            "share of its memory, or of the host's free memory; and so do those to evaluate on, of its memory. 0: "
-            "never."
+            "share of its memory, or of the host's free memory; and so do those to evaluate on, in what is left of "
+            "the share of its memory. 0: never."
         },
     )
 

@@ -375,7 +375,7 @@ def build_trainer(
         args=settings.training,
         data_collator=make_batch,
         train_dataset=train,
-        eval_dataset=_held_out(settings, model, data, processor, resident=augment is not None),
+        eval_dataset=_held_out(settings, model, data, processor, augment),
         processing_class=processor,
         compute_metrics=ComputeMetrics(len(data.labels)),
         preprocess_logits_for_metrics=preprocess,
@@ -388,14 +388,15 @@ def build_trainer(
     return trainer
 
 
-def _held_out(settings: Settings, model: PreTrainedModel, data: ImageData, processor, resident: bool):
-    """The images to evaluate on; they stay on the device if `resident`, if they fit."""
+def _held_out(settings: Settings, model: PreTrainedModel, data: ImageData, processor, augment):
+    """The images to evaluate on; where the device augments, they stay there, if they fit beside those of training."""
     args, run = settings.data, settings.training
     if args.streaming:
         return StreamedImageDataset(data.validation, EvalTransform(processor), "validation")
     size = height_and_width(model.config.image_size)
-    fits = ResidentEvaluation.fits(len(data.validation), size, processor, run.device, args.resident_share)
-    if resident and fits:
+    if augment is not None and ResidentEvaluation.fits(
+        len(data.validation), size, processor, run.device, args.resident_share, augment.images
+    ):
         return ResidentEvaluation(data.validation, "validation", processor, run.device, run.dataloader_num_workers)
     return ImageDataset(data.validation, EvalTransform(processor), "validation")
 

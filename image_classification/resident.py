@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -135,7 +136,8 @@ def load_resident(
     Raises:
         InputError: an image cannot be read.
     """
-    free = int(psutil.virtual_memory().available * share / processes)
+    # Of all processes the least, so that all go the same way: the two ways draw different crops.
+    free = int(min(gather_object([psutil.virtual_memory().available])) * share / processes)
     of_device = int(torch.cuda.get_device_properties(device).total_memory * share) if device.type == "cuda" else 0
     sample = split[np.linspace(0, len(split) - 1, min(SAMPLE, len(split))).astype(int)]["image"]
     needed = len(split) * int(np.mean([read(item, f"{name} image").numel() for item in sample]))
@@ -233,11 +235,23 @@ class ResidentEvaluation(torch.utils.data.Dataset):
         self.pixels: torch.Tensor | None = None
 
     @staticmethod
-    def fits(images: int, size: tuple[int, int], processor: BaseImageProcessor, device: torch.device, share: float):
-        """Whether so many images of a size fit into a share of the device's memory, and this can be done at all."""
+    def fits(
+        images: int,
+        size: tuple[int, int],
+        processor: BaseImageProcessor,
+        device: torch.device,
+        share: float,
+        others: ResidentImages | None = None,
+    ) -> bool:
+        """
+        Whether so many images of a size fit into a share of the device's memory, beside others that may be in it, and
+        this can be done at all.
+        """
         if device.type != "cuda" or not hasattr(processor, "rescale_and_normalize"):
             return False
-        return images * 3 * math.prod(size) <= share * torch.cuda.get_device_properties(device).total_memory
+        taken = others.pixels.numel() if others is not None and others.pixels.device.type == "cuda" else 0
+        needed = taken + images * 3 * math.prod(size)
+        return needed <= share * torch.cuda.get_device_properties(device).total_memory
 
     def __len__(self) -> int:
         return len(self.labels)

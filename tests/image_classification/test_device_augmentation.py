@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -31,6 +33,7 @@ from image_classification.resident import (
     CropTransform,
     ResidentDataset,
     ResidentEvaluation,
+    ResidentImages,
     collate_for_device,
     load_resident,
     read,
@@ -331,6 +334,31 @@ def test_what_fits_is_resident():
         assert torch.equal(kept.crop(index, [3, 5, 20, 30]), expected[3:23, 5:35])
     kept, how = load_resident(make_split(images), "training", CPU, 1e-9)
     assert kept is None and "resident_share" in how
+
+
+def test_processes_decide_alike(capfd):
+    """By the least memory that one of them sees free: the ways draw different crops."""
+    split = make_split([encode(photo(seed), "PNG") for seed in range(3)])
+
+    def fits() -> int:
+        PartialState._reset_state()
+        state = PartialState(cpu=True)
+        free = 10**9 if state.process_index == 0 else 1000
+        resident.psutil.virtual_memory = lambda: types.SimpleNamespace(available=free)
+        return int(load_resident(split, "training", CPU, 1.0, processes=2)[0] is not None)
+
+    assert in_two_forks(fits) == [0, 0], capfd.readouterr()
+
+
+@pytest.mark.parametrize("share, fits", [(0.5, True), (0.3, False)])
+def test_one_share_is_for_training_and_evaluation(share, fits, monkeypatch):
+    images, processor = 100, build_image_processor(DataArguments(), 10)
+    properties = types.SimpleNamespace(total_memory=100_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    pixels = types.SimpleNamespace(numel=lambda: 10_000, device=torch.device("cuda"))
+    of_training = ResidentImages(pixels, *[torch.zeros(1)] * 3, tallest=1)
+    how = images, (10, 10), processor, torch.device("cuda"), share
+    assert ResidentEvaluation.fits(*how) and ResidentEvaluation.fits(*how, of_training) == fits
 
 
 def test_workers_that_are_started_anew_decode():
