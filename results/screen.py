@@ -59,7 +59,7 @@ def read_arms(path: Path) -> list[dict]:
     ]
 
 
-def row_of(run: dict, folder: Path) -> dict:
+def row_of(folder: Path) -> dict:
     """
     A row of the table, from what a finished run wrote. `best` is the best evaluation of the raw weights, `last` their
     last one, `average_last` the last one of the average; in percent.
@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.held_out is not None:
         hold_out(args.data, args.held_out)
         return 0
+    if args.arms is None:
+        parser.error("which file of arms? Or --held-out, to make a folder.")
     import torch
     import transformers
 
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         if (run["screen"], run["arm"], str(run["seed"])) not in done:
             waiting.put(run)
 
-    def work(gpu: int) -> None:
+    def work(gpu: str) -> None:
         while True:
             try:
                 run = waiting.get_nowait()
@@ -131,14 +133,17 @@ def main(argv: list[str] | None = None) -> int:
             command += ["--output_dir", str(folder)]
             folder.parent.mkdir(parents=True, exist_ok=True)
             with (folder.parent / f"{folder.name}.log").open("a") as log:
-                environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
                 status = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
             with lock:
+                try:
+                    row = {} if status else run | {"flags": shlex.join(run["flags"])} | row_of(folder) | facts
+                except (OSError, LookupError) as error:  # A run without evaluations has no figures.
+                    status = f"{type(error).__name__}: {error}"
                 if status:
                     failed.append(name)
                     print(f"{name}: failed ({status}), see {folder}.log", flush=True)
                     continue
-                row = run | {"flags": shlex.join(run["flags"])} | row_of(run, folder) | facts
                 new = not args.table.exists()
                 with args.table.open("a", newline="", encoding="utf-8") as file:
                     writer = csv.DictWriter(file, FIELDS)
@@ -150,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
                     f"{name}: best {row['best']:.2f}, last {row['last']:.2f} % ({row['minutes']:.1f} min)", flush=True
                 )
 
-    workers = [threading.Thread(target=work, args=(slot % args.gpus,)) for slot in range(args.gpus * args.per_gpu)]
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in visible * args.per_gpu]
     for worker in workers:
         worker.start()
     for worker in workers:
