@@ -5,6 +5,7 @@ machines without a GPU have nothing to record; test_recorded_step.py has the sam
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from image_classification import trainer as trainer_module
 from image_classification.arguments import RunArguments
 from image_classification.errors import InputError
 from image_classification.models import add_drop_path
 from image_classification.softmax_attention import UNMASKED
+from image_classification.stopping import Stopped
 from image_classification.trainer import ImageClassificationTrainer
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 from tests.image_classification.test_recorded_step import Poison
@@ -48,7 +50,14 @@ KINDS = {
 }
 
 
-def make_model(kind, drop_path_rate=0.0, dropout=0.0):
+def make_model(kind, unused=False, **options):
+    model = _make_model(kind, **options)
+    if unused:
+        model.unused = torch.nn.Parameter(torch.ones(3, 3))
+    return model
+
+
+def _make_model(kind, drop_path_rate=0.0, dropout=0.0):
     torch.manual_seed(0)
     if KINDS[kind] is None:
         model = ViTForImageClassification(ViTConfig(**SIZES, hidden_dropout_prob=dropout))
@@ -60,9 +69,19 @@ def make_model(kind, drop_path_rate=0.0, dropout=0.0):
     return KArAtViTForImageClassification(config)
 
 
-def train(folder, record, kind="blockwise", steps=40, resume=None, compiled=True, images=200, poison=None, **settings):
-    """A trained Trainer. 200 images in batches of 16: the last of an epoch has 8."""
-    generator = torch.Generator().manual_seed(1)
+def train(
+    folder,
+    record,
+    kind="blockwise",
+    steps=40,
+    resume=None,
+    compiled=True,
+    callback=None,
+    times=1,
+    **settings,
+):
+    """A Trainer that was trained, with 200 images in batches of 16: the last of an epoch has 8."""
+    images, generator = 200, torch.Generator().manual_seed(1)
     labels = torch.randint(10, (images,), generator=generator)
     # Images that tell their class, so that the loss falls.
     pixels = 0.3 * torch.randn(images, 3, 64, 64, generator=generator) + (labels[:, None, None, None] - 4.5) / 5
@@ -72,7 +91,7 @@ def train(folder, record, kind="blockwise", steps=40, resume=None, compiled=True
     defaults |= {"learning_rate": 2**-10, "sched": "constant", "warmup_epochs": 0.0, "logging_steps": 1}
     defaults |= {"per_device_train_batch_size": 16, "logging_strategy": "steps", "max_steps": steps}
     defaults |= {"record_step": record, "metric_for_best_model": None, "save_total_limit": None}
-    model = {key: settings.pop(key) for key in ("drop_path_rate", "dropout") if key in settings}
+    model = {key: settings.pop(key) for key in ("drop_path_rate", "dropout", "unused") if key in settings}
     arguments = RunArguments(**{**defaults, "output_dir": str(folder), **settings})
     arguments._n_gpu = min(1, arguments.n_gpu)  # One process, one GPU, whatever is there.
     trainer = ImageClassificationTrainer(
@@ -80,12 +99,13 @@ def train(folder, record, kind="blockwise", steps=40, resume=None, compiled=True
         args=arguments,
         train_dataset=rows,
         eval_dataset=[{"pixel_values": p, "labels": label} for p, label in zip(pixels[:40], labels[:40])],
-        callbacks=[Poison(poison)] if poison is not None else [],
+        callbacks=[callback] if callback is not None else [],
     )
     before = trainer_module.blocks_of
     trainer_module.blocks_of = before if compiled else lambda model: []
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        for _ in range(times):
+            trainer.train(resume_from_checkpoint=resume)
     finally:
         trainer_module.blocks_of = before
     return trainer
@@ -115,8 +135,17 @@ EXACT = {
     "fp16": {"kind": "universal", "fp16": True, "model_ema": True, "model_ema_decay": 0.9},
     "sgd": {"kind": "softmax", "optim": "sgd"},
     "dropout": {"kind": "blockwise", "drop_path_rate": 0.3, "dropout": 0.1, "bf16": True},
-    "frozen": {"kind": "softmax", "attn_lr": None, "layer_decay": 0.5, "bf16": True},
-}
+    "layer decay": {"kind": "softmax", "layer_decay": 0.5, "bf16": True},
+    "unused": {"kind": "softmax", "unused": True, "weight_decay": 0.5},
+    "unused, accumulated": {"kind": "softmax", "unused": True, "weight_decay": 0.5, "gradient_accumulation_steps": 3},
+    "evaluated first": {"kind": "blockwise", "bf16": True, "eval_on_start": True, "steps": 30},
+    "best at the end": {
+        "kind": "blockwise", "bf16": True, "model_ema": True, "save_strategy": "epoch", "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+    },
+    "rarely logged": {"kind": "blockwise", "bf16": True, "logging_steps": 7},
+    "trained twice": {"kind": "softmax", "bf16": True, "gradient_accumulation_steps": 3, "times": 2},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", EXACT)
@@ -163,8 +192,59 @@ def test_equal_blocks_are_compiled_once(kind, tmp_path):
 
 def test_divergence_is_found(tmp_path):
     with pytest.raises(InputError, match="step 6") as caught:
-        train(tmp_path, True, poison=5, eval_strategy="no")
+        train(tmp_path, True, callback=Poison(5), eval_strategy="no")
     assert "the first gradient of the backward pass that is not finite" in str(caught.value)
+
+
+class Stop(TrainerCallback):
+    """Asks the run to stop within an epoch, between two logs."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(tmp_path):
+    options = {"bf16": True, "drop_path_rate": 0.3, "model_ema": True, "logging_steps": 5, "steps": 30}
+    whole = train(tmp_path / "whole", True, **options)
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path / "run", True, callback=Stop(), **options)
+    same(whole, train(tmp_path / "run", True, resume=str(stopped.value.checkpoint), **options))
+
+
+def test_the_scale_of_fp16_is_kept_when_training_again(tmp_path):
+    trainer = train(tmp_path, True, fp16=True, steps=20, times=2, eval_strategy="no")
+    assert trainer.accelerator.scaler.get_scale() > 1 and torch.isfinite(losses(trainer)).all()
+
+
+class Gradients(TrainerCallback):
+    heard = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.heard += all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize("settings", [{}, {"debug": "underflow_overflow"}, {"gradient_checkpointing": True}])
+def test_what_looks_into_a_step_is_not_recorded(settings, tmp_path):
+    """By default; asked for, it is an error."""
+    callback = None if settings else Gradients()
+    train(tmp_path / "default", None, steps=3, callback=callback, eval_strategy="no", **settings)
+    assert settings or callback.heard == 3
+    with pytest.raises(InputError, match="cannot be recorded"):
+        train(tmp_path / "asked", True, steps=3, callback=callback, eval_strategy="no", **settings)
+
+
+def test_memory_does_not_grow(tmp_path):
+    """Neither by evaluations between, nor by training again."""
+    held = []
+
+    class Held(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            held.append(torch.cuda.memory_allocated())
+
+    train(tmp_path, True, steps=130, callback=Held(), bf16=True, model_ema=True, times=2)
+    assert len(held) == 20 and max(held[2:10]) <= held[2] + 2**20 and max(held[12:]) <= held[2] + 2**24
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
