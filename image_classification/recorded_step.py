@@ -354,6 +354,8 @@ def obstacle(trainer) -> str | None:
         return f"`debug` {args.debug[0].value} looks at every module's output on the host"
     if others := [callback for callback in trainer.callback_handler.callbacks if _acts_within(callback)]:
         return f"the callback {type(others[0]).__name__} acts within a step"
+    if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in trainer.bare_model.parameters()):
+        return "hooks of a parameter, as WANDB_WATCH sets them, want to see its gradient"
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
         return f"the optimiser {args.optimizer_name} cannot be recorded (adamw_torch_fused, adamw_torch and sgd can)"
     if not all(group.get("fused") for group in optimizer.param_groups):

@@ -16,7 +16,7 @@ from image_classification.arguments import RunArguments
 from image_classification.ema import WeightAverage
 from image_classification.errors import InputError
 from image_classification.models import add_drop_path
-from image_classification.recorded_step import RecordedStep, obstacle, table_of_rates
+from image_classification.recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
 from image_classification.trainer import ImageClassificationTrainer
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
@@ -276,11 +276,25 @@ def test_a_batch_of_no_images_of_its_own_is_not_replayed():
     assert step.position_now() == 1 and torch.equal(step.labels, targets)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "karat"])
+def test_blocks_are_found_within_what_wraps_a_model(kind):
+    """As PEFT does."""
+    model = make_model(kind)
+    wrapper = torch.nn.ModuleDict({"base_model": model})
+    wrapper.config = model.config
+    assert blocks_of(wrapper) == list(model.base_model.layers)
+
+
 def test_what_is_not_recorded_says_why(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, True, monkeypatch)
     monkeypatch.setattr(trainer_module, "obstacle", obstacle)
     with pytest.raises(InputError, match=r"record_step.*cpu"):
         trainer.train()
+
+
+class Hooking(TrainerCallback):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        model.classifier.weight.register_hook(lambda gradient: None)
 
 
 class Watching(TrainerCallback):
@@ -296,6 +310,7 @@ class Watching(TrainerCallback):
         ({"debug": "underflow_overflow"}, "underflow_overflow"),
         ({"optim": "adamw_torch"}, "adamw_torch"),
         ({"callbacks": [Watching()]}, "Watching"),
+        ({"callbacks": [Hooking()]}, "WANDB_WATCH"),
     ],
 )
 def test_obstacles_are_named(settings, named, tmp_path, monkeypatch):
@@ -305,6 +320,7 @@ def test_obstacles_are_named(settings, named, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, None, monkeypatch, save_strategy="no", max_steps=1, **settings)
     for callback in callbacks:
         trainer.add_callback(callback)
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
     def asked(trainer):
         class OnAGpu(type(trainer.args)):
