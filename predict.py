@@ -10,14 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import transformers
 from tqdm import tqdm
 from transformers import pipeline
 
-from image_classification.errors import InputError, reason_of, run_command
+from image_classification.errors import InputError, one_line, reason_of, run_command
 from image_classification.images import check_image, read_image
-from image_classification.loading import load_image_processor, load_model
+from image_classification.loading import device_of, load_image_processor, load_model
 
 
 # A bar is shown for more images than this.
@@ -89,11 +88,11 @@ def load_classifier(model: str, device: str | None = None) -> Callable:
             f"the model {model} attends with the maps of its teacher, {teacher}, and predicts nothing alone. Evaluate "
             f"it with `python run_image_classification.py --eval --resume {model} --teacher_attention TEACHER`."
         )
+    where = device_of(device)
     try:
-        device = device if device is None else torch.device(device)
-        classify = pipeline("image-classification", model=network, image_processor=processor, device=device)
-    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"the model {model} cannot be put on the device {device}: {reason_of(error)}") from error
+        classify = pipeline("image-classification", model=network, image_processor=processor, device=where)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the model {model} cannot be put on the device {where}: {reason_of(error)}") from error
 
     def guess(image, labels: int) -> list[dict]:
         guesses = classify(image, top_k=labels)
@@ -106,8 +105,9 @@ def load_classifier(model: str, device: str | None = None) -> Callable:
 
 def table(path: str, predictions: list[dict]) -> str:
     """One image's labels and scores, best first."""
-    width = max(len(prediction["label"]) for prediction in predictions)
-    rows = [f"  {item['label']:<{width}}  {100 * item['score']:6.2f} %" for item in predictions]
+    labels = [one_line(prediction["label"]) for prediction in predictions]
+    width = max(map(len, labels))
+    rows = [f"  {label:<{width}}  {100 * item['score']:6.2f} %" for label, item in zip(labels, predictions)]
     return "\n".join([path, *rows])
 
 

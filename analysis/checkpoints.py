@@ -2,7 +2,6 @@
 """Models of any checkpoint, KArAt or softmax, and the training runs that they are from."""
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,24 +155,21 @@ def run_folder(source: str | Path) -> Path | None:
 def read_run(source: str | Path) -> dict[str, Any] | None:
     """What run.json says of the run that a checkpoint belongs to; `None` if it is of no run."""
     folder = run_folder(source)
-    record = None if folder is None else read_json(folder / runs.RECORD)
-    return record if isinstance(record, dict) and "settings" in record else None
+    record = None if folder is None else runs.read_record(folder)
+    if record is not None:
+        settings, text = record["settings"], str | None
+        values = {**settings, "start": record.get("start")}
+        kinds = {"seed": int, "data_set": text, "data_path": text, "dataset_name": text, "start": float | int | None}
+        for name, kind in kinds.items():
+            if not isinstance(values.get(name), kind) or (name == "seed" and not 0 <= values[name] < 2**32):
+                raise InputError(f"{folder / runs.RECORD} is damaged: `{name}` is {values.get(name)!r}.")
+    return record
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state in a checkpoint-* folder: `epoch`, `global_step`, `log_history`."""
-    state = read_json(checkpoint / saved.STATE)
-    if not isinstance(state, dict) or not {"epoch", "global_step", "log_history"} <= state.keys():
-        raise InputError(f"{checkpoint / saved.STATE} is damaged: it lacks `epoch`, `global_step` or `log_history`.")
-    return state
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file of a run holds. Raises `InputError` where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}. Put back a copy of it, or name another run.") from error
+    saved.check_progress(checkpoint)
+    return saved.read_json(checkpoint / saved.STATE)
 
 
 @dataclass

@@ -32,10 +32,11 @@ from tqdm.auto import tqdm
 
 from image_classification import checkpoints as saved
 from image_classification import reports
+from image_classification.errors import InputError
 from image_classification.loading import height_and_width
 
 from . import options, style
-from .checkpoints import Checkpoint, by_default, load_checkpoint, read_json, read_state, run_folder
+from .checkpoints import Checkpoint, by_default, load_checkpoint, read_state, run_folder
 from .output import Output, figure_names
 
 
@@ -257,12 +258,16 @@ def accuracy(source: str) -> dict[str, float]:
         return {}
     row, results = {}, folder / reports.RESULTS
     if Path(source).resolve() == folder:
-        row = read_json(results) if results.is_file() else {}
+        row = saved.read_json(results) if results.is_file() else {}
     elif saved.is_checkpoint(Path(source)):
         state = read_state(Path(source))
         rows = [row for row in reports.history(state["log_history"]) if row["step"] == state["global_step"]]
         row = rows[-1] if rows else {}
-    return {name: row[f"eval_{name}"] for name in ("accuracy", "top5_accuracy") if f"eval_{name}" in row}
+    measured = row if isinstance(row, dict) else {"eval_accuracy": row}
+    found = {name: measured[f"eval_{name}"] for name in ("accuracy", "top5_accuracy") if f"eval_{name}" in measured}
+    if not all(isinstance(value, float | int) and 0 <= value <= 1 for value in found.values()):
+        raise InputError(f"The accuracy of {source} ({reports.RESULTS}) is damaged: {found}, expected numbers, 0 to 1.")
+    return found
 
 
 def compute(checkpoint: Checkpoint, name: str, batch_size: int | None = 32) -> dict:

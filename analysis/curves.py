@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 
 from image_classification import checkpoints as saved
 from image_classification import reports, runs
-from image_classification.errors import InputError
+from image_classification.errors import InputError, reason_of
 
 from . import options, style
-from .checkpoints import read_json, read_state, run_folder
+from .checkpoints import read_state, run_folder
 from .output import Output, figure_names
 
 
@@ -62,17 +62,19 @@ def read(source: str, name: str | None = None) -> Curves:
         )
     rows = []
     if (folder / reports.HISTORY).is_file():
-        rows = read_json(folder / reports.HISTORY)
+        rows = saved.read_json(folder / reports.HISTORY)
     elif (last := saved.newest(folder)[0]) is not None:
         rows = reports.history(read_state(last)["log_history"])
     if not rows:
         raise InputError(f"{folder} holds no evaluation yet: expected {reports.HISTORY}, or a checkpoint with a log.")
-    return Curves(
-        name or folder.name,
-        np.array([row["epoch"] for row in rows], dtype=float),
-        {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in METRICS},
-        rows,
-    )
+    try:
+        epochs = np.array([row["epoch"] for row in rows], dtype=float)
+        metrics = {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in METRICS}
+        if not np.isfinite(epochs).all() or not np.isfinite(metrics["eval_loss"]).all():
+            raise ValueError("an epoch or `eval_loss` that is no number")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"The history of {folder} ({reports.HISTORY}) is damaged: {reason_of(error)}.") from error
+    return Curves(name or folder.name, epochs, metrics, rows)
 
 
 def draw_loss(curves: list[Curves], axes: Axes) -> Axes:

@@ -4,9 +4,8 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from image_classification.errors import InputError
+from image_classification.loading import device_of as device_of
 
 
 def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:
@@ -88,15 +87,3 @@ def names(given: list[str] | None, sources: list[str]) -> list[str]:
     paths = [Path(source).resolve() if Path(source).is_dir() else Path(source) for source in sources]
     short = [path.name for path in paths]
     return [path.name if short.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of `--device`, or the best one here. Raises `InputError` where there is none of that name."""
-    if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"`--device` {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device

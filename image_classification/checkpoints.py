@@ -27,6 +27,8 @@ from .errors import InputError, more, reason_of
 
 SUMS, STATE = "SHA256SUMS", "trainer_state.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# In the order in which Transformers looks for them; the second pair is what PyTorch pickled.
+WEIGHT_FILES = ((WEIGHTS, WEIGHTS_INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 OPTIMIZER, SCHEDULER, PROGRESS = "optimizer.pt", "scheduler.pt", "progress.json"
 # What to do about a `NotWritten`.
 MEND = "Free some space (or mend the permissions), then give the same command again"
@@ -93,6 +95,9 @@ def damage(folder: Path) -> str | None:
 def check_progress(folder: Path) -> None:
     """Raise an `InputError` unless a checkpoint says how far its run was. What `SHA256SUMS` lists need not be asked."""
     _check_fields(folder / STATE, {"global_step": int, "epoch": (int, float), "log_history": list})
+    log = read_json(folder / STATE)["log_history"]
+    if not all(isinstance(entry, dict) and ("eval_loss" not in entry or "epoch" in entry) for entry in log):
+        raise InputError(f"{folder / STATE} is damaged: `log_history` has evaluations without their `epoch`.")
     if (folder / PROGRESS).is_file():
         fields = {"losses": list, "logged_loss": (int, float), "last_logged_step": int, "seconds": (int, float)}
         _check_fields(folder / PROGRESS, {**fields, "epoch_ended": bool, "due": list})
@@ -215,21 +220,41 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InputError: the list of the files is damaged, or one is missing.
     """
-    if (folder / WEIGHTS).exists() or not (folder / WEIGHTS_INDEX).exists():
-        return [folder / WEIGHTS]
-    index = read_json(folder / WEIGHTS_INDEX)
+    there = [folder / name for pair in WEIGHT_FILES for name in pair if (folder / name).exists()]
+    if not there or there[0].suffix != ".json":
+        return there[:1] or [folder / WEIGHTS]
+    listed = there[0]
+    index = read_json(listed)
     names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{folder / WEIGHTS_INDEX} is damaged: expected `weight_map` with the file of each weight.")
+    whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not whole or not names or not isinstance(index.get("metadata"), dict):
+        raise InputError(f"{listed} is damaged: expected `metadata`, and `weight_map` with the file of each weight.")
     files = [folder / name for name in sorted(set(names.values()))]
     for file in files:
         if file.parent != folder or not file.is_file():
-            raise InputError(f"{folder / WEIGHTS_INDEX} names {file.name}, which is not there: put back a copy of it.")
+            raise InputError(f"{listed} names {file.name}, which is not there: put back a copy of it.")
+    held = [(name, file.name) for file in files for name in read_header(file)]
+    if sorted(held) != sorted(index["weight_map"].items()):
+        raise InputError(
+            f"{listed} is damaged, or a file beside it is: it does not list the weights that the files "
+            "hold, each once. Put back copies of them."
+        )
     return files
 
 
 def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of the tensors in a safetensors file. Raises `InputError` where it is damaged."""
+    """Type and shape of the tensors in a file of weights. Raises `InputError` where it is damaged."""
+    if path.suffix != ".safetensors":
+        with reading(path):
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+        ):
+            raise InputError(
+                f"{path} holds no weights by their names. It is damaged, or no checkpoint of Transformers."
+            )
+        kinds = ((name, "F" if tensor.is_floating_point() else str(tensor.dtype)) for name, tensor in tensors.items())
+        return {name: (kind, list(tensors[name].shape)) for name, kind in kinds}
     with reading(path), safe_open(path, framework="pt") as file:
         parts = ((name, file.get_slice(name)) for name in file.keys())
         return {name: (part.get_dtype(), part.get_shape()) for name, part in parts}
@@ -261,6 +286,8 @@ def read_json(path: Path) -> Any:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what goes wrong while reading a file of a checkpoint into an `InputError` that names it."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file: put back a copy of it.")  # Reading a pipe would wait for ever.
     try:
         yield
     except InputError:

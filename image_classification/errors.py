@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command says where it fails: an error that a user can mend, and the handler of all others."""
 
+import contextlib
 import difflib
+import errno
+import io
 import os
 import sys
 import tempfile
@@ -10,6 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
+# Errors of the system that are about a file that the user named.
+_OF_THE_USER = {
+    getattr(errno, name, None)
+    for name in ("EACCES", "EDQUOT", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+} - {None}
 # In whose frames `_file_of` looks for the file that a failure is about.
 _OURS = {"__main__", "analysis", "image_classification", "modeling_karat_vit", "predict"}
 
@@ -37,30 +45,48 @@ def run_command(program: str, command: Callable[[], int | None], debug: bool = F
         The command's exit status; 2 after an `InputError`; 130 after Ctrl-C; 1 after a failure that nobody foresaw,
         whose traceback is in a file that the line names.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # Names of files and classes may be no text at all.
     try:
-        return command() or 0
+        status = command() or 0
+        # Here, and not at Python's end, which would fail in its own way.
+        return 1 if _reader_has_gone() else status
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
     except Exception as error:
-        if _reader_has_gone() and isinstance(error, BrokenPipeError):
-            return 1
+        with contextlib.suppress(OSError):  # The disk is full.
+            # What could not be written is forgotten: only writing again shows it.
+            pipe = isinstance(error, BrokenPipeError)
+            if _reader_has_gone("\n" * pipe) and pipe:
+                return 1
         if debug:
             traceback.print_exception(error)
+        if isinstance(error, OSError) and error.errno in _OF_THE_USER and error.filename is not None:
+            print(f"{program}: error: {os.fsdecode(error.filename)}: {error.strerror}.", file=sys.stderr)
+            return 2
         if not isinstance(error, InputError):
-            print(f"{program}: error: {_unforeseen(error)}", file=sys.stderr)
+            print(f"{program}: error: {' '.join(_unforeseen(error).split())}", file=sys.stderr)
             return 1
         if not error.said:
             # A data worker's error comes with the worker's traceback before it.
-            message = str(error).rpartition(f"{InputError.__name__}: ")[2].strip()
-            print(f"{program}: error: {message}", file=sys.stderr)
+            message = str(error).rpartition(f"{InputError.__name__}: ")[2]
+            print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
+
+
+def one_line(text: str) -> str:
+    """A name as people may have made it (a folder's, a class's), without line breaks and what cannot be printed."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def reason_of(error: BaseException) -> str:
     """What went wrong, on one line: the first of the message, or the last where a data worker's traceback is in it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1 if "Traceback (most recent call last):" in lines else 0]
+    if "Traceback (most recent call last):" in lines:
+        return lines[-1]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -74,13 +100,15 @@ def more(items: list, shown: int = 5) -> str:
     return f" and {len(items) - shown} more" if len(items) > shown else ""
 
 
-def _reader_has_gone() -> bool:
+def _reader_has_gone(text: str = "") -> bool:
     """Whether nobody reads the output any more, as after `| head`. What is not written yet is written, or dropped."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        print(end=text, flush=True)
+    except OSError as error:
         # Python would fail once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
         return True
     return False
 

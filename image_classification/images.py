@@ -71,7 +71,9 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         if image.getexif().get(ExifTags.Base.Orientation) is not None:
             image = ImageOps.exif_transpose(image)
-        return image.convert("RGB")
+        upright = image.convert("RGB")
+        upright.info = {}  # Whoever takes it need not stumble over damaged EXIF data, nor turn it once more.
+        return upright
     except Exception as error:  # Damaged EXIF data, or colours that Pillow does not convert, such as CIE Lab.
         raise InputError(
             f"The image {name} cannot be read as upright RGB ({reason_of(error)}): convert it first."

@@ -6,8 +6,8 @@ there is an error that names what is wrong.
 Needs nothing of the training side: torch, transformers, safetensors, einops and Pillow alone.
 """
 
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -38,12 +39,26 @@ HEAD_OR_OPERATOR = re.compile(r"classifier\.|(.*\.)?operator\.")
 UNUSED = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$)|decoder\.|distillation_classifier\.")
 # Larger images are no vision transformer's.
 LARGEST_SIDE = 2**14
+# Nor are more classes a data set's: Transformers makes a name for each of those that have none.
+MOST_CLASSES = 1_000_000
 
 
 def height_and_width(size) -> tuple[int, int]:
     """A configuration's `image_size` (a number, or a pair) as (height, width)."""
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     return int(sides[0]), int(sides[-1])
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of `--device`, or the best one here. Raises `InputError` where there is none of that name."""
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # Of `meta` there is nothing to be had.
+    except Exception as error:  # As the device has it: its package may be missing, say.
+        raise InputError(f"`--device` {name} cannot be used here: {_short(reason_of(error))}") from error
+    return device
 
 
 def load_config(source: str, setting: str) -> PreTrainedConfig:
@@ -63,21 +78,32 @@ def load_config(source: str, setting: str) -> PreTrainedConfig:
             f"`{setting}` is the file {source}: expected a checkpoint folder with config.json and model.safetensors. "
             "(A timm state dictionary of a softmax ViT is converted by modeling_karat_vit.convert_timm_state_dict.)"
         )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"`{setting}` is {source}, which holds no config.json: it is no checkpoint folder.")
     if not folder.is_dir() and not hub.is_name(source):
         raise InputError(f"`{setting}` is {source}: there is no such folder.")
+
+    def refuse(what: str, cause: Exception | None = None) -> None:
+        raise InputError(f"`{setting}` is {source}, whose config.json {what}.") from cause
+
+    try:
+        path = find_file(source, "config.json") if folder.is_dir() else Path(cached_file(source, "config.json"))
+        written = None if path is None else checkpoints.read_json(path)
+    except InputError as error:
+        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+    except Exception as error:  # The Hub's client has no common base of its errors.
+        reason = reason_of(error).rstrip(".")
+        raise InputError(
+            f"`{setting}` {source} cannot be loaded: no folder here, nor from the Hub: {reason}."
+        ) from error
+    if path is None:
+        raise InputError(f"`{setting}` is {source}, which holds no config.json: it is no checkpoint folder.")
+    if wrong := _wrong_in_config(written):
+        refuse(wrong)
     try:
         # KArAt's code is here; nothing else that a checkpoint brings along is run.
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # Transformers' checks of values and the Hub's client have no common base.
-        if folder.is_dir():
-            reason = f"`{setting}` is {source}, whose config.json cannot be read: {reason_of(error)}"
-        else:
-            reason = f"`{setting}` {source} cannot be loaded: no folder here, nor from the Hub: {reason_of(error)}"
-        raise InputError(reason) from error
-    if wrong := _wrong_in_config(source, config):
-        raise InputError(f"`{setting}` is {source}, whose config.json {wrong}.")
+    except Exception as error:  # Transformers' checks of values have no common base.
+        refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
+    config.return_dict = True  # How results are handed over is no matter of a checkpoint.
     return config
 
 
@@ -148,7 +174,7 @@ def load_weights(
     if whole := sorted(name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF"))):
         refuse(f"it has weights that are no floating-point numbers: {_some(whole)}")
     if found:
-        # Before it takes any memory.
+        # Before it takes any memory or time.
         _check_size(config, may_lack, sum(math.prod(shape) for _, shape in found.values()), len(found), refuse)
     try:
         model, info = kind.from_pretrained(
@@ -197,15 +223,14 @@ def _check_size(
 
 def weight_files(source: str) -> Iterator[Path]:
     """
-    The safetensors files of a checkpoint folder or Hub repository; none where it has others.
+    The files of the weights of a checkpoint folder or Hub repository; of the latter, `model.safetensors` alone.
 
     Raises:
         InputError: the list of the files is damaged, or one is missing.
     """
     if Path(source).is_dir():
-        if any((Path(source) / name).exists() for name in (checkpoints.WEIGHTS, checkpoints.WEIGHTS_INDEX)):
-            yield from checkpoints.weight_files(Path(source))
-    elif (path := _find(source, checkpoints.WEIGHTS)) is not None:
+        yield from checkpoints.weight_files(Path(source))
+    elif (path := find_file(source, checkpoints.WEIGHTS)) is not None:
         yield path
 
 
@@ -223,20 +248,21 @@ def load_image_processor(
     Raises:
         InputError: its file is damaged, or it does not make such images.
     """
-    path = _find(source, "preprocessor_config.json")
-    if path is None:
-        return None
 
     def refuse(what: str, cause: Exception | None = None) -> None:
         raise InputError(f"`{setting}` {source} cannot be loaded: {path} {what}.") from cause
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            refuse("is no JSON object")
+        path = find_file(source, "preprocessor_config.json")
+        content = {} if path is None else checkpoints.read_json(path)
+    except InputError as error:
+        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+    if path is None:
+        return None
+    if not isinstance(content, dict):
+        refuse("is no JSON object")
+    try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    except InputError:
-        raise
     except Exception as error:
         refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
     if wrong := _wrong_in_processor(content):
@@ -244,37 +270,61 @@ def load_image_processor(
     if image_size is None:
         return processor
     height, width = height_and_width(image_size)
+    # Neither of the model's size nor of its shape.
+    images = [Image.new("RGB", (2 * width + 1, height + 1), colour) for colour in ("black", "white")]
     try:
-        # Neither of the model's size nor of its shape.
-        pixels = processor(Image.new("RGB", (2 * width + 1, height + 1)), return_tensors="pt")["pixel_values"]
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
     except Exception as error:
-        refuse(f"does not prepare images: {reason_of(error).rstrip('.')}", error)
-    if pixels.shape != (1, 3, height, width) or not pixels.isfinite().all():
+        refuse(f"does not prepare images ({type(error).__name__}: {reason_of(error).rstrip('.')})", error)
+    if pixels.shape != (2, 3, height, width):
         made = " x ".join(map(str, pixels.shape[-2:]))
-        refuse(f"makes images of {made} pixels, and the model takes finite ones of {height} x {width}")
+        refuse(f"makes images of {made} pixels, and the model takes {height} x {width}")
+    low, high = pixels.flatten(1).mean(1).tolist()
+    # As where it divides by 255 twice, or never, or by a deviation that is nearly zero.
+    if not pixels.abs().max() <= 255 or high - low < 0.01:
+        refuse(f"makes {low:.3g} of black and {high:.3g} of white, expected numbers around -1 and 1")
     return processor
 
 
-def _find(source: str, name: str) -> Path | None:
-    """A file of a folder or Hub repository, if there is one."""
+def find_file(source: str, name: str) -> Path | None:
+    """
+    A file of a folder or Hub repository, if there is one.
+
+    Raises:
+        InputError: there is something of that name that is no file, as a folder, or a link that leads nowhere.
+    """
     if Path(source).is_dir():
-        return Path(source) / name if (Path(source) / name).exists() else None
+        path = Path(source) / name
+        if os.path.lexists(path) and not path.is_file():
+            raise InputError(f"{path} is no file that can be read: put back a copy of it.")
+        return path if path.is_file() else None
     try:
         return Path(cached_file(source, name))
     except OSError:
         return None
 
 
-def _wrong_in_config(source: str, config: PreTrainedConfig) -> str | None:
-    """What of a configuration Transformers does not check, in words."""
-    labels = config.id2label
-    if set(labels) != set(range(len(labels))) or not all(isinstance(name, str) for name in labels.values()):
-        return f"gives the classes {_some(list(labels.items()))} as `id2label`, expected names by 0, 1, 2, ..."
-    if (path := _find(source, "config.json")) is not None:
-        written = json.loads(path.read_text(encoding="utf-8")).get("id2label")
-        if written is not None and len(written) != config.num_labels:
-            return f"names {len(written)} classes in `id2label`, and `num_labels` is {config.num_labels}"
-    for name, value in config.to_dict().items():
+def _wrong_in_config(written: Any) -> str | None:
+    """What of a configuration's file Transformers does not check, or loops over for hours, in words."""
+    if not isinstance(written, dict):
+        return "is no JSON object"
+    kind = written.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return f"sets `model_type` to {kind!r}, expected 'karat_vit' or 'vit' (the softmax ViT of Transformers)"
+    labels, classes = written.get("id2label"), written.get("num_labels")
+    if classes is not None and (type(classes) is not int or not 0 < classes <= MOST_CLASSES):
+        return f"sets `num_labels` to {classes!r}, expected 1 to {MOST_CLASSES:,}"
+    if labels is not None:
+        # Transformers itself writes and reads the numbers as text.
+        pairs = labels.items() if isinstance(labels, dict) else []
+        known = {str(index) for index in range(len(pairs))}
+        if {index for index, _ in pairs} != known or not pairs or not all(isinstance(name, str) for _, name in pairs):
+            return f"gives the classes {_short(labels)} as `id2label`, expected names by 0, 1, 2, ..."
+        if classes not in (None, len(labels)):
+            return f"names {len(labels)} classes in `id2label`, and `num_labels` is {classes}"
+    if written.get("problem_type") == "regression":
+        return "sets `problem_type` to 'regression', expected a classifier's"
+    for name, value in written.items():
         if isinstance(value, float) and not math.isfinite(value):
             return f"sets `{name}` to {value}, expected a finite number"
     return None
@@ -283,7 +333,8 @@ def _wrong_in_config(source: str, config: PreTrainedConfig) -> str | None:
 def _wrong_in_processor(content: dict[str, Any]) -> str | None:
     """What of an image processor's file Transformers takes although it is wrong, in words."""
     for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
-        if content.get(name) not in (None, True, False):
+        # Others do not crop where this is null. The rest would be left out in silence.
+        if type(content.get(name, True)) is not bool and (name, content[name]) != ("do_center_crop", None):
             return f"sets `{name}` to {content[name]!r}, expected true or false"
     if content.get("do_normalize") is not False:
         for name in ("image_mean", "image_std"):
@@ -307,6 +358,11 @@ def _wrong_in_processor(content: dict[str, Any]) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _some(items: list) -> str:

@@ -26,7 +26,7 @@ from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
 from .device_augmentation import build_augmentation
 from .errors import InputError, run_command
-from .loading import height_and_width, load_config, load_image_processor
+from .loading import find_file, height_and_width, load_config, load_image_processor
 from .metrics import ComputeMetrics, check_best, preprocess
 from .parallel import on_main_process
 from .publishing import PUSHED, Publisher
@@ -329,7 +329,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
             args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = build_trainer(settings, model, data, processor)
         _describe(settings, model, data, trainer)
-        if (Path(checkpoint) / ema.FILE).is_file():
+        if Path(checkpoint).is_dir() and find_file(checkpoint, ema.FILE):
             trainer.make_average(checkpoint)
         metrics = trainer.evaluate()
         if target is not None and args.should_save:

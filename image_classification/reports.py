@@ -19,6 +19,7 @@ from . import runs, transfer
 from .arguments import EXCLUSIVE, DataArguments, ModelArguments, RunArguments, Settings, default_record, to_json
 from .console import describe
 from .data import ImageData
+from .errors import one_line
 from .images import decode
 from .models import describe_model
 
@@ -55,11 +56,6 @@ _HYPERPARAMETERS = (
     "cutmix",
     "repeated_aug",
 )
-
-
-def one_line(text: str) -> str:
-    """A name as people may have made it (a folder's, a class's), without line breaks and what cannot be printed."""
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def escaped(text: str) -> str:

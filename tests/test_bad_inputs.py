@@ -3,9 +3,12 @@
 
 import dataclasses
 import html
+import io
 import json
 import math
+import os
 import shutil
+import sys
 import tempfile
 import weakref
 from pathlib import Path
@@ -25,15 +28,18 @@ from transformers import (
 )
 
 import analysis.__main__ as analyses
+import analysis.compare
+import analysis.curves
 import analysis.spectrum
 import image_classification.main as script
 import predict
+from analysis.checkpoints import load_checkpoint
 from image_classification import reports
 from image_classification.arguments import ModelArguments, parse_settings
 from image_classification.data import ImageData
-from image_classification.errors import InputError, run_command
+from image_classification.errors import InputError, one_line, run_command
 from image_classification.images import LONGEST, check_image, read_image
-from image_classification.loading import load_image_processor, load_model
+from image_classification.loading import device_of, load_image_processor, load_model
 from image_classification.models import build_model
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 from tests.images import colour_image, own_library_settings  # noqa: F401
@@ -144,6 +150,26 @@ def test_no_failure_ends_in_success(cause, status, logs, capsys):
     assert run_command("command", lambda: None) == 0
 
 
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_reader_that_has_gone(lines, logs, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(os.fdopen(writer, "wb"), write_through=lines > 1) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run_command("command", lambda: print("line\n" * lines)) == 1
+        monkeypatch.undo()
+    assert not capsys.readouterr().err and not list(logs.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full(logs, monkeypatch, capsys):
+    with open("/dev/full", "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run_command("command", lambda: print("line")) != 0
+        monkeypatch.undo()
+    assert "No space" in capsys.readouterr().err
+
+
 def test_the_error_of_the_system_names_its_file(tmp_path, logs, capsys):
     assert run_command("command", (tmp_path / "gone").read_text) == 1
     assert str(tmp_path / "gone") in capsys.readouterr().err
@@ -187,8 +213,13 @@ BAD_FILES = {
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"garbage " * 100),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
+NORM = {"vit.layernorm.weight": "model-1.safetensors"}
 BAD_INDICES = {
+    "not all weights": {"metadata": {}, "weight_map": NORM},
+    "no weights": {"metadata": {}, "weight_map": {}},
+    "no metadata": {"weight_map": NORM},
     "garbage": None,
     "no list": {"metadata": {}},
     "wrong types": {"weight_map": {"vit.layernorm.weight": 5}},
@@ -222,11 +253,54 @@ def test_lists_of_weight_files_that_are_damaged(checkpoint, fault):
         load_model(str(checkpoint), "--flag")
 
 
-def test_weights_that_pytorch_pickled_and_are_damaged(checkpoint):
-    (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "pytorch_model.bin").write_bytes(b"garbage")
-    with pytest.raises(InputError, match=f"`--flag` {checkpoint}"):
+def test_weights_in_two_of_the_files(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    names = dict.fromkeys(weights, "model-1.safetensors")
+    shard(checkpoint, metadata={}, weight_map={**names, "vit.layernorm.weight": "model-2.safetensors"})
+    save_file({"vit.layernorm.weight": torch.zeros(8)}, checkpoint / "model-2.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"`--flag` .*model\.safetensors\.index\.json"):
         load_model(str(checkpoint), "--flag")
+
+
+class Program:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("A checkpoint's code was run.",)
+
+
+BAD_PICKLES = {
+    "garbage": None,
+    "whole numbers": lambda weights: {**weights, "vit.layernorm.weight": torch.ones(8, dtype=torch.int64)},
+    "NaN": lambda weights: {**weights, "vit.layernorm.weight": torch.full((8,), math.nan)},
+    "not all weights": lambda weights: {"vit.layernorm.weight": torch.ones(8)},
+    "a list": lambda weights: list(weights.values()),
+    "no tensor": lambda weights: {**weights, "vit.layernorm.weight": None},
+    "no names": lambda weights: {**weights, 5: torch.ones(8)},
+    "a program": lambda weights: {**weights, "vit.layernorm.weight": Program()},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_PICKLES)
+def test_weights_that_pytorch_pickled_and_are_damaged(checkpoint, fault):
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    if BAD_PICKLES[fault] is None:
+        (checkpoint / "pytorch_model.bin").write_bytes(b"garbage")
+    else:
+        torch.save(BAD_PICKLES[fault](weights), checkpoint / "pytorch_model.bin")
+    with pytest.raises(InputError, match=f"`--flag` {checkpoint}") as refused:
+        load_model(str(checkpoint), "--flag")
+    assert "pytorch_model.bin" in str(refused.value) or "weights" in str(refused.value)
+
+
+def test_weights_that_pytorch_pickled(checkpoint, trained):
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")
+    model, _ = load_model(str(checkpoint), "--flag")
+    expected, _ = load_model(str(trained["karat"]), "--flag")
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
 
 
 def test_every_command_refuses_a_checkpoint_without_its_head(checkpoint, trained, image, tmp_path, capsys):
@@ -308,7 +382,12 @@ def test_a_distilled_backbone_that_lacks_weights(tmp_path):
 
 BAD_CONFIGS = {
     "no object": [],
+    "null": None,
     "empty": {},
+    "bytes": b"\xff\xfe",
+    "too deep": "[" * 100_000,
+    "no type": {"model_type": None},
+    "an unknown type": {"model_type": "foo"},
     "type of a number": {"hidden_size": "eight"},
     "negative": {"hidden_size": -8},
     "no heads": {"num_attention_heads": 0},
@@ -316,7 +395,12 @@ BAD_CONFIGS = {
     "not finite": {"layer_norm_eps": math.nan},
     "a class is missing": {"id2label": {"0": "cat", "2": "dog"}},
     "classes that are no names": {"id2label": {"0": 1, "1": None}},
+    "classes in a list": {"id2label": ["cat", "dog"]},
+    "classes by their names": {"id2label": {"cat": 0}},
     "another number of classes": {"num_labels": 3},
+    "no class": {"num_labels": 0, "id2label": None},
+    "classes beyond all time": {"num_labels": 10**12},
+    "no classifier": {"problem_type": "regression"},
     "a type": {"dtype": "foo"},
     "beyond all memory": {"hidden_size": 10**7, "intermediate_size": 10**9},
     "beyond all time": {"num_hidden_layers": 10**9},
@@ -330,6 +414,13 @@ BAD_PROCESSORS = {
     "division by zero": {"image_std": [0.5, 0.0, 0.5]},
     "not finite": {"image_mean": [0.5, math.nan, 0.5]},
     "no truth value": {"do_normalize": "no"},
+    "neither true nor false": {"do_rescale": None},
+    "not divided": {"do_rescale": False},
+    "divided twice": {"image_std": [127.5, 127.5, 127.5]},
+    "nearly divided by zero": {"image_std": [1e-30, 0.5, 0.5]},
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
     "of another size": {"size": {"height": 9, "width": 8}},
     "beyond all memory": {"size": {"height": 10**6, "width": 10**6}},
     "negative": {"size": {"height": -8, "width": 8}},
@@ -341,6 +432,11 @@ BAD_PROCESSORS = {
 def spoil(path: Path, content) -> None:
     if isinstance(content, dict) and content:
         change_json(path, **content)
+    elif callable(content):
+        path.unlink()
+        content(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
 
@@ -351,7 +447,12 @@ def test_configurations_that_are_damaged(checkpoint, fault):
     with pytest.raises(InputError, match=r"`--flag` (is )?" + str(checkpoint)) as refused:
         load_model(str(checkpoint), "--flag")
     # A configuration that is right in itself is of another model than the weights.
-    assert "config.json" in str(refused.value) or "do not fit" in str(refused.value)
+    assert "config.json" in str(refused.value) or "weights" in str(refused.value)
+
+
+def test_what_a_configuration_says_of_results_is_no_matter(checkpoint, image, capsys):
+    change_json(checkpoint / "config.json", return_dict=False)
+    assert predict.main([image, "--model", str(checkpoint), "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize("fault", BAD_PROCESSORS)
@@ -435,7 +536,44 @@ def test_all_kinds_of_images_of_eight_bits_are_read(mode, tmp_path):
     check_image(path)
 
 
+def test_damaged_exif_data_are_none(tmp_path, checkpoint, capsys):
+    colour_image("red", 0).save(tmp_path / "image.jpg", exif=b"Exif\0\0junkjunkjunk")
+    assert predict.main([str(tmp_path / "image.jpg"), "--model", str(checkpoint), "--device", "cpu"]) == 0
+
+
 # predict.py
+
+
+@pytest.mark.parametrize("device", ["", "foo", "meta", "hpu", "vulkan", "privateuseone", "cuda:99"])
+def test_devices_that_are_none(device):
+    with pytest.raises(InputError, match=f"`--device` {device}") as refused:
+        device_of(device)
+    assert len(str(refused.value)) < 300
+
+
+def test_names_that_are_no_text(checkpoint, tmp_path, monkeypatch, capsys):
+    change_json(checkpoint / "config.json", id2label={index: f"a\n\x1b[31m\udcff{index}" for index in range(10)})
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    colour_image("red", 0).save(tmp_path / "image.png")
+    os.rename(tmp_path / "image.png", name)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert predict.main([os.fsdecode(name), "--model", str(checkpoint), "--device", "cpu"]) == 0
+    out.flush()
+    lines = out.buffer.getvalue().decode().splitlines()
+    assert len(lines) == 6 and "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("command", ["predict", "eval", "analysis"])
+def test_names_that_no_file_has(command, image, tmp_path, logs, capsys):
+    name = "x" * 300
+    status = {
+        "predict": lambda: predict.main([image, "--model", name]),
+        "eval": lambda: script.main(["--eval", "--resume", name, "--data_set", "digits", "--use_cpu"]),
+        "analysis": lambda: analyses.main(["spectrum", "--model", name, "--images", image]),
+    }[command]()
+    message = capsys.readouterr().err
+    assert status == 2 and name in message and not list(logs.iterdir())
 
 
 def test_prediction_of_scores_that_are_no_numbers(checkpoint, image, capsys):
@@ -504,11 +642,11 @@ def test_names_on_the_model_card(fault, trained, tmp_path):
     assert found.count("\n") == plain.count("\n") and found.isprintable() == plain.isprintable()
     # Outside of the code and of the metadata, whose quoting is YAML's.
     metadata, _, text = found.removeprefix("---\n").partition("\n---\n")
-    assert yaml.safe_load(metadata)["model-index"][0]["results"][0]["dataset"]["name"] == reports.one_line(name)
+    assert yaml.safe_load(metadata)["model-index"][0]["results"][0]["dataset"]["name"] == one_line(name)
     prose = "\n".join(text.split("```")[::2])
     for markup in ("<", "](", "javascript:a", "://e", "www.e", "*cat*", "_dog_", "`ls`", "~~", "$x", "a|b"):
         assert markup not in prose.replace("](https://arxiv", "").replace("](training_curves.png", "")
-    assert f"Classes: {reports.one_line(name)}, dog." in html.unescape(prose)
+    assert f"Classes: {one_line(name)}, dog." in html.unescape(prose)
 
 
 def test_a_formula_in_the_name_of_a_data_set_is_none(tmp_path):
@@ -568,3 +706,40 @@ def test_a_checkpoint_without_its_state_is_left_out_and_that_is_said(run_folder,
     assert script.main([*RUN, "--output_dir", str(folder)]) == 0
     assert "left out: checkpoint-2 (trainer_state.json is missing)" in capsys.readouterr().out
     assert (folder / "checkpoint-2.damaged").is_dir()
+
+
+# What runs left, as figures read it
+
+HISTORIES = {
+    "cut short": "[{",
+    "no list": "5",
+    "no rows": '["a"]',
+    "no epoch": '[{"eval_loss": 1.0}]',
+    "text": '[{"epoch": 1, "eval_loss": "low"}]',
+    "not finite": '[{"epoch": 1, "eval_loss": NaN}]',
+}
+
+
+@pytest.mark.parametrize("fault", HISTORIES)
+def test_histories_that_are_damaged(checkpoint, fault):
+    (checkpoint / "run.json").write_text('{"settings": {"seed": 0}}')
+    (checkpoint / "history.json").write_text(HISTORIES[fault])
+    with pytest.raises(InputError, match=r"history\.json"):
+        analysis.curves.read(str(checkpoint))
+
+
+@pytest.mark.parametrize("record", ["{", '{"settings": 5}', '{"settings": {}}', '{"settings": {"seed": "a"}}'])
+def test_records_of_runs_that_are_damaged(checkpoint, record):
+    (checkpoint / "run.json").write_text(record)
+    with pytest.raises(InputError, match=r"run\.json"):
+        load_checkpoint(str(checkpoint))
+    (checkpoint / "run.json").write_text('{"settings": {"seed": 3}}')
+    assert load_checkpoint(str(checkpoint)).run["settings"] == {"seed": 3}
+
+
+@pytest.mark.parametrize("results", ["{", "5", '{"eval_accuracy": "high"}', '{"eval_accuracy": NaN}'])
+def test_results_of_runs_that_are_damaged(checkpoint, results):
+    (checkpoint / "run.json").write_text('{"settings": {"seed": 0}}')
+    (checkpoint / "all_results.json").write_text(results)
+    with pytest.raises(InputError, match=r"all_results\.json"):
+        analysis.compare.accuracy(str(checkpoint))
