@@ -68,8 +68,8 @@ def read(source: str, name: str | None = None) -> Curves:
     if not rows:
         raise InputError(f"{folder} holds no evaluation yet: expected {reports.HISTORY}, or a checkpoint with a log.")
     try:
-        epochs = np.array([row["epoch"] for row in rows], dtype=float)
-        metrics = {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in METRICS}
+        epochs = np.array([float(row["epoch"]) for row in rows])
+        metrics = {key: np.array([float(row.get(key, np.nan)) for row in rows]) for key in METRICS}
         if not np.isfinite(epochs).all() or not np.isfinite(metrics["eval_loss"]).all():
             raise ValueError("an epoch or `eval_loss` that is no number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

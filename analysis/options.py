@@ -39,7 +39,7 @@ def add_images(parser: argparse.ArgumentParser, count: int) -> None:
         metavar="COUNT",
         help=f"how many to draw from a folder or data set; named files are all used (default: {count})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the draw (default: 0)")
     parser.add_argument("--batch-size", type=positive, default=8, help="images computed at once (default: 8)")
 
 
@@ -60,6 +60,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return value
 
 

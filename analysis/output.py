@@ -33,6 +33,11 @@ class Output:
         assert len(set(names)) == len(names), names
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"`--output` {folder} is a file, expected a folder.")
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputError(
+                f"`--output` {folder} cannot be made: {nearest} is a file, or a folder not to be written to."
+            )
         there = [name for name in names if (self.folder / name).exists()]
         if there and not overwrite:
             raise InputError(

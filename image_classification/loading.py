@@ -72,6 +72,8 @@ def load_config(source: str, setting: str) -> PreTrainedConfig:
     Raises:
         InputError: there is none, or it is damaged.
     """
+    if not source.strip():
+        raise InputError(f"`{setting}` is empty, expected a checkpoint folder, or its name on the Hub.")
     folder = Path(source)
     if folder.is_file():
         raise InputError(

@@ -564,6 +564,16 @@ def test_names_that_are_no_text(checkpoint, tmp_path, monkeypatch, capsys):
     assert len(lines) == 6 and "\x1b" not in "".join(lines)
 
 
+@pytest.mark.parametrize("flags", [["--seed", "-1"], ["--batch-size", "0"], ["--output", "{image}/below"]])
+def test_flags_of_figures(flags, checkpoint, image, capsys):
+    flags = [flag.format(image=image) for flag in flags]
+    try:
+        status = analyses.main(["spectrum", "--model", str(checkpoint), "--images", image, "--device", "cpu", *flags])
+    except SystemExit as left:
+        status = left.code
+    assert status == 2 and flags[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["predict", "eval", "analysis"])
 def test_names_that_no_file_has(command, image, tmp_path, logs, capsys):
     name = "x" * 300
@@ -717,6 +727,7 @@ HISTORIES = {
     "no epoch": '[{"eval_loss": 1.0}]',
     "text": '[{"epoch": 1, "eval_loss": "low"}]',
     "not finite": '[{"epoch": 1, "eval_loss": NaN}]',
+    "a list": '[{"epoch": 1, "eval_loss": 1.0, "eval_accuracy": [1]}]',
 }
 
 
