@@ -253,5 +253,5 @@ def test_official_weight_files_are_refused_with_the_way_out(tmp_path):
 
 def test_a_damaged_configuration_is_called_that(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "karat_vit"', encoding="utf-8")
-    with pytest.raises(InputError, match=r"`finetune` is .*, whose config\.json cannot be read"):
+    with pytest.raises(InputError, match=r"`finetune` .*config\.json cannot be read"):
         load_config(str(tmp_path), "finetune")
