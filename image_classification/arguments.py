@@ -18,13 +18,14 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import yaml
 from accelerate.utils import DynamoBackend
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from . import official_flags
-from .errors import InputError, did_you_mean
+from .errors import InputError, did_you_mean, reason_of
 from .official_flags import OFFICIAL_FLAGS, Given
 
 
@@ -290,7 +291,9 @@ class DataArguments:
             "choices": ["const", "rand", "pixel"],
         },
     )
-    random_erasing_count: Annotated[int, COUNT] = field(default=1, metadata={"help": "Erase up to this many parts."})
+    random_erasing_count: Annotated[int, Range(1, 1024)] = field(
+        default=1, metadata={"help": "Erase up to this many parts."}
+    )
     mixup: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none."})
     cutmix: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none."})
     cutmix_minmax: Annotated[list[float] | None, SHARE] = _optional(
@@ -528,6 +531,9 @@ class RunArguments(TrainingArguments):
             self.timm_optimizer = official_flags.check_timm_optimizer(self.optim)
             self.optim = "adamw_torch"  # Transformers insists on a name of its own.
         self._set_trackers()
+        # Before accelerate asks the backend. Launchers set one of these; MPI's, ones of their own.
+        if self.ddp_backend is not None and not any("RANK" in name for name in os.environ):
+            raise InputError("`ddp_backend` is of several processes: start them with `accelerate launch`.")
         super().__post_init__()
         if self.dataloader_multiprocessing_context is not None and self.dataloader_num_workers == 0:
             raise InputError("`dataloader_multiprocessing_context` is of data workers: `dataloader_num_workers` is 0.")
@@ -537,6 +543,8 @@ class RunArguments(TrainingArguments):
             self._try_ema_device()
         if self.torch_compile:
             self._try_compiling()
+        if self.activation_checkpointing_kwargs is not None:
+            self._try_activation_checkpointing()
         if own_eval_batch and self.device.type == "cuda":
             self.per_device_eval_batch_size = max(EVAL_BATCH, self.per_device_eval_batch_size)
         if self.fp16 and self.device.type == "cpu":
@@ -555,6 +563,20 @@ class RunArguments(TrainingArguments):
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"`model_ema_device` is {self.model_ema_device!r}, expected a device that is here, as cpu: {reason}"
+            ) from error
+
+    def _try_activation_checkpointing(self) -> None:
+        given = self.activation_checkpointing_kwargs
+        try:
+            every = given.get("every_n_layers", 1)
+            if type(every) is not int or every < 1:
+                raise ValueError("`every_n_layers` counts blocks, from 1")
+            # All but Transformers' own are PyTorch's.
+            options = {key: value for key, value in given.items() if key not in ("every_n_layers", "offload")}
+            checkpoint(torch.nn.Identity(), torch.zeros(1), **{"use_reentrant": False, **options})
+        except Exception as error:
+            raise InputError(
+                f"`activation_checkpointing_kwargs` is {given!r}, which cannot be used: {reason_of(error)}."
             ) from error
 
     def _try_compiling(self) -> None:
@@ -841,6 +863,10 @@ def parse_settings(argv: list[str]) -> Settings:
 MAPPINGS = (*RunArguments._VALID_DICT_FIELDS, "liger_kernel_config")
 # Transformers' settings with which a run of this script would fail, after an epoch or at once, or without a word.
 NOT_HERE = {
+    "accelerator_config": "how images are drawn, shared among processes and accumulated is this script's own",
+    "auto_find_batch_size": "the learning rate is that of the batch, so choose `per_device_train_batch_size`",
+    "bf16_full_eval": "the weights would be saved as they were rounded; `bf16` evaluates in bfloat16, too",
+    "fp16_full_eval": "the weights would be saved as they were rounded; `fp16` evaluates in half precision, too",
     "batch_eval_metrics": "the metrics are computed over all images",
     "eval_do_concat_batches": "the metrics are computed over all images",
     "prediction_loss_only": "the accuracy needs the predictions",

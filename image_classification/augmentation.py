@@ -9,6 +9,7 @@ index alone: not on workers, nor on what was read before, nor on whether the run
 
 import contextlib
 import random
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,12 @@ from .errors import InputError
 
 
 REPEATS = 3  # Of an image in a batch under repeated augmentation, as in DeiT.
+# What may stand between the dashes of a policy; timm drops what it does not know, `mfoo` and `n` alike.
+_COUNT, _NUMBER = r"([1-9]|[1-5]\d|6[0-4])", r"\d{1,9}(\.\d*)?"
+_SECTIONS = {
+    "rand": rf"m\d{{1,4}}|mmax\d{{1,4}}|mstd{_NUMBER}|n{_COUNT}|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3aw?)",
+    "augmix": rf"m\d{{1,4}}|mstd{_NUMBER}|w{_COUNT}|d{_COUNT}|a{_NUMBER}|b[01]",
+}
 
 
 @contextlib.contextmanager
@@ -67,10 +74,16 @@ def auto_augment(args: DataArguments, size: tuple[int, int], mean) -> list:
         "img_mean": tuple(min(255, round(255 * x)) for x in mean),
         "interpolation": data.transforms.str_to_pil_interp(args.train_interpolation),
     }
+    kind, *sections = policy.split("-")
     try:
-        if policy.startswith("rand"):
+        if not all(re.fullmatch(_SECTIONS.get(kind, f"mstd{_NUMBER}"), section, re.ASCII) for section in sections):
+            raise ValueError("a part that timm would drop")
+        if kind == "rand":
             transform = data.rand_augment_transform(policy, parameters)
-        elif policy.startswith("augmix"):
+            weights = transform.choice_weights  # Under which no operation is chosen twice.
+            if weights is not None and transform.num_layers > np.count_nonzero(weights):
+                raise ValueError("more operations than there are")
+        elif kind == "augmix":
             transform = data.auto_augment.augment_and_mix_transform(policy, parameters | {"translate_pct": 0.3})
         else:
             transform = data.auto_augment.auto_augment_transform(policy, parameters)
@@ -153,6 +166,19 @@ class Mix:
 def mixes(args: DataArguments) -> bool:
     """Whether batches have mixup or CutMix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def check_cutmix(args: DataArguments, size: tuple[int, int]) -> None:
+    """Raise an `InputError` unless the smallest part of CutMix is smaller than its largest, in whole pixels."""
+    if args.cutmix_minmax is None:
+        return
+    for side in size:
+        low, high = (int(side * share) for share in args.cutmix_minmax)
+        if low >= high:
+            raise InputError(
+                f"`cutmix_minmax` is {args.cutmix_minmax}: of a side of {side} pixels these are {low} and {high}. "
+                "Expected a larger second number, as in 0.2 0.8."
+            )
 
 
 def make_collate(args: DataArguments, classes: int):

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import checkpoints, ema, hub, models, reports, runs, trackers, transfer
 from .arguments import RunArguments, Settings, cores_to_use, parse_settings
-from .augmentation import collate, make_collate
+from .augmentation import check_cutmix, collate, make_collate
 from .console import EpochLines, describe, set_up_logging
 from .data import ImageData, load_data
 from .device_augmentation import build_augmentation
@@ -353,6 +353,7 @@ def build_trainer(
     train, make_batch, augment = None, collate, None
     if data.train is not None:
         size, transform, kind_of_data = height_and_width(model.config.image_size), None, ImageDataset
+        check_cutmix(args, size)
         augment = build_augmentation(settings, size, data, processor)
         if augment is None:
             transform, make_batch = TrainTransform(args, size, processor), make_collate(args, classes)

@@ -410,6 +410,11 @@ class ImageClassificationTrainer(ResumableTrainer):
             plain.optim_args = None
             if self.get_optimizer_cls_and_kwargs(plain, model) == (kind, options):
                 raise InputError(f"`optim_args` does nothing with `optim: {self.args.optim.value}`. Leave it out.")
+        if self.args.optim_target_modules is not None and "optimizer_dict" not in options:
+            if not {"params", "model"} & options.keys():
+                raise InputError(
+                    f"`optim_target_modules` does nothing with `optim: {self.args.optim.value}`. Leave it out."
+                )
         if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
             for name in ("attn_lr", "attn_weight_decay", "layer_decay"):
                 if getattr(self.args, name) is not None:

@@ -243,13 +243,14 @@ def test_no_number_is_unbounded(name, value):
     "layer_decay 0|layer_decay 1.5|model_ema_decay 1.1|decay_epochs 0|decay_milestones -3|warmup_steps -1|base_lr -1|"
     "attn_lr -1|eval_crop_ratio 0|eval_crop_ratio 1.5|train_crop_scale 1 0.5|train_crop_scale 0 1|train_crop_scale 1|"
     "train_crop_ratio 0 1|image_std 0 1 1|image_std 1 1|image_mean 127 127 127|validation_fraction 1.5|mixup -1|"
-    "mixup_prob 1.5|random_erasing -0.1|random_erasing_count 0|max_train_samples 0|shuffle_buffer 0|"
+    "mixup_prob 1.5|random_erasing -0.1|random_erasing_count 0|random_erasing_count 2000|max_train_samples 0|"
+    "shuffle_buffer 0|"
     "cutmix_minmax 0.8 0.2|cutmix_minmax 0.2 1.8|image_size 0|image_size 1000000|image_size 8 8 8|patch_size -4|"
     "hidden_size 0|hidden_size 1000000000|num_hidden_layers 0|num_attention_heads 0|hidden_dropout_prob 1|"
     "drop_path_rate 1|attention_probs_dropout_prob -0.1|initializer_range 0|karat_rank 0|grid_size 0|"
     "grid_size 1000000000|karat_depth 0|spline_order -1|rational_order 5 -4|rational_order 4|grid_range 4|"
     "grid_range 4 -4|image_mean 0.5|lr_scheduler_kwargs fast|"
-    "lr_scheduler_kwargs {bad|accelerator_config nowhere.json|fsdp_config nowhere.json|num_karat_heads -1".split("|"),
+    "lr_scheduler_kwargs {bad|fsdp_config nowhere.json|num_karat_heads -1".split("|"),
 )
 def test_values_out_of_range_name_the_setting(words):
     name, *values = words.split()
@@ -295,6 +296,13 @@ def test_lists_without_a_number(recipe, text):
         ("--load_best_model_at_end --eval_strategy no", "load_best_model_at_end"),
         ("--save_strategy best --eval_strategy no", "save_strategy"),
         ("--fsdp full_shard", "fsdp"),
+        ('--activation_checkpointing_kwargs {"foo":1}', "activation_checkpointing_kwargs"),
+        ('--activation_checkpointing_kwargs {"every_n_layers":0}', "every_n_layers"),
+        ("--ddp_backend gloo", "ddp_backend"),
+        ("--bf16_full_eval", "bf16_full_eval"),
+        ("--fp16_full_eval", "fp16_full_eval"),
+        ("--auto_find_batch_size", "auto_find_batch_size"),
+        ('--accelerator_config {"split_batches":true}', "accelerator_config"),
         ("--dataloader_num_workers 0 --dataloader_prefetch_factor 2", "dataloader_prefetch_factor"),
         ("--dataloader_num_workers 0 --dataloader_multiprocessing_context fork", "dataloader_multiprocessing_context"),
     ],

@@ -159,8 +159,17 @@ def test_policies_at_every_level(policy):
             assert transform(image).size == (24, 24)
 
 
-def test_an_unknown_policy_is_an_error_that_shows_known_ones():
-    with pytest.raises(InputError, match=r"rand-m99-x3.*rand-m15-n2-mstd1.0-inc1"):
-        make_dataset(auto_augment="rand-m99-x3")
-    with pytest.raises(InputError, match="timm does not know"):
-        make_dataset(auto_augment="nonsense")
+@pytest.mark.parametrize(
+    "policy",
+    "rand-m99-x3|nonsense|rand-mfoo|rand-|rand-n|rand-n0|rand-n1000000|rand-n9-n-3|rand-m-5|rand-p2|rand-mstdinf|"
+    "rand-inc2|rand-tfoo|rand-n50-t3aw|randm9|augmix-w0|augmix-d100000000|augmix-foo|original-|original-m9".split("|"),
+)
+def test_an_unknown_policy_is_an_error_that_shows_known_ones(policy):
+    """So is one whose parts timm would drop, or that would not end."""
+    with pytest.raises(InputError, match=f"'{policy}', which timm does not know.*rand-m15-n2-mstd1.0-inc1"):
+        make_dataset(auto_augment=policy)
+
+
+@pytest.mark.parametrize("policy", ["rand", "rand-m9-n3-mstd0.5-mmax12-p1.0-inc1", "rand-m7-tweights", "augmix", "v0r"])
+def test_policies_that_timm_knows(policy):
+    assert auto_augment(DataArguments(auto_augment=policy), (24, 24), (0.5, 0.5, 0.5))

@@ -563,7 +563,9 @@ def test_misspelt_metric_is_found_before_the_data_is_read(tmp_path, small, capsy
     schedule = ["--lr_scheduler_kwargs", '{"a": 1}', "--lr_scheduler_type", "cosine"]
     few = ["--dataloader_drop_last", "--max_train_samples", "9"]
     nothing = ["--optim_args", "a=b", "--optim", "adagrad"]
-    for flags in (["--metric_for_best_model", "ema_loss"], ["--optim_args", "x"], nothing, schedule, few):
+    parts, modules = ["--cutmix_minmax", "0.5", "0.51"], ["--optim_target_modules", "all-linear"]
+    metric, arguments = ["--metric_for_best_model", "ema_loss"], ["--optim_args", "x"]
+    for flags in (metric, arguments, nothing, schedule, few, parts, modules):
         assert script.main([*words, *flags]) == 2
         err = capsys.readouterr().err
         assert flags[0].lstrip("-") in err and len(err.splitlines()) == 1
