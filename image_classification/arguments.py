@@ -1045,6 +1045,8 @@ def _check(record: dict[str, Any]) -> None:
     """
     ranges = _ranges()
     for name, value in record.items():
+        if value == "" and name not in ("auto_augment", "debug"):
+            raise InputError(f"`{name}` is empty. Give it a value, or leave it out.")
         allowed = ranges.get(name, Range())
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and number not in allowed:

@@ -141,6 +141,9 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
         _check_labels(chosen[role], labels, f"{name}, {role} split", role == "train")
         if chosen[role].features["label"] != ClassLabel(names=labels):
             chosen[role] = chosen[role].cast_column("label", ClassLabel(names=labels))
+    if train and (unseen := sorted(set(range(len(labels))) - set(chosen["train"]["label"][:]))):
+        names = ", ".join(labels[index] for index in unseen[:5])
+        notes.append(f"no training image is of the class{'es' * (len(unseen) > 1)} {names}{more(unseen)}")
     if "validation" not in chosen:
         chosen, note = _hold_out(chosen["train"], args.validation_fraction, seed, name)
         notes.append(note)

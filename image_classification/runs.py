@@ -123,6 +123,8 @@ def _plan(settings: Settings) -> Plan:
     if record.get("finished"):
         if not any((folder / name).is_file() for name in (checkpoints.WEIGHTS, checkpoints.WEIGHTS_INDEX)):
             raise InputError(f"{folder} holds a finished run without its weights ({checkpoints.WEIGHTS}). {ELSEWHERE}")
+        for file in checkpoints.weight_files(folder):
+            checkpoints.read_header(file)
         return Plan(finished=record["finished"])
     checkpoint, damaged = _newest(folder)
     if checkpoint is None:
@@ -263,7 +265,21 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     for key, kind in (("settings", dict), ("finished", dict | None), ("id", str | None)):
         if not isinstance(record.get(key), kind):
             raise InputError(f"{folder / RECORD} is damaged: `{key}` is {record[key]!r}. {ELSEWHERE}")
+    if not record["settings"] or not _has_figures(record.get("finished")):
+        raise InputError(f"{folder / RECORD} is damaged: expected the settings of a run and its figures. {ELSEWHERE}")
     return record
+
+
+def _has_figures(finished: dict[str, Any] | None) -> bool:
+    """Whether what a finished run recorded can be told; that of an unfinished one can."""
+    if finished is None:
+        return True
+    metrics, images = finished.get("metrics"), finished.get("eval_images")
+    return (
+        isinstance(metrics, dict)
+        and "eval_accuracy" in metrics
+        and all(type(value) in (int, float) for value in [*metrics.values(), images])
+    )
 
 
 def write_record(

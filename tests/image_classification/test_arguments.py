@@ -266,6 +266,12 @@ def test_lists_without_a_number(recipe, text):
         parse_settings([recipe(text), *MODEL])
 
 
+@pytest.mark.parametrize("name", ["output_dir", "data_path", "model", "finetune", "resume_from_checkpoint", "run_name"])
+def test_text_that_is_empty(name):
+    with pytest.raises(InputError, match=f"`{name}` is empty"):
+        parse_settings([f"--{name}=", "--use_cpu"])
+
+
 # What a package or a backend does, and what does nothing here
 
 

@@ -411,6 +411,13 @@ def test_labels_that_number_more_classes_than_there_can_be(tmp_path, label):
         load(data_path=str(tmp_path))
 
 
+def test_classes_without_a_training_image_are_named(tmp_path):
+    labels = {"train": [1, 3, 1, 3, 1, 3], "test": [1, 5, 1, 3, 1, 3]}
+    for name, values in labels.items():
+        rows(6).remove_columns("label").add_column("label", values).to_parquet(tmp_path / f"{name}.parquet")
+    assert "no training image is of the classes 0, 2, 4, 5" in load(data_path=str(tmp_path)).notes
+
+
 def test_rows_without_an_image(tmp_path):
     for value in (None, {"bytes": None, "path": None}):
         table, info = rows(6).data.table, rows(6).info

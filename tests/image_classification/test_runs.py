@@ -6,6 +6,8 @@ import os
 import signal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from image_classification import main as script
 from image_classification import runs
@@ -161,7 +163,7 @@ def test_folder_without_a_checkpoint_may_be_used_again(tmp_path):
             with pytest.raises(InputError, match="another"):
                 runs.plan(settings(tmp_path, *words))
         (tmp_path / name).rmdir()
-    runs.write_record(corrected, finished={"metrics": {}})
+    runs.write_record(corrected, finished={"metrics": {"eval_accuracy": 0.5}, "eval_images": 2})
     with pytest.raises(InputError, match="another run"):
         runs.plan(settings(tmp_path, "--grid", "3"))
 
@@ -199,6 +201,9 @@ def test_finished_run_has_nothing_left_to_do(tmp_path):
     with pytest.raises(InputError, match="without its weights"):
         runs.plan(mine)
     (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        runs.plan(mine)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert runs.plan(mine).finished == finished
 
 
@@ -227,7 +232,13 @@ def test_record_keeps_no_secret(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"\xff\xfe", b'{"settings": 5}', b'{"settings": {}, "finished": true}', 9999 * b"["]
+    "content",
+    [b"{", b"\xff\xfe", b'{"settings": 5}', b'{"settings": {}, "finished": true}', 9999 * b"["]
+    + [
+        b'{"settings": {"seed": 42}, "finished": %s}' % finished
+        for finished in (b"{}", b'{"metrics": {}}', b'{"metrics": {"eval_accuracy": "x"}, "eval_images": 6}')
+    ]
+    + [b'{"settings": {}}'],
 )
 def test_damaged_record(tmp_path, content):
     (tmp_path / runs.RECORD).write_bytes(content)
