@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from .errors import InputError, more, reason_of
 
@@ -94,19 +95,26 @@ def damage(folder: Path) -> str | None:
 
 def check_progress(folder: Path) -> None:
     """Raise an `InputError` unless a checkpoint says how far its run was. What `SHA256SUMS` lists need not be asked."""
-    _check_fields(folder / STATE, {"global_step": int, "epoch": (int, float), "log_history": list})
-    log = read_json(folder / STATE)["log_history"]
-    if not all(isinstance(entry, dict) and ("eval_loss" not in entry or "epoch" in entry) for entry in log):
+    number = (int, float)
+    _check_fields(folder / STATE, {"global_step": int, "epoch": number}, {"log_history": dict})
+    with reading(folder / STATE):
+        state = TrainerState.load_from_json(str(folder / STATE))
+        if state.global_step < 0:
+            raise ValueError("`global_step` is negative")
+    if not all("eval_loss" not in entry or "epoch" in entry for entry in state.log_history):
         raise InputError(f"{folder / STATE} is damaged: `log_history` has evaluations without their `epoch`.")
     if (folder / PROGRESS).is_file():
-        fields = {"losses": list, "logged_loss": (int, float), "last_logged_step": int, "seconds": (int, float)}
-        _check_fields(folder / PROGRESS, {**fields, "epoch_ended": bool, "due": list})
+        fields = {"logged_loss": number, "last_logged_step": int, "seconds": number, "epoch_ended": bool}
+        _check_fields(folder / PROGRESS, fields, {"losses": number, "due": str})
 
 
-def _check_fields(path: Path, fields: dict[str, type | tuple[type, ...]]) -> None:
+def _check_fields(path: Path, fields: dict[str, type | tuple[type, ...]], lists: dict) -> None:
+    """Of JSON: the types of fields, and of what is in lists."""
     content = read_json(path)
-    for name, kind in fields.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+    for name, kind in (fields | lists).items():
+        found = content.get(name) if isinstance(content, dict) else None
+        of_lists = name not in lists or isinstance(found, list)
+        if not of_lists or not all(isinstance(value, kind) for value in (found if name in lists else [found])):
             raise InputError(f"{path} is damaged: it has no `{name}`, or one of another type.")
 
 

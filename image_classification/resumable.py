@@ -132,7 +132,11 @@ class ResumableTrainer(ParallelTrainer):
                 self._loaders.remove(before)
                 _end_workers(before)
             self._evaluated = asked
-        return super().get_eval_dataloader(eval_dataset)
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:  # Transformers would not evaluate on the last images either.
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def _end_data_workers(self) -> None:
         """Those that outlive an epoch: at the process's end they would be killed, which PyTorch takes for a failure."""
@@ -146,6 +150,11 @@ class ResumableTrainer(ParallelTrainer):
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         if self.resumed_from is not None and self.args.load_best_model_at_end:
             self.state.best_model_checkpoint = self._find_best()
+        if self.state.global_step > max_steps:
+            raise InputError(
+                f"{self.resumed_from} is of step {self.state.global_step}, and this run ends at step {max_steps}: "
+                "nothing is left to train. Train longer (--num_train_epochs, --max_steps)."
+            )
         # Transformers would train one step more where `max_steps` ends within an epoch.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from image_classification import checkpoints, runs
 from image_classification import main as script
-from image_classification import runs
 from image_classification.arguments import parse_settings
 from image_classification.errors import InputError
 from image_classification.trainer import ImageClassificationTrainer
@@ -254,3 +254,32 @@ def test_record_of_another_release_is_compared_where_both_know_the_setting(tmp_p
     del record["settings"]["momentum"]
     (tmp_path / runs.RECORD).write_text(json.dumps(record))
     assert runs.plan(mine).message
+
+
+STATE = {"global_step": 5, "epoch": 1.0, "log_history": [], "max_steps": 9}
+PROGRESS = {"losses": [0.5], "logged_loss": 2.0, "last_logged_step": 4, "seconds": 3.5, "epoch_ended": True, "due": []}
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("trainer_state.json", {"global_step": -5}),
+        ("trainer_state.json", {"global_step": None}),
+        ("trainer_state.json", {"log_history": [1, "x"]}),
+        ("trainer_state.json", {"nonsense": 1, "stateful_callbacks": 5}),
+        ("progress.json", {"losses": ["a"]}),
+        ("progress.json", {"losses": 1.0}),
+        ("progress.json", {"due": [1]}),
+    ],
+)
+def test_progress_that_is_none(tmp_path, file, change):
+    for name, content in (("trainer_state.json", STATE), ("progress.json", PROGRESS)):
+        (tmp_path / name).write_text(json.dumps(content | (change if name == file else {})))
+    with pytest.raises(InputError, match=f"{file} (is damaged|cannot be read).*{next(iter(change))}"):
+        checkpoints.check_progress(tmp_path)
+
+
+def test_progress(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps(STATE))
+    (tmp_path / "progress.json").write_text(json.dumps(PROGRESS))
+    checkpoints.check_progress(tmp_path)

@@ -572,10 +572,13 @@ def test_misspelt_metric_is_found_before_the_data_is_read(tmp_path, small, capsy
     assert not checkpoints.checkpoints(tmp_path / "o")
 
 
-def test_evaluation_counts_every_image_once(tmp_path):
-    """Batches of 4, 4 and 3: the loss is the mean over the 11 images, not over the batches."""
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_evaluation_counts_every_image_once(tmp_path, drop_last):
+    """Batches of 4, 4 and 3: the loss is the mean over the 11 images, not over the batches; training may drop some."""
     rows = rows_of(11)
-    args = run_arguments(tmp_path, per_device_eval_batch_size=4, label_smoothing_factor=0.3)
+    args = run_arguments(
+        tmp_path, per_device_eval_batch_size=4, label_smoothing_factor=0.3, dataloader_drop_last=drop_last
+    )
     trainer = ImageClassificationTrainer(
         model=make_model("karat"),
         args=args,
