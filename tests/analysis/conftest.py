@@ -57,11 +57,11 @@ def _with_scores(model):
     return model
 
 
-def save(model, folder) -> str:
+def save(model, folder, side: int = 12) -> str:
     model.save_pretrained(folder, save_original_format=False)
-    ViTImageProcessorPil(size={"height": 12, "width": 12}, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(
-        folder
-    )
+    ViTImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    ).save_pretrained(folder)
     return str(folder)
 
 
