@@ -149,12 +149,16 @@ def test_what_the_trainer_counts_is_counted(tmp_path, monkeypatch):
     assert ours.total_flos == theirs.total_flos > 0
 
 
-def test_a_run_of_which_no_step_is_left_ends(tmp_path, monkeypatch):
-    """As when it goes on with fewer steps than it has taken."""
+def test_a_run_of_which_no_step_is_left(tmp_path, monkeypatch):
+    """It ends as it is; and one that shall have fewer steps than it has taken is refused."""
     make_trainer(tmp_path / "run", True, monkeypatch, save_strategy="epoch").train()
-    trainer = make_trainer(tmp_path / "again", True, monkeypatch, save_strategy="no", max_steps=4)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    last = str(tmp_path / "run" / "checkpoint-6")
+    trainer = make_trainer(tmp_path / "again", True, monkeypatch, save_strategy="no", max_steps=6)
+    trainer.train(resume_from_checkpoint=last)
     assert trainer.state.global_step == 6
+    trainer = make_trainer(tmp_path / "fewer", True, monkeypatch, save_strategy="no", max_steps=4)
+    with pytest.raises(InputError, match="step 6.*max_steps"):
+        trainer.train(resume_from_checkpoint=last)
 
 
 def test_a_checkpoint_that_is_due_keeps_the_last_step(tmp_path, monkeypatch):
