@@ -157,7 +157,7 @@ def test_a_run_of_which_no_step_is_left(tmp_path, monkeypatch):
     trainer.train(resume_from_checkpoint=last)
     assert trainer.state.global_step == 6
     trainer = make_trainer(tmp_path / "fewer", True, monkeypatch, save_strategy="no", max_steps=4)
-    with pytest.raises(InputError, match="step 6.*max_steps"):
+    with pytest.raises(InputError, match=r"step 6.*max_steps"):
         trainer.train(resume_from_checkpoint=last)
 
 
