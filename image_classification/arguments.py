@@ -50,6 +50,12 @@ EXCLUSIVE = (
 
 
 MOST_WORKERS = 16
+# Transformers 5.23 has renamed it.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    if name in TrainingArguments.__dataclass_fields__
+)
 # Images of an evaluation at a time on a GPU, which smaller batches would leave idle.
 EVAL_BATCH = 256
 
@@ -543,7 +549,7 @@ class RunArguments(TrainingArguments):
             self._try_ema_device()
         if self.torch_compile:
             self._try_compiling()
-        if self.activation_checkpointing_kwargs is not None:
+        if getattr(self, CHECKPOINTING) is not None:
             self._try_activation_checkpointing()
         if own_eval_batch and self.device.type == "cuda":
             self.per_device_eval_batch_size = max(EVAL_BATCH, self.per_device_eval_batch_size)
@@ -566,7 +572,7 @@ class RunArguments(TrainingArguments):
             ) from error
 
     def _try_activation_checkpointing(self) -> None:
-        given = self.activation_checkpointing_kwargs
+        given = getattr(self, CHECKPOINTING)
         try:
             every = given.get("every_n_layers", 1)
             if type(every) is not int or every < 1:
@@ -575,9 +581,7 @@ class RunArguments(TrainingArguments):
             options = {key: value for key, value in given.items() if key not in ("every_n_layers", "offload")}
             checkpoint(torch.nn.Identity(), torch.zeros(1), **{"use_reentrant": False, **options})
         except Exception as error:
-            raise InputError(
-                f"`activation_checkpointing_kwargs` is {given!r}, which cannot be used: {reason_of(error)}."
-            ) from error
+            raise InputError(f"`{CHECKPOINTING}` is {given!r}, which cannot be used: {reason_of(error)}.") from error
 
     def _try_compiling(self) -> None:
         """Something small, before work is lost: a backend may not exist, or lack its package or a compiler."""

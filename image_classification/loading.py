@@ -18,12 +18,14 @@ from PIL import Image
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+
+# Transformers 5.17 has it under the short name only where torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
