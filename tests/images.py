@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small image data for tests, and what keeps the script's settings of the libraries from reaching other tests."""
 
+import os
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 COLOURS = ("blue", "green", "red")
@@ -35,11 +37,18 @@ def make_image_folder(root: Path, splits=(("train", 4), ("validation", 2)), clas
 
 @pytest.fixture
 def own_library_settings():
-    """Put back what the scripts set in Transformers, datasets and PyTorch."""
+    """Put back what the scripts set in Transformers, datasets, accelerate and PyTorch."""
+    environment = dict(os.environ)
     threads = torch.get_num_threads()
     verbosity, theirs = transformers.logging.get_verbosity(), datasets.logging.get_verbosity()
     yield
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
     datasets.logging.set_verbosity(theirs)
+    unset_hf_deepspeed_config()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
     torch.set_num_threads(threads)
