@@ -566,9 +566,9 @@ class RunArguments(TrainingArguments):
         try:
             torch.zeros(1, device=self.model_ema_device)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"`model_ema_device` is {self.model_ema_device!r}, expected a device that is here, as cpu: {reason}"
+                f"`model_ema_device` is {self.model_ema_device!r}, expected a device that is here, as cpu: "
+                f"{reason_of(error)}"
             ) from error
 
     def _try_activation_checkpointing(self) -> None:
@@ -594,7 +594,7 @@ class RunArguments(TrainingArguments):
                 raise ValueError(f"the modes are {', '.join(modes)}")
             torch.compile(lambda number: number + 1, **how)(torch.zeros(1, device=self.device))
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = reason_of(error)
             raise InputError(
                 f"`torch_compile` with `torch_compile_backend` {how['backend']!r}, `torch_compile_mode` "
                 f"{how['mode']!r} does not work here: {reason}. Choose others (inductor is the usual backend), or "
