@@ -143,6 +143,9 @@ class KArAtViTConfig(ViTConfig):
         format_version (int):
             Version of the checkpoint format, written by the library.
 
+    A keyword that is no field raises. What a saved configuration has beyond the fields (a later Transformers or another
+    tool wrote it) is kept and named in a warning, and attributes that are set later are kept and saved.
+
     Raises:
         ValueError: a field is unknown, out of range, or does not go with another; the message names it.
 
@@ -184,17 +187,12 @@ class KArAtViTConfig(ViTConfig):
 
     @classmethod
     def _reject_unknown_keys(cls, keys) -> None:
-        unknown = sorted(set(keys) - _known_keys())
-        if not unknown:
-            return
-        hints = []
-        for key in unknown:
-            close = difflib.get_close_matches(key, _known_keys(), n=1)
-            hints.append(f"`{key}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
-        raise ValueError(
-            f"KArAtViTConfig does not know {', '.join(hints)}. Correct or remove the key; "
-            "`help(KArAtViTConfig)` lists every field."
-        )
+        unknown = set(keys) - _known_keys()
+        if unknown:
+            raise ValueError(
+                f"KArAtViTConfig does not know {_with_hints(unknown)}. Correct or remove the key; "
+                "`help(KArAtViTConfig)` lists every field."
+            )
 
     def validate_output_attentions(self) -> None:
         """Transformers forbids `output_attentions` without `eager`; here such calls run `eager`, whatever is set."""
@@ -340,7 +338,21 @@ class KArAtViTConfig(ViTConfig):
             for key in kwargs
             if key not in _known_keys() and difflib.get_close_matches(key, _own_keys(), n=1, cutoff=0.8)
         )
-        return super().from_dict(config_dict, **kwargs)
+        extra = {key: config_dict.pop(key) for key in sorted(set(config_dict) - _known_keys())}
+        if extra:
+            logger.warning_once(
+                f"The saved configuration has fields that KArAtViTConfig does not know: {_with_hints(extra)}. They are "
+                "kept, and the model reads none of them."
+            )
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        for key, value in extra.items():
+            setattr(config, key, value)
+        return made
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def _adopt(cls, config_dict: dict) -> dict:
@@ -367,6 +379,15 @@ class KArAtViTConfig(ViTConfig):
 def _known_keys() -> set[str]:
     names = {field.name for field in fields(KArAtViTConfig)}
     return names | _PRETRAINED_KEYS | set(GenerationConfig._get_default_generation_params())
+
+
+def _with_hints(keys) -> str:
+    """The keys, each with the known one that it resembles."""
+    hints = []
+    for key in sorted(keys):
+        close = difflib.get_close_matches(key, _known_keys(), n=1)
+        hints.append(f"`{key}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
+    return ", ".join(hints)
 
 
 def _own_keys() -> set[str]:

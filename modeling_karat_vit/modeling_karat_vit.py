@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision Transformer with Kolmogorov-Arnold Attention (arXiv 2503.10632): what KArAt adds to Transformers' ViT."""
 
+import copy
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -418,7 +419,9 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         Raises:
             ValueError: no size, or smaller than a patch.
         """
-        new = KArAtViTConfig.from_dict({**self.config.to_dict(), "image_size": image_size})
+        new = copy.deepcopy(self.config)
+        new.image_size = image_size
+        new.check()
         grid, new_grid = self.config.patch_grid(), new.patch_grid()
         for module in self.modules():
             if isinstance(module, KArAtViTEmbeddings):

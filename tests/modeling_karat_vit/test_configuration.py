@@ -144,15 +144,39 @@ def test_base_functions_are_known_to_transformers(name):
 @pytest.mark.parametrize(
     ("key", "hint"), [("grid_sise", "grid_size"), ("basis_typ", "basis_type"), ("karat_rnk", "karat_rank")]
 )
-def test_a_misspelt_key_raises_with_a_suggestion(key, hint, tmp_path):
+def test_a_misspelt_key_raises_with_a_suggestion(key, hint):
     with pytest.raises(ValueError, match=f"`{key}` .did you mean `{hint}`"):
         KArAtViTConfig(**{key: 3})
-    KArAtViTConfig().save_pretrained(tmp_path)
+
+
+def test_what_a_file_has_beyond_the_fields_is_kept_and_named_once(tmp_path, messages):
+    KArAtViTConfig(karat_rank=5).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 3}))
-    for load in (KArAtViTConfig.from_pretrained, AutoConfig.from_pretrained):
-        with pytest.raises(ValueError, match=f"`{key}` .did you mean `{hint}`"):
-            load(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_eps": 1e-3, "grid_sise": 4}))
+    loaded = [
+        KArAtViTConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        KArAtViTConfig.from_json_file(path),
+        KArAtViTConfig.from_pretrained(tmp_path, return_unused_kwargs=True, device_map="cpu")[0],
+    ]
+    for config in loaded:
+        assert (config.norm_eps, config.grid_sise, config.grid_size, config.karat_rank) == (1e-3, 4, 3, 5)
+    said = [message for message in messages() if "norm_eps" in message]
+    assert len(said) == 1 and "`grid_sise` (did you mean `grid_size`?)" in said[0]
+    loaded[0].save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["norm_eps"] == 1e-3
+
+
+def test_attributes_set_later_are_kept(make_config, tmp_path, messages):
+    from modeling_karat_vit import KArAtViTForImageClassification
+
+    config = make_config()
+    config.norm_eps, config.tie_word_embeddings = 1e-3, False
+    model = KArAtViTForImageClassification(config).resize((16, 12))
+    model.save_pretrained(tmp_path)
+    assert not messages()  # Only a file's are named.
+    reloaded = KArAtViTForImageClassification.from_pretrained(tmp_path).config
+    assert (reloaded.norm_eps, reloaded.tie_word_embeddings, reloaded.image_size) == (1e-3, False, [16, 12])
 
 
 def test_a_misspelt_keyword_of_from_pretrained_raises_with_a_suggestion(tmp_path):
