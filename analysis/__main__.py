@@ -8,7 +8,7 @@ import sys
 from image_classification.errors import did_you_mean, run_command
 
 
-# One module each. Its docstring is the command's description.
+# A module each, or a package with a module `command`, whose docstring is the command's description.
 COMMANDS = {
     "functions": "the learned functions phi_pq, over the scores that really occur",
     "attention": "attention maps, signed, of any block, head and query; regions, dominant head, rollout",
@@ -55,12 +55,15 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"python -m analysis: error: no {what!r} here{did_you_mean(what, COMMANDS)}: {known}", file=sys.stderr)
         return 2
-    return run_command(f"python -m analysis {what}", lambda: _run(what, flags), debug="--debug" in flags)
+    return run_command(f"python -m analysis {what}", lambda: analyse(what, flags), debug="--debug" in flags)
 
 
-def _run(what: str, flags: list[str]) -> None:
+def analyse(what: str, flags: list[str]) -> None:
+    """Run a command with its flags."""
     # Only this one, and only now: `--help` need not wait for PyTorch.
     module = importlib.import_module(f".{what}", "analysis")
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(".command", module.__name__)
     parser = argparse.ArgumentParser(
         prog=f"python -m analysis {what}",
         description=module.__doc__.strip(),

@@ -12,8 +12,8 @@ from image_classification.data import VALIDATION_NAMES
 from image_classification.errors import InputError
 from image_classification.images import decode
 
-from .checkpoints import Checkpoint
 from .images import Found, draw_numbers, processor_of
+from .models import Checkpoint
 
 
 BOX_FORMATS = ("xywh", "xyxy")

@@ -25,8 +25,8 @@ from matplotlib.patches import Patch, Rectangle
 from image_classification.errors import InputError
 
 from . import options, style
-from .checkpoints import Checkpoint, load_checkpoint
 from .images import Images, find_images, prepare
+from .models import Checkpoint, load_checkpoint
 from .output import Output, figure_names
 from .recording import record
 

@@ -36,7 +36,7 @@ from image_classification.errors import InputError
 from image_classification.loading import height_and_width
 
 from . import options, style
-from .checkpoints import Checkpoint, by_default, load_checkpoint, read_state, run_folder
+from .models import Checkpoint, by_default, load_checkpoint, read_state, run_folder
 from .output import Output, figure_names
 
 

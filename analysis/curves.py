@@ -18,7 +18,7 @@ from image_classification import reports, runs
 from image_classification.errors import InputError, reason_of
 
 from . import options, style
-from .checkpoints import read_state, run_folder
+from .models import read_state, run_folder
 from .output import Output, figure_names
 
 

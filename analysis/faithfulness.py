@@ -40,8 +40,8 @@ from . import options, style
 from .annotations import BOX_FORMATS, as_seen, find_annotated
 from .attention import Maps, dominant_head, on_grid, region
 from .attention import compute as attention_maps
-from .checkpoints import Checkpoint, by_default, load_checkpoint
 from .images import find_images, prepare
+from .models import Checkpoint, by_default, load_checkpoint
 from .output import Output, figure_names
 
 

@@ -23,8 +23,8 @@ from image_classification import models
 from image_classification.errors import InputError
 
 from . import options, style
-from .checkpoints import Checkpoint, load_checkpoint, load_start
 from .images import load_images
+from .models import Checkpoint, load_checkpoint, load_start
 from .output import Output, figure_names
 from .recording import record
 

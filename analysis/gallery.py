@@ -13,7 +13,6 @@ the PNGs and a page that shows them (README.md) in --output.
 
 import argparse
 import dataclasses
-import importlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from image_classification.errors import InputError
 from image_classification.main import main as train
 
 from . import style
-from .checkpoints import Checkpoint, load_checkpoint, read_state, run_folder
+from .__main__ import analyse
 from .compare import accuracy
+from .models import Checkpoint, load_checkpoint, read_state, run_folder
 from .output import Output
 
 
@@ -184,10 +184,7 @@ def run(args: argparse.Namespace) -> None:
             words += ["--images", *args.images]
         words += ["--output", str(figures)] + (["--overwrite"] if args.overwrite else [])
         print(f"python -m analysis {shlex.join(words)}")
-        module = importlib.import_module(f".{words[0]}", __package__)
-        parser = argparse.ArgumentParser()
-        module.add_arguments(parser)
-        module.run(parser.parse_args(words[1:]))
+        analyse(words[0], words[1:])
     for picture in pictures:
         output.copy(figures / f"{picture.file.replace('LAST', last)}.png", f"{picture.name}.png")
     output.text("README.md", page(pictures, [describe(checkpoint) for checkpoint in checkpoints], args.note))

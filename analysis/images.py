@@ -15,7 +15,7 @@ from image_classification.errors import InputError
 from image_classification.folders import files_below
 from image_classification.images import decode, read_image
 
-from .checkpoints import Checkpoint
+from .models import Checkpoint
 
 
 # An image, its name (the file's, or its number in the data set), and its class if that is known.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoint
+from .models import Checkpoint
 
 
 @dataclass

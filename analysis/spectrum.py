@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from . import options, style
-from .checkpoints import Checkpoint, load_checkpoint
 from .images import find_images, prepare
+from .models import Checkpoint, load_checkpoint
 from .output import Output, figure_names
 from .recording import record
 

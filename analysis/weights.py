@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from image_classification.errors import InputError
 
 from . import options, style
-from .checkpoints import Checkpoint, load_moment, moments
+from .models import Checkpoint, load_moment, moments
 from .output import Output, figure_names
 
 

@@ -33,7 +33,7 @@ import analysis.curves
 import analysis.spectrum
 import image_classification.main as script
 import predict
-from analysis.checkpoints import load_checkpoint
+from analysis.models import load_checkpoint
 from image_classification import reports
 from image_classification.arguments import ModelArguments, parse_settings
 from image_classification.data import ImageData

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from analysis import compare, style
-from analysis.checkpoints import load_checkpoint
+from analysis.models import load_checkpoint
 from analysis.recording import record
 from modeling_karat_vit import KArAtViTConfig
 

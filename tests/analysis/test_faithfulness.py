@@ -12,8 +12,8 @@ from PIL import Image
 from analysis import faithfulness, style
 from analysis.annotations import as_seen, find_annotated
 from analysis.attention import Maps
-from analysis.checkpoints import load_checkpoint
 from analysis.images import prepare
+from analysis.models import load_checkpoint
 from image_classification.errors import InputError
 
 from .conftest import karat_model, save

@@ -7,8 +7,8 @@ import torch
 from matplotlib.colors import to_rgb
 
 from analysis import functions, style
-from analysis.checkpoints import load_checkpoint
 from analysis.images import load_images
+from analysis.models import load_checkpoint
 
 from .conftest import karat_model, save
 

@@ -5,7 +5,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from analysis import spectrum, style
-from analysis.checkpoints import load_checkpoint
+from analysis.models import load_checkpoint
 from analysis.recording import Attention
 
 from .conftest import karat_model, save

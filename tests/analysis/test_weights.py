@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from analysis import style, weights
-from analysis.checkpoints import load_checkpoint
+from analysis.models import load_checkpoint
 from image_classification.errors import InputError
 
 from .conftest import karat_model, save

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import predict
-from analysis.checkpoints import load_checkpoint
+from analysis.models import load_checkpoint
 from image_classification import checkpoints, transfer
 from image_classification import main as script
 from image_classification.arguments import parse_settings

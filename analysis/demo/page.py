@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of `python -m analysis demo`, in Gradio: what is on it, and what happens when. What it shows is `demo`'s."""
+"""The page of `python -m analysis demo`, in Gradio: what is on it, and what happens when. `viewer` draws it."""
 
 import html
 import os
@@ -17,8 +17,8 @@ from image_classification import models
 from image_classification.errors import InputError
 from image_classification.reports import escaped
 
-from . import style
-from .demo import STAGES, TOP, VIEWS, Viewer
+from .. import style
+from .viewer import STAGES, TOP, VIEWS, Viewer
 
 
 # Uploaded images, and pictures made of them, are deleted after this many seconds, and when the page ends.
@@ -112,7 +112,7 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
                     buttons=[],
                     elem_id="picture",
                 )
-                # The file itself: `demo.read_image` reads or refuses it, in its words and not in Gradio's. Set here,
+                # The file itself: `reading.read_image` reads or refuses it, in its words and not in Gradio's. Set here,
                 # since beside a class of our own Gradio would write a file.
                 image.preprocess = lambda payload: None if payload is None else payload.path
                 status = gr.HTML(elem_id="status", padding=False)

@@ -1,20 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-A page in the browser: drop in an image and see the five best guesses of a model, where each head of each block looks,
-and the functions that a KArAt head learned; with --compare, a second model beside it.
+"""One model, ready to be shown images: its guesses, where it looks, what its heads learned."""
 
-Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after about an
-hour. With --push_to_space, it serves nothing here, and makes the same page a Space of the Hugging Face Hub instead:
-models in folders are uploaded with it, models on the Hub are loaded from there.
-"""
-
-import argparse
 import functools
 import math
-import tempfile
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,22 +14,17 @@ from PIL import Image
 from transformers import pipeline
 
 from image_classification.errors import InputError
-from image_classification.images import upright_rgb
 
-from . import attention, functions, options, style
-from .checkpoints import Checkpoint, load_checkpoint
-from .images import find_images, prepare, processor_of
+from .. import attention, functions, style
+from ..images import prepare, processor_of
+from ..models import Checkpoint
+from .reading import read_image
 
 
 TOP = 5
-# Images of more pixels are shrunk to this many as they are read.
-SHRINK_ABOVE = 2**24
-# What is read. Pillow knows more, and hands some, such as EPS, to other programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # Images that are remembered, so that moving a slider need not run the model again. They are told apart by their paths:
 # Gradio names an upload by its content.
 REMEMBERED = 64
-EXAMPLES = 48
 # Of the pictures that are drawn.
 DPI = 150
 VIEWS = ("One head", "Mean of the heads", "All blocks (rollout)")
@@ -231,157 +216,3 @@ def _pixels(figure: Figure) -> np.ndarray:
     figure.set_dpi(DPI)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-
-
-def read_image(path: str) -> tuple[Image.Image, list[str]]:
-    """
-    Read whatever image somebody has: upright, in RGB, the first of several frames, and shrunk if it is very large.
-
-    At most 89 megapixels (Pillow's limit) are decoded, some 0.4 GB.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The image, and what is worth knowing of how it was read, in sentences.
-
-    Raises:
-        InputError: the file is gone, damaged, no image, too large, or has floating-point or 32-bit pixels.
-    """
-    notes = []
-    try:
-        image = Image.open(path, formats=FORMATS)
-        megapixels = image.width * image.height / 1e6
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError
-        if getattr(image, "is_animated", False):
-            notes.append("The file holds several pictures: this is the first.")
-        if image.mode.startswith("I;16"):
-            image = _eight_bits(image)
-            notes.append("16 bits a pixel were reduced to 8.")
-        if image.width * image.height > SHRINK_ABOVE:
-            factor = (SHRINK_ABOVE / (image.width * image.height)) ** 0.5
-            # A JPEG is decoded at the smaller size to begin with.
-            image.thumbnail([max(1, round(side * factor)) for side in image.size])
-            notes.append(f"The image has {megapixels:.0f} megapixels and was shrunk as it was read.")
-        image.load()
-        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
-            notes.append("Transparency is ignored, as in training.")
-    except FileNotFoundError as error:
-        raise InputError("The image is not kept any longer. Please upload it again.") from error
-    except Image.DecompressionBombError as error:
-        limit = Image.MAX_IMAGE_PIXELS / 1e6
-        raise InputError(f"The image is too large: at most {limit:.0f} megapixels. Shrink it first.") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others for broken files.
-        raise InputError(
-            "This file cannot be read: it is damaged, cut short, or no image of a known kind. Try PNG, JPEG, WebP, "
-            "GIF, BMP, TIFF or AVIF."
-        ) from error
-    return upright_rgb(image, Path(path).name), notes
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image with the upper 8 of them, still with its orientation."""
-    reduced = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    reduced.getexif().update(image.getexif())
-    return reduced
-
-
-def find_examples(paths: list[str] | None, checkpoints: list[Checkpoint], folder: Path) -> list[str]:
-    """
-    Example images as PNG files.
-
-    Args:
-        paths: files, and folders of which up to `EXAMPLES` are drawn; `None` for held-out images of the data set of a
-            run, where it is on this machine.
-        checkpoints: the models.
-        folder: where to write the files.
-
-    Raises:
-        InputError: see `find_images`; where no paths are given there are no examples instead, and it is said why.
-    """
-    if paths is None:
-        settings = next((each.run["settings"] for each in checkpoints if each.run is not None), None)
-        if settings is None or (settings["data_path"] is None and settings["data_set"] != "digits"):
-            print("No example images: name a folder of them with --examples.")
-            return []
-    try:
-        found = find_images(checkpoints, paths, EXAMPLES if paths else 12, flag="--examples")
-    except InputError as error:
-        if paths is not None:
-            raise
-        print(f"No example images: {error}")
-        return []
-    files = []
-    for number, (image, _, _) in enumerate(found):
-        files.append(str(folder / f"{number:02}.png"))
-        image.save(files[-1])
-    return files
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, compare=True)
-    parser.add_argument(
-        "--examples",
-        nargs="+",
-        metavar="PATH",
-        help="image files, or folders of them, to offer as examples (default: held-out images of the data set that "
-        "run.json, beside the checkpoint, names, if it is on this machine)",
-    )
-    parser.add_argument("--host", help="address to listen at; 0.0.0.0 for all of this machine (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
-    parser.add_argument(
-        "--share", action="store_true", help="also make a public address, for a week, through Gradio's servers"
-    )
-    parser.add_argument(
-        "--push_to_space",
-        metavar="USER/NAME",
-        help="make or update this Space of the Hugging Face Hub, and do not serve the page here",
-    )
-    parser.add_argument("--private", action="store_true", help="with --push_to_space: a new Space is yours alone")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="with --push_to_space: write to a Space that this command did not make",
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    page = _page()
-    if args.push_to_space is None and (args.private or args.overwrite):
-        raise InputError("`--private` and `--overwrite` go with --push_to_space.")
-    if args.port is not None and not 0 < args.port < 2**16:
-        raise InputError(f"`--port` is {args.port}, expected 1 to {2**16 - 1}.")
-    target = None
-    if args.push_to_space is not None:
-        from . import space
-
-        target = space.Target(args.push_to_space, args.overwrite, args.private)
-    viewers = load_viewers(args.model, args.compare, args.device)
-    with tempfile.TemporaryDirectory(prefix="karat-vit-examples-") as folder:
-        examples = find_examples(args.examples, [viewer.checkpoint for viewer in viewers], Path(folder))
-        if target is not None:
-            target.push(viewers, examples)
-        else:
-            page.serve(page.build(viewers, examples), args.host, args.port, args.share)
-
-
-def load_viewers(model: str, compare: str | None = None, device: str | None = None) -> list[Viewer]:
-    """The model of `--model` and, if there is one, of `--compare`, tried out on an image."""
-    where = options.device_of(device)
-    sources = [model] if compare is None else [model, compare]
-    checkpoints = [load_checkpoint(source, flag, where) for source, flag in zip(sources, ("--model", "--compare"))]
-    names = options.names(None, sources)
-    return [Viewer(checkpoint, name) for checkpoint, name in zip(checkpoints, names)]
-
-
-def _page():
-    try:
-        from . import page
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise InputError(
-            'The page needs Gradio, which is not installed: pip install -c constraints.txt -e ".[demo]"'
-        ) from error
-    return page

@@ -2,7 +2,7 @@
 """
 The page of `python -m analysis demo` as a visitor sees it, in headless Chromium.
 
-Pictures are compared with what `demo.Viewer` draws for the same file and settings; test_demo.py tests what that is.
+Pictures are compared with what `Viewer` draws for the same file and settings; test_viewer.py tests what that is.
 """
 
 import io
@@ -16,9 +16,10 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from analysis import demo, page
-
-from .conftest import SIZES, karat_model, save
+from analysis.demo import page
+from analysis.demo.command import load_viewers
+from analysis.demo.viewer import VIEWS, Viewer
+from tests.analysis.conftest import SIZES, karat_model, save
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -39,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def viewers(folder) -> list[demo.Viewer]:
+def viewers(folder) -> list[Viewer]:
     """A KArAt model, and a softmax model with other labels, more blocks and heads, and larger images."""
     torch.manual_seed(2)
     labels = {0: "oak", 1: "elm"}
@@ -52,7 +53,7 @@ def viewers(folder) -> list[demo.Viewer]:
     }
     other = save(ViTForImageClassification(ViTConfig(**{**SIZES, **sizes})), folder / "other")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(other)
-    return demo.load_viewers(save(karat_model(), folder / "mine"), other, "cpu")
+    return load_viewers(save(karat_model(), folder / "mine"), other, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +173,13 @@ def test_the_settings_change_what_is_shown(visit, viewers, tmp_path):
     expect_picture(visitor, "attention-0", viewers[0].draw_attention(path, 1, 1, opacity=0)[0])
     move(visitor, "opacity", "End")
     visitor.get_by_label("Mean of the heads").check()
-    expect_picture(visitor, "attention-0", viewers[0].draw_attention(path, 1, 1, demo.VIEWS[1], opacity=1)[0])
+    expect_picture(visitor, "attention-0", viewers[0].draw_attention(path, 1, 1, VIEWS[1], opacity=1)[0])
     visitor.get_by_label("Scores, before the activation").check()
-    before = viewers[0].draw_attention(path, 1, 1, demo.VIEWS[1], "before", opacity=1)[0]
+    before = viewers[0].draw_attention(path, 1, 1, VIEWS[1], "before", opacity=1)[0]
     expect_picture(visitor, "attention-0", before)
     expect_picture(visitor, "overview-0", viewers[0].draw_overview(path, "before", (1, 1)))
     visitor.get_by_label("All blocks (rollout)").check()
-    expect_picture(visitor, "attention-0", viewers[0].draw_attention(path, 1, 1, demo.VIEWS[2], opacity=1)[0])
+    expect_picture(visitor, "attention-0", viewers[0].draw_attention(path, 1, 1, VIEWS[2], opacity=1)[0])
 
 
 def test_a_click_on_a_head_chooses_it(visit, viewers, tmp_path):
@@ -284,7 +285,7 @@ def test_the_clipboard(visit, viewers, tmp_path):
 def test_a_model_of_one_block_and_one_head(chromium, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     model = save(karat_model(num_hidden_layers=1, num_attention_heads=1), tmp_path / "model")
-    (viewer,) = demo.load_viewers(model, None, "cpu")
+    (viewer,) = load_viewers(model, None, "cpu")
     running, path = page.launch(page.build([viewer], [])), saved(tmp_path, "a.png", photo(9))
     try:
         visitor = chromium.new_page()
@@ -293,7 +294,7 @@ def test_a_model_of_one_block_and_one_head(chromium, tmp_path, monkeypatch):
         expect_picture(visitor, "attention-0", viewer.draw_attention(path, 0, 0)[0])
         expect(visitor.locator("#block")).to_have_count(0)
         visitor.get_by_label("All blocks (rollout)").check()
-        expect_picture(visitor, "attention-0", viewer.draw_attention(path, 0, 0, demo.VIEWS[2])[0])
+        expect_picture(visitor, "attention-0", viewer.draw_attention(path, 0, 0, VIEWS[2])[0])
         visitor.close()
     finally:
         running.close()

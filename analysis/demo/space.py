@@ -15,10 +15,10 @@ from image_classification.errors import InputError, more
 from image_classification.hub import Repository, understood
 from image_classification.reports import code_span
 
-from .demo import Viewer
+from .viewer import Viewer
 
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 # What the page is made of; it is run from a copy.
 CODE = ("analysis", "image_classification", "modeling_karat_vit")
 # What a checkpoint folder holds beside much that is not needed to load it.
@@ -72,7 +72,8 @@ def files(viewers: list[Viewer], examples: list[str]) -> dict[str, Path | bytes]
     """
     result: dict[str, Path | bytes] = {"LICENSE": PROJECT / "LICENSE"}
     for package in CODE:
-        result |= {f"{package}/{path.name}": path for path in sorted((PROJECT / package).glob("*.py"))}
+        sources = sorted((PROJECT / package).rglob("*.py"))
+        result |= {path.relative_to(PROJECT).as_posix(): path for path in sources}
     words, on_hub, names = ["demo"], [], []
     for flag, viewer in zip(("--model", "--compare"), viewers):
         source = viewer.checkpoint.source

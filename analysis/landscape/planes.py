@@ -149,6 +149,22 @@ def path_plane(model: nn.Module, readers: list[Reader], normalise: str = "none")
     )
 
 
+def extent(planes: list[Plane], size: int, radius: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """
+    A grid for planes that are to be seen side by side, `size` by `size`: `radius` to each side; by default 1, or for
+    principal directions around all paths and the trained weights, with a quarter of their extent to each side.
+    """
+    paths = [plane.path for plane in planes if plane.path is not None]
+    if radius is not None or not paths:
+        radius = 1.0 if radius is None else radius
+        side = np.linspace(-radius, radius, size)
+        return side, side.copy()
+    points = np.concatenate([*paths, np.zeros((1, 2))])
+    low, high = points.min(0), points.max(0)
+    margin = (high - low) / 4
+    return tuple(np.linspace(a, b, size) for a, b in zip(low - margin, high + margin))
+
+
 def products(directions: torch.Tensor) -> torch.Tensor:
     """The inner products of two directions, (2, 2), in fp64."""
     first, second = (direction.double() for direction in directions.cpu())
