@@ -34,6 +34,18 @@ VARIANTS = {
     "full_rank": {"modular_mode": None, "karat_depth": 1},
     "project_l1": {"project_l1": True},
 }
+# For what the whole product of the two would only repeat: every basis, and every variant with two of them.
+FORMS = BASES | {
+    f"{name}-{variant}": BASES[name] | VARIANTS[variant]
+    for variant, names in {
+        "w1_phi2": ("fourier", "shannon"),
+        "phi2_phi1": ("spline", "meyer"),
+        "depth_3": ("rational", "mexican_hat"),
+        "full_rank": ("shannon", "dog"),
+        "project_l1": ("morlet", "fourier"),
+    }.items()
+    for name in names
+}
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +63,12 @@ def basis(request) -> dict:
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def variant(request) -> dict:
     """The configuration of each variant of the operator in turn."""
+    return request.param
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
+def form(request) -> dict:
+    """A basis in a variant of the operator, in turn: a sample of all."""
     return request.param
 
 

@@ -23,6 +23,7 @@ from modeling_karat_vit.attention import (
 )
 from modeling_karat_vit.modeling_karat_vit import AttentionMasks, KArAtViTAttention
 from tests.modeling_karat_vit import oracle
+from tests.modeling_karat_vit.conftest import BASES
 from tests.modeling_karat_vit.oracle import make_inputs, make_operator
 
 
@@ -45,7 +46,8 @@ def results(operator, inputs, keep=None, need_maps=False, scaling=SCALING) -> di
     for x in inputs:
         x.grad = None
     output = attend(operator, *inputs, keep, need_maps, scaling)[0]
-    backward(output)
+    if output.requires_grad:  # constant functions of what is frozen leave nothing to differentiate
+        backward(output)
     leaves = dict(zip(("query", "key", "value"), inputs)) | dict(operator.named_parameters())
     gradients = {name: leaf.grad.clone() for name, leaf in leaves.items() if leaf.grad is not None}
     return {"output": output.detach()} | gradients
@@ -68,10 +70,6 @@ def assert_agree(actual: dict, expected: dict, tolerance: float):
         assert error.abs().max() <= 10 * tolerance * wanted.double().abs().max() + 1e-30, name
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
-    return {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
-
-
 def key_mask(batch: int = 2, tokens: int = 5) -> torch.Tensor:
     """Key 2 of the first image and the last two of the second are hidden."""
     keep = torch.ones(batch, tokens, dtype=torch.bool)
@@ -86,13 +84,17 @@ def as_numpy(*tensors):
 # ------------------------------------------------------------------------------------------------ the paper's equations
 
 
-@paths
-@pytest.mark.parametrize("mask", ["none", "keys"])
+@pytest.mark.parametrize(
+    ("mask", "need_maps"),
+    [("none", True), ("none", False), ("keys", True), ("keys", False), ("per query", True), ("per head", True)],
+)
 def test_the_operator_follows_the_papers_equations(basis, variant, mask, need_maps):
+    """Masked keys might as well not exist: the loops have neither their edges of Phi nor their rows of W."""
     operator = make_operator(base_fn="silu", **basis, **variant)
     query, key, value = make_inputs()
-    keep = key_mask() if mask == "keys" else None
-    wanted = None if keep is None else keep[:, None, None, :].expand(2, 2, 5, 5)
+    random = torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(4)) > 0.4
+    keep = {"none": None, "keys": key_mask(), "per query": random[:, :1], "per head": random}[mask]
+    wanted = None if keep is None else (keep[:, None, None, :] if keep.dim() == 2 else keep).expand(2, 2, 5, 5)
     expected, expected_maps = oracle.attend(
         operator.config, oracle.arrays(operator), *as_numpy(query, key, value), SCALING, wanted
     )
@@ -103,31 +105,6 @@ def test_the_operator_follows_the_papers_equations(basis, variant, mask, need_ma
         np.testing.assert_allclose(scores.detach(), (query @ key.mT * SCALING).detach(), atol=1e-12)
     else:
         assert maps is None and scores is None
-
-
-@pytest.mark.parametrize("heads_of_mask", [1, 2])
-def test_a_mask_per_query_follows_the_papers_equations(basis, variant, heads_of_mask):
-    operator = make_operator(base_fn="silu", **basis, **variant)
-    query, key, value = make_inputs()
-    keep = torch.rand(2, heads_of_mask, 5, 5, generator=torch.Generator().manual_seed(4)) > 0.4
-    expected, expected_maps = oracle.attend(
-        operator.config, oracle.arrays(operator), *as_numpy(query, key, value), SCALING, keep.expand(2, 2, 5, 5)
-    )
-    output, maps, _ = attend(operator, query, key, value, keep, need_maps=True)
-    np.testing.assert_allclose(maps.detach(), expected_maps, rtol=1e-9, atol=1e-10)
-    np.testing.assert_allclose(output.detach(), expected, rtol=1e-9, atol=1e-10)
-
-
-@paths
-@pytest.mark.parametrize(
-    "case", [{"karat_rank": 1}, {"karat_depth": 4, "modular_mode": None, "karat_rank": 2}], ids=str
-)
-def test_other_ranks_and_depths_follow_the_papers_equations(case, need_maps):
-    operator = make_operator(**case)
-    inputs = make_inputs()
-    expected, _ = oracle.attend(operator.config, oracle.arrays(operator), *as_numpy(*inputs), SCALING)
-    output = attend(operator, *inputs, need_maps=need_maps)[0]
-    np.testing.assert_allclose(output.detach(), expected, rtol=1e-9, atol=1e-10)
 
 
 @paths
@@ -167,36 +144,8 @@ def test_the_first_heads_are_karat_and_the_rest_softmax(karat_heads, masked, nee
 
 
 @paths
-def test_a_masked_key_might_as_well_not_exist(basis, variant, need_maps):
-    """Its edges of Phi and its row of W (or its edges of the last step) and its value taken out, nothing changes."""
-    operator = make_operator(base_fn="gelu", **basis, **variant)
-    query, key, value = make_inputs()
-    left = [0, 1, 3]
-    keep = torch.zeros(2, 5, dtype=torch.bool)
-    keep[:, left] = True
-    actual = attend(operator, query, key, value, keep, need_maps)[0]
-
-    smaller = make_operator(tokens=4, base_fn="gelu", **basis, **variant)
-    # Of 4 tokens, 3 are taken as keys: cut both operators to the keys that are left.
-    tensors = {}
-    for name, parameter in operator.named_parameters():
-        for axis in range(-2, 0):
-            if parameter.shape[axis] == 5:
-                parameter = parameter.index_select(axis, torch.tensor(left))
-        tensors[name] = parameter
-    if basis.get("wavelet_type") == "shannon":
-        # The places of the keys that are left in the window stay what they were.
-        for step in smaller.edges:
-            if step.in_features == 4:
-                step.window = lambda like: torch.from_numpy(np.hamming(5)[left])
-    scores = (query @ key[:, :, left].mT) * SCALING
-    expected = smaller.activate(scores, tensors) @ value[:, :, left]
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-@paths
-def test_what_a_masked_key_holds_does_not_matter(basis, variant, need_maps):
-    operator = make_operator(base_fn="silu", dtype=torch.float32, **basis, **variant)
+def test_what_a_masked_key_holds_does_not_matter(form, need_maps):
+    operator = make_operator(base_fn="silu", dtype=torch.float32, **form)
     query, key, value = make_inputs(torch.float32)
     keep = key_mask()
     expected = results(operator, (query, key, value), keep, need_maps)
@@ -213,8 +162,8 @@ def test_what_a_masked_key_holds_does_not_matter(basis, variant, need_maps):
 
 
 @paths
-def test_an_image_of_which_nothing_is_left(variant, basis, need_maps):
-    operator = make_operator(base_fn="sigmoid", **basis, **variant)
+def test_an_image_of_which_nothing_is_left(form, need_maps):
+    operator = make_operator(base_fn="sigmoid", **form)
     keep = torch.ones(2, 5, dtype=torch.bool)
     keep[0] = False
     found = results(operator, make_inputs(), keep, need_maps)
@@ -225,29 +174,16 @@ def test_an_image_of_which_nothing_is_left(variant, basis, need_maps):
 # ----------------------------------------------------------------------------------------------- eager and portable
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("project_l1", [False, True])
-def test_portable_gives_what_eager_gives(basis, variant, project_l1, dtype):
-    """Outputs and every gradient, with and without a base function and a mask."""
-    for base_fn in ("zero", "silu", "linear"):
-        operator = make_operator(dtype, base_fn=base_fn, **{**variant, **basis, "project_l1": project_l1})
-        for keep in (None, key_mask()):
-            inputs = make_inputs(dtype)
-            expected = results(operator, inputs, keep, need_maps=True)
-            assert_agree(results(operator, inputs, keep), expected, tolerance_of(dtype))
-            trainable = {name for name, parameter in operator.named_parameters() if parameter.requires_grad}
-            assert expected.keys() == {"output", "query", "key", "value"} | trainable
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("rank", [1, 2, 12])
-@pytest.mark.parametrize("tokens", [17, 65])
-def test_awkward_sizes(basis, tokens, rank, dtype):
-    operator = make_operator(dtype, tokens=tokens, karat_rank=rank, base_fn="gelu", **basis)
-    inputs = make_inputs(dtype, tokens=tokens, size=6)
-    keep = key_mask(tokens=tokens)
-    expected = results(operator, inputs, keep, need_maps=True)
-    assert_agree(results(operator, inputs, keep), expected, tolerance_of(dtype))
+@pytest.mark.parametrize(("tokens", "rank"), [(17, 1), (17, 12), (65, 2)])
+@pytest.mark.parametrize("base_fn", ["zero", "gelu"])
+def test_portable_gives_what_eager_gives_in_fp32(form, tokens, rank, base_fn):
+    operator = make_operator(torch.float32, tokens=tokens, base_fn=base_fn, **{"karat_rank": rank, **form})
+    inputs = make_inputs(torch.float32, tokens=tokens)
+    for keep in (None, key_mask(tokens=tokens)):
+        expected = results(operator, inputs, keep, need_maps=True)
+        assert_agree(results(operator, inputs, keep), expected, 1e-5)
+        trainable = {name for name, parameter in operator.named_parameters() if parameter.requires_grad}
+        assert expected.keys() == {"output", "query", "key", "value"} | trainable
 
 
 @pytest.mark.parametrize("tokens", [197, 198])
@@ -258,8 +194,8 @@ def test_the_size_of_real_images(tokens, case):
     assert_agree(results(operator, inputs), results(operator, inputs, need_maps=True), 1e-5)
 
 
-def test_strong_scores(basis, variant):
-    operator = make_operator(base_fn="silu", **basis, **variant)
+def test_strong_scores(form):
+    operator = make_operator(base_fn="silu", **form)
     inputs = make_inputs(strength=30.0)
     assert_agree(results(operator, inputs), results(operator, inputs, need_maps=True), 1e-10)
 
@@ -280,10 +216,10 @@ masks = pytest.mark.parametrize("mask", ["none", "keys", "one for all"])
 
 
 @masks
-def test_chunks_of_the_batch(basis, variant, monkeypatch, mask, use_threads):
+def test_chunks_of_the_batch(form, monkeypatch, mask, use_threads):
     """However the batch is cut, the last chunk smaller than the others included."""
     use_threads(1)
-    operator = make_operator(base_fn="silu", **basis, **variant)
+    operator = make_operator(base_fn="silu", **form)
     inputs = make_inputs(batch=5)
     keep = mask_of(mask, 5)
     sizes = []
@@ -302,7 +238,7 @@ def test_chunks_of_the_batch(basis, variant, monkeypatch, mask, use_threads):
     monkeypatch.setattr(attention_module._Maps, "of", spy_on_maps)
     expected = results(operator, inputs, keep)
     # Families that are linear in their coefficients go through the images of one head after the other.
-    by_head = basis["basis_type"] in ("fourier", "spline") and not variant
+    by_head = form in (BASES["fourier"], BASES["spline"])
     times = 2 if by_head else 1
     assert sizes == [5] * times * 2
     floats_per_image = 5 * 5 * max(step.floats_per_score for step in operator.edges) * (1 if by_head else 2)
@@ -457,32 +393,9 @@ def test_inputs_that_are_not_contiguous(need_maps):
     assert_agree(found, {name: expected[name] for name in found}, 1e-10)
 
 
-def test_no_gradient_wanted(basis):
-    operator = make_operator(**basis)
-    inputs = make_inputs()
-    expected = attend(operator, *inputs, need_maps=True)[0]
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            torch.testing.assert_close(attend(operator, *inputs)[0], expected.detach(), rtol=1e-10, atol=1e-12)
-
-
-def test_both_sharings_on_both_paths(make_model, pixels, basis, variant, sharing):
-    """Gradients of two blocks; those of a universal operator are summed over the blocks."""
-    model = make_model(dtype=torch.float64, sharing=sharing, **basis, **variant)
-    gradients = {}
-    for implementation in ("eager", "karat_portable"):
-        model.set_attn_implementation(implementation)
-        model.zero_grad()
-        logits = model(pixels.double()).logits
-        logits.square().sum().backward()
-        gradients[implementation] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        gradients[implementation]["logits"] = logits.detach()
-    assert_agree(gradients["karat_portable"], gradients["eager"], 1e-9)
-
-
-def test_a_universal_operator_is_the_same_operator_in_every_block(make_model, pixels, basis):
-    universal = make_model(dtype=torch.float64, sharing="universal", **basis)
-    blockwise = make_model(dtype=torch.float64, sharing="blockwise", **basis)
+def test_a_universal_operator_is_the_same_operator_in_every_block(make_model, pixels):
+    universal = make_model(dtype=torch.float64, sharing="universal")
+    blockwise = make_model(dtype=torch.float64, sharing="blockwise")
     missing, unexpected = blockwise.load_state_dict(universal.state_dict(), strict=False)
     assert all(".operator." in name for name in (*missing, *unexpected))
     operators = [layer.attention.operator for layer in blockwise.vit.layers]
@@ -502,38 +415,24 @@ def test_a_universal_operator_is_the_same_operator_in_every_block(make_model, pi
 # --------------------------------------------------------------------------------------------------------- gradients
 
 
-@paths
-def test_gradients_are_those_of_finite_differences(basis, variant, need_maps, monkeypatch):
+def test_gradients_are_those_of_finite_differences(form, monkeypatch):
+    """Of the portable path, which has its own backward pass."""
     monkeypatch.setattr(attention_module, "_budget", lambda device: 1)
-    operator = make_operator(tokens=3, heads=1, karat_rank=2, grid_size=2, base_fn="tanh", **basis, **variant)
+    operator = make_operator(tokens=3, heads=1, karat_rank=2, grid_size=2, base_fn="tanh", **form)
     inputs = make_inputs(tokens=3, heads=1, size=2, seed=5)
     keep = torch.tensor([[True, True, True], [True, False, True]])
 
     def output(*_):
-        return attend(operator, *inputs, keep, need_maps)[0]
+        return attend(operator, *inputs, keep)[0]
 
     assert torch.autograd.gradcheck(output, (*inputs, *operator.parameters()))
 
 
 @paths
-def test_every_tensor_can_be_frozen_alone(basis, variant, need_maps):
-    """It gets no gradient, and the others keep theirs."""
-    operator = make_operator(base_fn="silu", **basis, **variant)
-    query, key, value = make_inputs()
-    expected = results(operator, (query, key, value), need_maps=need_maps)
-    leaves = {"query": query, "key": key, "value": value} | dict(operator.named_parameters())
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(False)
-        found = results(operator, (query, key, value), need_maps=need_maps)
-        leaf.requires_grad_(True)
-        assert_agree(found, {other: x for other, x in expected.items() if other != name}, 1e-12)
-
-
-@paths
 @pytest.mark.parametrize("base_fn", ["zero", "silu"])
-def test_what_the_configuration_freezes(basis, variant, need_maps, base_fn):
+def test_what_the_configuration_freezes(form, need_maps, base_fn):
     for train_basis, train_base in itertools.product([True, False], repeat=2):
-        operator = make_operator(base_fn=base_fn, train_basis=train_basis, train_base=train_base, **basis, **variant)
+        operator = make_operator(base_fn=base_fn, train_basis=train_basis, train_base=train_base, **form)
         found = results(operator, make_inputs(), need_maps=need_maps)
         for name, _ in operator.named_parameters():
             if name == "projector":
@@ -557,45 +456,6 @@ def test_a_parameter_that_takes_no_part_is_no_error(basis, need_maps, frozen):
     found = results(operator.requires_grad_(True), make_inputs(), need_maps=need_maps)
     if "edges.0.scale_base" in found:
         assert not frozen and (found["edges.0.scale_base"] == 0).all()
-
-
-CORNERS = [
-    *({"basis_type": "rational", "rational_order": order} for order in itertools.product((0, 1, 2), repeat=2)),
-    *({"basis_type": "spline", "spline_order": order, "grid_size": 1} for order in (0, 1)),
-    {"basis_type": "fourier", "grid_size": 1},
-    *({"basis_type": "wavelet", "wavelet_type": wavelet} for wavelet in ("dog", "meyer", "shannon")),
-]
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.sampled_from(CORNERS),
-    st.sampled_from([{}, {"modular_mode": "w1_phi2"}, {"modular_mode": None, "karat_depth": 1}, {"project_l1": True}]),
-    st.sampled_from(["zero", "relu"]),
-    st.tuples(*[st.booleans()] * 4),
-    st.booleans(),
-)
-def test_whatever_is_frozen_the_portable_gradients_are_those_of_the_reference(
-    corner, variant, base_fn, trainable, masked
-):
-    operator = make_operator(base_fn=base_fn, **corner, **variant)
-    basis, base, projector, value = trainable
-    for name, parameter in operator.named_parameters():
-        of_step = base if name.endswith("scale_base") else basis
-        parameter.requires_grad_(projector if name == "projector" else of_step)
-    inputs = make_inputs()
-    inputs[2].requires_grad_(value)
-    leaves = [x for x in (*inputs, *operator.parameters()) if x.requires_grad]
-    found = []
-    for need_maps in (True, False):
-        output = attend(operator, *inputs, key_mask() if masked else None, need_maps)[0]
-        total = output.square().sum()
-        # With constant functions of frozen values the reference leaves nothing to differentiate.
-        zeros = [torch.zeros_like(x) for x in leaves]
-        grads = torch.autograd.grad(total, leaves, materialize_grads=True) if total.requires_grad else zeros
-        found.append([output.detach(), *grads])
-    for expected, actual in zip(*found):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", [{}, {"modular_mode": "w1_phi2"}, {"modular_mode": None}], ids=str)
@@ -630,13 +490,13 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
 
 @paths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_fp32(basis, variant, dtype, need_maps):
+def test_half_precision_is_computed_in_fp32(form, dtype, need_maps):
     """Inputs and parameters in half precision give the fp32 result, rounded once at the end."""
-    operator = make_operator(dtype, base_fn="silu", **basis, **variant)
+    operator = make_operator(dtype, base_fn="silu", **form)
     with torch.no_grad():
         for parameter in operator.parameters():
             parameter *= 0.5
-    wide = make_operator(torch.float32, base_fn="silu", **basis, **variant)
+    wide = make_operator(torch.float32, base_fn="silu", **form)
     wide.load_state_dict(operator.state_dict())
     inputs = make_inputs(dtype)
     wide_inputs = [x.detach().float().requires_grad_() for x in inputs]
@@ -662,9 +522,9 @@ class Given(torch.nn.Module):
 
 @paths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_changes_nothing_inside(basis, variant, dtype, need_maps):
+def test_autocast_changes_nothing_inside(form, dtype, need_maps):
     """What arrives in half precision is computed in fp32, forwards and backwards, under autocast too."""
-    operator = make_operator(torch.float32, base_fn="silu", **basis, **variant)
+    operator = make_operator(torch.float32, base_fn="silu", **form)
     inputs = make_inputs(dtype)
     expected = results(operator, inputs, need_maps=need_maps)
     module = KArAtViTAttention(operator.config, 0)
@@ -685,27 +545,6 @@ def test_autocast_changes_nothing_inside(basis, variant, dtype, need_maps):
     assert torch.equal(output.view(2, 5, 2, 4).transpose(1, 2), expected.pop("output"))
     for name, gradient in expected.items():
         assert torch.equal(leaves[name].grad, gradient), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_paths_agree_in_half_precision_within_rounding(basis, variant, dtype):
-    operator = make_operator(torch.float32, base_fn="silu", **basis, **variant)
-    inputs = make_inputs(dtype)
-    assert_agree(results(operator, inputs), results(operator, inputs, need_maps=True), torch.finfo(dtype).eps)
-
-
-@paths
-def test_fp64_is_computed_in_fp64(basis, variant, need_maps):
-    """Differences far below fp32's rounding come through."""
-    operator = make_operator(**basis, **variant)
-    query, key, value = make_inputs()
-    output = attend(operator, query, key, value, need_maps=need_maps)[0]
-    other = attend(operator, query * (1 + 1e-12), key, value, need_maps=need_maps)[0]
-    assert output.dtype == torch.float64
-    # The change is linear in the perturbation, which it could not be in fp32.
-    larger = attend(operator, query * (1 + 1e-10), key, value, need_maps=need_maps)[0]
-    torch.testing.assert_close((other - output) * 100, larger - output, rtol=0.2, atol=1e-11)
-    assert (larger != output).any()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -757,26 +596,31 @@ def configurations(draw) -> dict:
     }
 
 
-few = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-
-
-@few
-@given(configurations(), st.integers(0, 10**6), st.integers(1, 3), st.booleans())
-def test_any_configuration_agrees_on_both_paths(case, seed, batch, masked):
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@given(configurations(), st.integers(0, 10**6), st.integers(1, 3), st.booleans(), st.data())
+def test_any_configuration_agrees_on_both_paths_and_with_the_loops(case, seed, batch, masked, data):
+    """Outputs and gradients, whatever of inputs and parameters is frozen."""
     operator = make_operator(seed=seed, **case)
     inputs = make_inputs(seed=seed + 1, batch=batch, tokens=case["tokens"], heads=case["heads"])
+    leaves = [*inputs, *(x for x in operator.parameters() if x.requires_grad)]
+    for leaf in data.draw(st.lists(st.sampled_from(range(len(leaves))), unique=True, max_size=len(leaves))):
+        leaves[leaf].requires_grad_(False)
     keep = None
     if masked:
         keep = torch.rand(batch, case["tokens"], generator=torch.Generator().manual_seed(seed)) > 0.3
     eager = results(operator, inputs, keep, need_maps=True)
     portable = results(operator, inputs, keep)
+    one = [x[:1, :1] for x in as_numpy(*inputs)]
+    wanted = None if keep is None else keep[:1, None, None].expand(1, 1, case["tokens"], -1)
+    expected, _ = oracle.attend(operator.config, oracle.arrays(operator), *one, SCALING, wanted)
+    np.testing.assert_allclose(eager["output"][:1, :1], expected, rtol=1e-8, atol=1e-9)
     # Where nothing depends on a tensor, eager gives it no gradient, and portable zeros.
     for name in portable.keys() - eager.keys():
         assert (portable.pop(name) == 0).all()
     assert_agree(portable, eager, 1e-9)
 
 
-@few
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(configurations())
 def test_any_configuration_is_the_same_when_reloaded(tmp_path_factory, case):
     config = oracle.make_config(**case)

@@ -185,9 +185,9 @@ def test_another_backbone_than_the_stored_one_raises(sizes, tmp_path, name, valu
         assert f"`{name}={sizes[name]!r}`" in str(error.value) and f"`{name}={value!r}`" in str(error.value)
 
 
-def test_any_operator_may_be_asked_for_on_a_foreign_backbone(sizes, tmp_path, basis, variant):
+def test_any_operator_may_be_asked_for_on_a_foreign_backbone(sizes, tmp_path, form):
     ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path)
-    model, info = load(KArAtViTModel, tmp_path, **basis, **variant)
+    model, info = load(KArAtViTModel, tmp_path, **form)
     assert info["missing_keys"] == model.karat_parameter_names()
 
 

@@ -2,7 +2,6 @@
 """The models as citizens of Transformers: outputs, backends, masks, losses, checkpointing, dtypes, Trainer."""
 
 import copy
-import inspect
 import math
 import pickle
 
@@ -17,7 +16,6 @@ from modeling_karat_vit import attention as attention_module
 from modeling_karat_vit import modeling_karat_vit as modeling
 from modeling_karat_vit.attention import KArAtOperator
 from modeling_karat_vit.modeling_karat_vit import KArAtViTAttention
-from tests.modeling_karat_vit.conftest import BASES, VARIANTS
 
 
 BACKENDS = ("eager", "karat_portable", "sdpa")
@@ -134,18 +132,6 @@ def test_attentions_are_the_activated_scores(make_model, pixels, calls, mixture)
         assert torch.allclose(maps[:, heads:], scores[:, heads:].softmax(-1), atol=1e-6)
 
 
-def test_scores_are_queries_times_keys(make_model, pixels):
-    model = make_model()
-    outputs = model(pixels, output_attention_scores=True, output_hidden_states=True)
-    layer = model.vit.layers[0]
-    hidden = layer.layernorm_before(outputs.hidden_states[0])
-    query, key = (
-        projection(hidden).view(4, TOKENS, 2, 8).transpose(1, 2)
-        for projection in (layer.attention.q_proj, layer.attention.k_proj)
-    )
-    assert torch.allclose(outputs.attention_scores[0], query @ key.mT / math.sqrt(8), atol=1e-6)
-
-
 def test_the_last_hidden_state_is_the_normalised_last_one(make_model, pixels):
     model = make_model(KArAtViTModel)
     outputs = model(pixels, output_hidden_states=True)
@@ -182,13 +168,8 @@ def test_gradients_reach_hidden_states_and_attentions(make_model, pixels):
     assert all(tensor.grad is not None for tensor in recorded)
 
 
-def test_the_signature_is_that_of_vision_models():
-    names = list(inspect.signature(KArAtViTForImageClassification.forward).parameters)
-    assert names[1] == KArAtViTForImageClassification.main_input_name == "pixel_values"
-
-
-def test_images_of_a_batch_do_not_mix(make_model, pixels, basis):
-    model = make_model(dtype=torch.float64, **basis)
+def test_images_of_a_batch_do_not_mix(make_model, pixels):
+    model = make_model(dtype=torch.float64, num_karat_heads=1)
     together = model(pixels.double()).logits
     apart = torch.cat([model(image[None].double()).logits for image in pixels])
     assert torch.allclose(together, apart, atol=1e-12)
@@ -431,18 +412,14 @@ def test_attention_dropout_acts_on_softmax_heads_only_and_says_so_once(make_mode
         assert not torch.allclose(seen[0][..., 8:], seen[1][..., 8:])
 
 
-def test_hidden_dropout_acts_in_training(make_model, pixels):
-    model = make_model(hidden_dropout_prob=0.5)
-    assert not torch.allclose(model.train()(pixels).logits, model(pixels).logits)
-    assert torch.equal(model.eval()(pixels).logits, model(pixels).logits)
-
-
 def test_drop_path_rises_with_depth_and_keeps_the_expectation(make_model):
     model = make_model(drop_path_rate=0.3, num_hidden_layers=4)
     assert [layer.drop_path_rate for layer in model.vit.layers] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert make_model(drop_path_rate=0.3, num_hidden_layers=1).vit.layers[0].drop_path_rate == 0.0
-    layer = model.vit.layers[-1].train()
+    layer = model.vit.layers[-1]
     branch = torch.ones(20000, 2, 3)
+    assert torch.equal(layer.eval().drop_path(branch), branch)
+    layer.train()
     torch.manual_seed(0)
     dropped = layer.drop_path(branch)
     per_image = dropped.flatten(1)
@@ -464,28 +441,13 @@ def test_drop_path_rates_survive_loading_and_casting(make_model, tmp_path):
         assert (branch == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
-def test_drop_path_is_off_in_evaluation_and_acts_in_training(make_model, pixels):
-    model = make_model(drop_path_rate=0.9)
-    plain = make_model(drop_path_rate=0.0)
-    assert torch.equal(model(pixels).logits, plain(pixels).logits)
-    torch.manual_seed(0)
-    model.train()
-    draws = torch.stack([model(pixels).logits.detach() for _ in range(5)])
-    assert draws.std(0).max() > 0
-
-
 # --------------------------------------------------------------------------------------------------------- torch.func
 
 
 @pytest.mark.parametrize("backend", ["eager", "karat_portable", "karat_triton"])
-@pytest.mark.parametrize(
-    "changes",
-    [*BASES.values(), *VARIANTS.values(), {"num_karat_heads": 1, "sharing": "universal", "base_fn": "gelu"}],
-    ids=str,
-)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-def test_gradients_of_single_images_by_vmap(make_model, pixels, backend, changes, masked):
-    model = make_model(dtype=torch.float64, **changes)
+def test_gradients_of_single_images_by_vmap(make_model, pixels, backend, form, masked):
+    model = make_model(dtype=torch.float64, num_hidden_layers=1, num_karat_heads=1 + masked, **form)
     model.set_attn_implementation(backend)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     masks = torch.rand(4, TOKENS, generator=torch.Generator().manual_seed(3)) > 0.3 if masked else None
@@ -593,11 +555,11 @@ def test_another_configuration_class_raises(sizes):
 # ------------------------------------------------------------------------------------- initialisation and freezing
 
 
-def test_initialisation_is_deterministic_under_a_seed(make_config, basis, variant):
+def test_initialisation_is_deterministic_under_a_seed(make_config, form):
     states = []
     for seed in (0, 0, 1):
         set_seed(seed)
-        states.append(KArAtViTForImageClassification(make_config(**basis, **variant)).state_dict())
+        states.append(KArAtViTForImageClassification(make_config(**form)).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0] if "operator" in name)
     assert all(torch.isfinite(tensor).all() for tensor in states[0].values())
@@ -694,8 +656,8 @@ def test_scales_of_a_base_function_can_be_unfrozen(make_model, pixels):
     assert all((gradient != 0).any() for name, gradient in found.items() if name.endswith("scale_base"))
 
 
-def test_every_parameter_gets_a_gradient(make_model, pixels, basis, variant, sharing):
-    model = make_model(base_fn="gelu", **basis, **variant, sharing=sharing)
+def test_every_parameter_gets_a_gradient(make_model, pixels, form, sharing):
+    model = make_model(base_fn="gelu", **form, sharing=sharing)
     backward(model, pixel_values=pixels, labels=torch.tensor([0, 1, 2, 3]))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -718,18 +680,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, pixels, sha
     actual = backward(model, **inputs)
     handle.remove()
     assert len(runs) == 2, "the block was not recomputed"
+    outputs = model(pixels, output_attentions=True, output_hidden_states=True)
+    assert len(outputs.attentions) == 2 and len(outputs.hidden_states) == 3
+    outputs.logits.sum().backward()
     # Reentrant checkpointing gives a gradient only to blocks whose input has one; the embeddings provide it.
     assert_same_gradients(actual, expected)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
-
-
-def test_gradient_checkpointing_records_outputs_once(make_model, pixels):
-    model = make_model().train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    outputs = model(pixels, output_attentions=True, output_hidden_states=True)
-    assert len(outputs.attentions) == 2 and len(outputs.hidden_states) == 3
-    outputs.logits.sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -765,18 +722,6 @@ def test_the_problem_type_is_inferred_from_the_labels(make_model, pixels):
         model = make_model(**changes)
         assert torch.isfinite(model(pixels, labels=labels).loss)
         assert model.config.problem_type == expected
-
-
-@problems
-def test_accumulated_gradients_equal_those_of_one_batch(make_model, pixels, problem_type, labels):
-    model = make_model(problem_type=problem_type, dtype=torch.float64)
-    pixels = pixels.double()
-    labels = labels.double() if labels.is_floating_point() else labels
-    expected = backward(model, pixel_values=pixels, labels=labels)
-    model.zero_grad()
-    for part in range(4):
-        (model(pixels[part : part + 1], labels=labels[part : part + 1]).loss / 4).backward()
-    assert_same_gradients(gradients(model), expected, 1e-10)
 
 
 class Images(torch.utils.data.Dataset):
@@ -863,8 +808,8 @@ def test_trainer_saves_and_resumes_with_every_weight(make_model, tmp_path, messa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @mixtures
-def test_half_precision_weights(make_model, pixels, tmp_path, dtype, mixture, basis):
-    model = make_model(**mixture, **basis)
+def test_half_precision_weights(make_model, pixels, tmp_path, dtype, mixture):
+    model = make_model(**mixture)
     expected = model(pixels).logits
     model.save_pretrained(tmp_path)
     half = KArAtViTForImageClassification.from_pretrained(tmp_path, dtype=dtype).train()
@@ -896,15 +841,6 @@ def test_autocast(make_model, pixels, mixture):
 def test_pixels_are_cast_to_the_weights(make_model, pixels):
     assert make_model(dtype=torch.float64)(pixels).logits.dtype == torch.float64
     assert make_model()(pixels.half()).logits.dtype == torch.float32
-
-
-def test_fp64_stays_fp64(make_model, pixels, basis):
-    """Rounding anywhere to fp32 would show as 1e-7."""
-    model = make_model(dtype=torch.float64, **basis)
-    pixels = pixels.double()
-    shifted = pixels + 1e-11
-    difference = (model(shifted).logits - model(pixels).logits).abs().max().item()
-    assert 0 < difference < 1e-8
 
 
 # ---------------------------------------------------------------------------------------------------------- structure
