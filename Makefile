@@ -2,7 +2,7 @@
 # `make help` lists the targets. Each does the set-up that it needs; what is done already is skipped.
 
 VENV ?= .venv
-# Arguments of `make train`, `make demo`, `make gallery` and `make test-pinned`.
+# Arguments of `make train`, `make demo`, `make gallery`, `make test-quick` and `make test-pinned`.
 ARGS ?=
 # Processes that run tests.
 JOBS ?= 2
@@ -16,7 +16,7 @@ caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo gallery test test-pinned test-lowest lint docs format clean
+.PHONY: help train demo gallery test test-quick test-pinned test-lowest lint docs format clean
 
 help: ## List the targets
 	@echo "make TARGET [VENV=path of the Python environment, $(VENV) unless given]"
@@ -37,12 +37,20 @@ test: ## Lint, then run the tests with the pinned and with the lowest Transforme
 	@$(MAKE) --no-print-directory test-pinned
 	@$(MAKE) --no-print-directory test-lowest
 
+test-quick: $(VENV)/.installed-test ## Run the tests that start no processes and compile nothing: 3 minutes on two cores
+	$(python) -m pytest -n $(JOBS) --ignore=tests/system -m "not system" $(ARGS)
+
 test-pinned: $(VENV)/.installed-test ## Run the tests with the versions of constraints.txt; ARGS go to pytest
 	$(python) -m pytest -n $(JOBS) $(ARGS)
 
-test-lowest: $(lowest)/.installed ## Run the tests of the model, and one of the Hub, with the lowest Transformers
+# Not the arithmetic of the operator, which Transformers has no part in.
+arithmetic := attention basis initialisation karat_operator kernels portable projection
+
+test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version with the lowest
 	PYTHONPATH=$(lowest) $(python) -m pytest -n $(JOBS) \
-		tests/modeling_karat_vit tests/test_presets.py tests/test_remote_code.py tests/test_optional_packages.py \
+		tests/modeling_karat_vit $(arithmetic:%=--ignore=tests/modeling_karat_vit/test_%.py) \
+		tests/test_presets.py tests/system/test_compile_and_export.py \
+		tests/system/test_remote_code.py tests/system/test_optional_packages.py \
 		tests/image_classification/test_hub.py::test_from_the_shell_to_a_stranger
 
 lint: $(VENV)/.installed-test ## Check style and formatting

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation on the device: Pillow's operations, what was drawn, images that are resident and ones that are not."""
 
-import importlib.util
 import io
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,16 +121,6 @@ LEVELS = {
 def matrix(name: str, number: float, size: tuple[int, int] = SIZE) -> torch.Tensor:
     """The six numbers of an affine operation."""
     return torch.tensor([float(x) for x in MATRICES[name](torch.tensor(number, dtype=torch.float64), *size)])
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_kernels_in_the_interpreter():
-    cases = Path(__file__).with_name("device_kernel_cases.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(cases)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cases.parents[2])
-    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
 
 
 @pytest.mark.parametrize("name", LEVELS)

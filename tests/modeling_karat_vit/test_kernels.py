@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which path runs, and the fused kernels in Triton's interpreter."""
+"""Which path runs; what the fused kernels compute is in kernel_cases.py."""
 
 import copy
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,15 +13,6 @@ from modeling_karat_vit import attention as attention_module
 
 pytest.importorskip("triton")
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-CASES = Path(__file__).with_name("kernel_cases.py")
-
-
-def test_kernels_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(CASES)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2])
-    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
 
 
 def model(**options):

@@ -15,8 +15,6 @@ from tests.modeling_karat_vit import oracle
 
 # The tiny models: images of 8x12 pixels in patches of 4, 2x3 patches and [CLS].
 GRID, TOKENS, PATCH = (2, 3), 7, 4
-GRIDS = [(4, 6), (3, 2), (5, 4), (1, 3), (2, 4)]
-grids = pytest.mark.parametrize("grid", GRIDS, ids=str)
 SCALES = ("scale_base", "scale_basis", "projector")
 
 
@@ -79,7 +77,7 @@ def resampled(name: str, array: np.ndarray, axis: int, new: tuple[int, int]) -> 
     return np.moveaxis(out, -1, axis)
 
 
-@grids
+@pytest.mark.parametrize("grid", [(4, 6), (5, 4), (1, 3)], ids=str)
 def test_every_parameter_is_resampled_as_it_should(make_model, form, grid):
     """[CLS] as it was, the patches bicubic over rows and columns; what is scaled, and what is not."""
     model = make_model(dtype=torch.float64, base_fn="silu", num_hidden_layers=1, **form)

@@ -152,6 +152,7 @@ def test_names_of_spaces(hub, capsys):
     assert "expected USER/NAME" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_the_space_runs(hub, karat, photos, tmp_path):
     """What was pushed serves the page by itself, away from this clone, at the address that a Space sets."""
     assert push("--model", karat, "--examples", photos) == 0

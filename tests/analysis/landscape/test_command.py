@@ -81,6 +81,7 @@ def test_the_path_of_a_run_read_from_its_checkpoints(moving_run):
         planes.file_reader(found[1].folder)("classifier.extra", slice(0, 1))
 
 
+@pytest.mark.system
 def test_a_run_by_the_command_in_one_process_and_in_two(moving_run, analyse):
     words = ["landscape", "--model", moving_run, "--device", "cpu", "--grid", 4, "--num-images", 12, "--log"]
     out = analyse(*words, "--workers", 1)

@@ -26,6 +26,7 @@ class Killed(Points):
         super().__setitem__(key, value)
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_after_a_kill_it_goes_on_and_recomputes_nothing(tmp_path):
     model = Weights((2, 2))
@@ -77,6 +78,7 @@ def test_points_of_other_settings_are_not_mixed(tmp_path):
         assert not store
 
 
+@pytest.mark.system
 def test_two_commands_do_not_write_one_file(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "points.jsonl"

@@ -6,14 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from transformers import ViTImageProcessorPil
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from tests.models import make_model, save_checkpoint
 
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 # Where the module has another name than its distribution; left out is what Transformers and the Hub's client need too.
 MODULES = {"scikit-learn": "sklearn", "pytest-xdist": "xdist", "pyyaml": None, "filelock": None}
 
@@ -53,22 +51,7 @@ def optional_modules() -> list[str]:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    torch.manual_seed(0)
-    config = KArAtViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-        karat_rank=3,
-        id2label={0: "cat", 1: "dog"},
-        label2id={"cat": 0, "dog": 1},
-    )
-    folder = tmp_path / "checkpoint"
-    KArAtViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
-    return folder
+    return save_checkpoint(make_model(labels=["cat", "dog"]), tmp_path / "checkpoint")
 
 
 @pytest.fixture

@@ -2,14 +2,15 @@
 """A saved folder is all that a stranger needs: `trust_remote_code=True` loads it without this package."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTImageProcessorPil
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel
+from modeling_karat_vit import KArAtViTModel
 from modeling_karat_vit.configuration_karat_vit import BASIS_TYPES, WAVELET_TYPES
+from tests.models import make_model, save_checkpoint
 
 
 OPERATORS = {basis: {"basis_type": basis} for basis in BASIS_TYPES if basis != "wavelet"}
@@ -66,12 +67,6 @@ print(json.dumps(checked))
 """
 
 
-def save(folder, model, **expected):
-    model.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
-    torch.save(expected, folder / "expected.pt")
-
-
 @pytest.fixture
 def folders(tmp_path):
     """A folder for each basis, saved by the classifier, and by the model alone."""
@@ -79,24 +74,16 @@ def folders(tmp_path):
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, 8, 8)
     for name, operator in OPERATORS.items():
-        config = KArAtViTConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            image_size=8,
-            patch_size=4,
-            id2label={0: "cat", 1: "dog", 2: "bird"},
-            label2id={"cat": 0, "dog": 1, "bird": 2},
-            karat_rank=3,
-            **operator,
-        )
-        classifier = KArAtViTForImageClassification(config).eval()
-        model = KArAtViTModel(config).eval()
+        classifier = make_model(labels=["cat", "dog", "bird"], karat_rank=3, **operator).eval()
+        model = KArAtViTModel(classifier.config).eval()
         with torch.no_grad():
             states, logits = classifier.vit(pixels).last_hidden_state, classifier(pixels).logits
-            save(root / f"{name}-classifier", classifier, pixels=pixels, states=states, logits=logits)
-            save(root / f"{name}-model", model, pixels=pixels, states=model(pixels).last_hidden_state)
+            own = {"pixels": pixels, "states": model(pixels).last_hidden_state}
+        for kind, saved, expected in (
+            ("classifier", classifier, {"pixels": pixels, "states": states, "logits": logits}),
+            ("model", model, own),
+        ):
+            torch.save(expected, Path(save_checkpoint(saved, root / f"{name}-{kind}")) / "expected.pt")
     return root
 
 
