@@ -51,7 +51,7 @@ test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version w
 		tests/modeling_karat_vit $(arithmetic:%=--ignore=tests/modeling_karat_vit/test_%.py) \
 		tests/test_presets.py tests/system/test_compile_and_export.py \
 		tests/system/test_remote_code.py tests/system/test_optional_packages.py \
-		tests/image_classification/test_hub.py::test_from_the_shell_to_a_stranger
+		tests/image_classification/publishing/test_publisher.py::test_from_the_shell_to_a_stranger
 
 lint: $(VENV)/.installed-test ## Check style and formatting
 	$(python) -m ruff check .

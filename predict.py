@@ -14,9 +14,9 @@ import transformers
 from tqdm import tqdm
 from transformers import pipeline
 
+from image_classification.data.images import check_image, read_image
 from image_classification.errors import InputError, one_line, reason_of, run_command
-from image_classification.images import check_image, read_image
-from image_classification.loading import device_of, load_image_processor, load_model
+from image_classification.models.loading import device_of, load_image_processor, load_model
 
 
 # A bar is shown for more images than this.

@@ -7,7 +7,7 @@ from image_classification.errors import run_command
 
 
 def main() -> int:
-    from image_classification.main import main  # Only now, so that a package that is missing is told as errors are.
+    from image_classification.main import main
 
     return main()
 

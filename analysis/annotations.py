@@ -8,9 +8,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from image_classification.data import VALIDATION_NAMES
+from image_classification.data.images import decode
+from image_classification.data.sources import VALIDATION_NAMES
 from image_classification.errors import InputError
-from image_classification.images import decode
 
 from .images import Found, draw_numbers, processor_of
 from .models import Checkpoint

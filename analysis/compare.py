@@ -30,10 +30,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from image_classification import checkpoints as saved
-from image_classification import reports
 from image_classification.errors import InputError
-from image_classification.loading import height_and_width
+from image_classification.models.loading import height_and_width
+from image_classification.reports.curves import history
+from image_classification.reports.summary import RESULTS
+from image_classification.runs import checkpoints as saved
 
 from . import options, style
 from .models import Checkpoint, by_default, load_checkpoint, read_state, run_folder
@@ -256,17 +257,17 @@ def accuracy(source: str) -> dict[str, float]:
     folder = run_folder(source)
     if folder is None:
         return {}
-    row, results = {}, folder / reports.RESULTS
+    row, results = {}, folder / RESULTS
     if Path(source).resolve() == folder:
         row = saved.read_json(results) if results.is_file() else {}
     elif saved.is_checkpoint(Path(source)):
         state = read_state(Path(source))
-        rows = [row for row in reports.history(state["log_history"]) if row["step"] == state["global_step"]]
+        rows = [row for row in history(state["log_history"]) if row["step"] == state["global_step"]]
         row = rows[-1] if rows else {}
     measured = row if isinstance(row, dict) else {"eval_accuracy": row}
     found = {name: measured[f"eval_{name}"] for name in ("accuracy", "top5_accuracy") if f"eval_{name}" in measured}
     if not all(isinstance(value, float | int) and 0 <= value <= 1 for value in found.values()):
-        raise InputError(f"The accuracy of {source} ({reports.RESULTS}) is damaged: {found}, expected numbers, 0 to 1.")
+        raise InputError(f"The accuracy of {source} ({RESULTS}) is damaged: {found}, expected numbers, 0 to 1.")
     return found
 
 

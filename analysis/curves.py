@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from image_classification import checkpoints as saved
-from image_classification import reports, runs
 from image_classification.errors import InputError, reason_of
+from image_classification.reports.curves import HISTORY, history
+from image_classification.runs import checkpoints as saved
+from image_classification.runs.run_folder import RECORD
 
 from . import options, style
 from .models import read_state, run_folder
@@ -58,22 +59,22 @@ def read(source: str, name: str | None = None) -> Curves:
     folder = run_folder(source)
     if folder is None:
         raise InputError(
-            f"`--model` {source} is no folder of a run of run_image_classification.py: it holds no {runs.RECORD}."
+            f"`--model` {source} is no folder of a run of run_image_classification.py: it holds no {RECORD}."
         )
     rows = []
-    if (folder / reports.HISTORY).is_file():
-        rows = saved.read_json(folder / reports.HISTORY)
+    if (folder / HISTORY).is_file():
+        rows = saved.read_json(folder / HISTORY)
     elif (last := saved.newest(folder)[0]) is not None:
-        rows = reports.history(read_state(last)["log_history"])
+        rows = history(read_state(last)["log_history"])
     if not rows:
-        raise InputError(f"{folder} holds no evaluation yet: expected {reports.HISTORY}, or a checkpoint with a log.")
+        raise InputError(f"{folder} holds no evaluation yet: expected {HISTORY}, or a checkpoint with a log.")
     try:
         epochs = np.array([float(row["epoch"]) for row in rows])
         metrics = {key: np.array([float(row.get(key, np.nan)) for row in rows]) for key in METRICS}
         if not np.isfinite(epochs).all() or not np.isfinite(metrics["eval_loss"]).all():
             raise ValueError("an epoch or `eval_loss` that is no number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"The history of {folder} ({reports.HISTORY}) is damaged: {reason_of(error)}.") from error
+        raise InputError(f"The history of {folder} ({HISTORY}) is damaged: {reason_of(error)}.") from error
     return Curves(name or folder.name, epochs, metrics, rows)
 
 

@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from tqdm.auto import tqdm
 
-from image_classification import models
 from image_classification.errors import InputError
+from image_classification.models.building import check_same_model
 
 from . import options, style
 from .images import load_images
@@ -341,7 +341,7 @@ def run(args: argparse.Namespace) -> None:
         earlier = load_start(args.model, device)
     elif args.before is not None:
         earlier = load_checkpoint(args.before, "--before", device)
-        models.check_same_model(checkpoint.model.config, earlier.model.config, args.before)
+        check_same_model(checkpoint.model.config, earlier.model.config, args.before)
     pixels = load_images(checkpoint, args.images, args.num_images, args.seed).pixels
     common = {"edge": edge, "strongest": args.strongest, "step": args.step, "batch_size": args.batch_size}
     after = compute(checkpoint, pixels, block, heads, **common)

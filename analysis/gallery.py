@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from image_classification import models, reports
-from image_classification.arguments import CONFIGURATION
 from image_classification.errors import InputError
 from image_classification.main import main as train
+from image_classification.models.building import describe_model
+from image_classification.paths import CONFIGURATION
+from image_classification.reports.curves import history
 
 from . import style
 from .__main__ import analyse
@@ -219,7 +220,7 @@ def train_both(name: str, work: Path, data_path: str | None = None) -> tuple[str
 
 def describe(checkpoint: Checkpoint) -> str:
     """One line on a model: what it is, and for that of a run how it was trained and how good it is."""
-    said = f"{style.KIND_NAMES[checkpoint.kind]}: {models.describe_model(checkpoint.model)}"
+    said = f"{style.KIND_NAMES[checkpoint.kind]}: {describe_model(checkpoint.model)}"
     if checkpoint.run is not None:
         settings, finished = checkpoint.run["settings"], checkpoint.run.get("finished") or {}
         data = settings["data_set"] or settings["dataset_name"] or Path(settings["data_path"]).name
@@ -229,7 +230,7 @@ def describe(checkpoint: Checkpoint) -> str:
         else:  # stopped, perhaps in the middle of an epoch
             state = read_state(Path(checkpoint.source))
             epochs = f"{state['epoch']:.1f} of {epochs}"
-            right, images = reports.history(state["log_history"])[-1]["eval_accuracy"], ""
+            right, images = history(state["log_history"])[-1]["eval_accuracy"], ""
         said += f"; {epochs}" + ("" if right is None else f", {100 * right:.1f} % of {images}held-out images right")
     return f"{said}."
 

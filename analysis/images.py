@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from image_classification.arguments import DataArguments
-from image_classification.data import ImageData, load_data
+from image_classification.data.folders import files_below
+from image_classification.data.images import decode, read_image
+from image_classification.data.sources import ImageData, load_data
 from image_classification.errors import InputError
-from image_classification.folders import files_below
-from image_classification.images import decode, read_image
+from image_classification.settings.arguments import DataArguments
 
 from .models import Checkpoint
 

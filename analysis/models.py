@@ -12,11 +12,13 @@ import transformers
 from transformers import PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
-from image_classification import checkpoints as saved
-from image_classification import models, runs, transfer
-from image_classification.arguments import ModelArguments
 from image_classification.errors import InputError
-from image_classification.loading import height_and_width, load_config, load_image_processor, load_model
+from image_classification.models import transfer
+from image_classification.models.building import build_model, sum_of_weights
+from image_classification.models.loading import height_and_width, load_config, load_image_processor, load_model
+from image_classification.runs import checkpoints as saved
+from image_classification.runs.run_folder import RECORD, read_record
+from image_classification.settings.arguments import ModelArguments
 from modeling_karat_vit.attention import KArAtOperator
 
 
@@ -147,7 +149,7 @@ def run_folder(source: str | Path) -> Path | None:
     """The folder of the run that a checkpoint belongs to: itself, or for checkpoint-* the one above."""
     folder = Path(source).resolve()
     for candidate in (folder, folder.parent) if re.fullmatch(r"checkpoint-\d+", folder.name) else (folder,):
-        if (candidate / runs.RECORD).is_file():
+        if (candidate / RECORD).is_file():
             return candidate
     return None
 
@@ -155,14 +157,14 @@ def run_folder(source: str | Path) -> Path | None:
 def read_run(source: str | Path) -> dict[str, Any] | None:
     """What run.json says of the run that a checkpoint belongs to; `None` if it is of no run."""
     folder = run_folder(source)
-    record = None if folder is None else runs.read_record(folder)
+    record = None if folder is None else read_record(folder)
     if record is not None:
         settings, text = record["settings"], str | None
         values = {**settings, "start": record.get("start")}
         kinds = {"seed": int, "data_set": text, "data_path": text, "dataset_name": text, "start": float | int | None}
         for name, kind in kinds.items():
             if not isinstance(values.get(name), kind) or (name == "seed" and not 0 <= values[name] < 2**32):
-                raise InputError(f"{folder / runs.RECORD} is damaged: `{name}` is {values.get(name)!r}.")
+                raise InputError(f"{folder / RECORD} is damaged: `{name}` is {values.get(name)!r}.")
     return record
 
 
@@ -196,7 +198,7 @@ def moments(source: str) -> list[Moment]:
     """
     folder = run_folder(source)
     if folder is None:
-        raise InputError(f"{source} is no folder of a run of run_image_classification.py: it holds no {runs.RECORD}.")
+        raise InputError(f"{source} is no folder of a run of run_image_classification.py: it holds no {RECORD}.")
     found = [Moment(entry, read_state(entry)["epoch"], step) for step, entry in saved.checkpoints(folder).items()]
     if not found:
         raise InputError(f"{folder} keeps no checkpoints. Train with --save_total_limit 0 to keep one of every epoch.")
@@ -221,7 +223,7 @@ def load_start(source: str, device: torch.device | str = "cpu") -> Checkpoint:
     """
     run, folder = read_run(source), run_folder(source)
     if run is None:
-        raise InputError(f"{source} is no folder of a run: it holds no {runs.RECORD} to rebuild the start from.")
+        raise InputError(f"{source} is no folder of a run: it holds no {RECORD} to rebuild the start from.")
     if (first := saved.checkpoints(folder).get(0)) is not None:
         return dataclasses.replace(load_checkpoint(str(first), device=device), source=str(folder), name="start")
     final = load_checkpoint(source, device=device)
@@ -229,9 +231,9 @@ def load_start(source: str, device: torch.device | str = "cpu") -> Checkpoint:
     args = ModelArguments(**{key: value for key, value in run["settings"].items() if key in fields})
     args.attn_implementation = "eager"
     set_seed(run["settings"]["seed"])
-    model = models.build_model(args, final.labels)
+    model = build_model(args, final.labels)
     size = sum(parameter.detach().abs().sum().item() for parameter in model.parameters())
-    if run.get("start") is not None and abs(models.sum_of_weights(model) - run["start"]) > 1e-7 * size:
+    if run.get("start") is not None and abs(sum_of_weights(model) - run["start"]) > 1e-7 * size:
         raise InputError(
             f"The start of {folder} cannot be rebuilt: its seed gives other weights here than where it ran, as under "
             "another version of PyTorch or Transformers. Use the versions that it ran with, or its checkpoints alone "

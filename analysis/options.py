@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from image_classification.errors import InputError
-from image_classification.loading import device_of as device_of
+from image_classification.models.loading import device_of as device_of
 
 
 def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:

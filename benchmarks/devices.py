@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageClassification, TrainerCallback, logging
 
-from image_classification.arguments import CONFIGURATION, RunArguments
-from image_classification.trainer import ImageClassificationTrainer
+from image_classification.paths import CONFIGURATION, PROJECT
+from image_classification.settings.arguments import RunArguments
+from image_classification.training.trainer import ImageClassificationTrainer
 
 from .common import Table
 from .input_pipeline import Clock, Stopwatch, SyntheticTrainer
 
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {
     "softmax": "vit_tiny_patch16_224",
     "blockwise": "vit_tiny_patch16_224_karat",
@@ -228,13 +228,13 @@ def launch(layout: str, config: str | None, device: str, folder: Path) -> None:
     words = [sys.executable, "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if config is not None:
-        path = ROOT / "accelerate_configs" / config
+        path = PROJECT / "accelerate_configs" / config
         words += ["accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2", "--module"]
     elif device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = "0"  # Else the Trainer would take all, in threads.
     words += ["benchmarks.devices", layout, device, str(folder)]
     began = time.perf_counter()
-    subprocess.run(words, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(words, check=True, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL)
     print(f"{layout}: {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -35,13 +35,15 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from image_classification import main, models
-from image_classification.arguments import CONFIGURATION, parse_settings
-from image_classification.data import load_data
-from image_classification.images import decode
-from image_classification.resident import read
-from image_classification.trainer import ImageClassificationTrainer
-from image_classification.transforms import build_image_processor
+from image_classification import main
+from image_classification.data.images import decode
+from image_classification.data.sources import load_data
+from image_classification.data.transforms import build_image_processor
+from image_classification.device_pipeline.resident import read
+from image_classification.models.building import build_model
+from image_classification.paths import CONFIGURATION
+from image_classification.settings.parser import parse_settings
+from image_classification.training.trainer import ImageClassificationTrainer
 
 from .common import Rates
 
@@ -201,7 +203,7 @@ class Pipeline:
         copies = 1 + images // len(self.data.train)
         data = dataclasses.replace(self.data, train=concatenate_datasets([self.data.train] * copies), notes=[])
         torch.manual_seed(0)
-        model = models.build_model(settings.model, self.data.labels)
+        model = build_model(settings.model, self.data.labels)
         processor = build_image_processor(settings.data, model.config.image_size)
         return main.build_trainer(settings, model, data, processor, kind)
 

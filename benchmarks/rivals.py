@@ -25,9 +25,11 @@ from timm.loss import SoftTargetCrossEntropy
 from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from image_classification.arguments import CONFIGURATION, Settings, parse_settings
-from image_classification.data import load_data
-from image_classification.trainer import peak_memory
+from image_classification.data.sources import load_data
+from image_classification.paths import CONFIGURATION
+from image_classification.settings.arguments import Settings
+from image_classification.settings.parser import parse_settings
+from image_classification.training.trainer import peak_memory
 
 from . import runs
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from image_classification.softmax_attention import UNMASKED
+from image_classification.models.softmax_attention import UNMASKED
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
 from .common import PeakMemory, Table, measure, measure_in_turn, relative_error

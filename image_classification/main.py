@@ -19,22 +19,41 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import checkpoints, ema, hub, models, reports, runs, trackers, transfer
-from .arguments import RunArguments, Settings, cores_to_use, parse_settings
-from .augmentation import check_cutmix, collate, make_collate
-from .console import EpochLines, describe, set_up_logging
-from .data import ImageData, load_data
-from .device_augmentation import build_augmentation
+from .data.augmentation import check_cutmix, collate, make_collate
+from .data.sources import ImageData, load_data
+from .data.streaming import StreamedImageDataset, load_streamed
+from .data.transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
+from .device_pipeline.augmentation import build_augmentation
+from .device_pipeline.resident import CropTransform, ResidentDataset, ResidentEvaluation, collate_for_device
 from .errors import InputError, run_command
-from .loading import find_file, height_and_width, load_config, load_image_processor
-from .metrics import ComputeMetrics, check_best, preprocess
-from .parallel import on_main_process
-from .publishing import PUSHED, Publisher
-from .resident import CropTransform, ResidentDataset, ResidentEvaluation, collate_for_device
-from .stopping import Stopped, same_command, without_token
-from .streaming import StreamedImageDataset, load_streamed
-from .trainer import ImageClassificationTrainer
-from .transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
+from .hub import find_token
+from .models import transfer
+from .models.building import (
+    build_config,
+    build_model,
+    check_labels,
+    check_same_model,
+    describe_model,
+    load_trained,
+    sum_of_weights,
+)
+from .models.loading import find_file, height_and_width, load_config, load_image_processor
+from .publishing.destination import Destination, prepare
+from .publishing.publisher import PUSHED, Publisher
+from .reports import trackers
+from .reports.card import CARD, model_card
+from .reports.console import EpochLines, describe, set_up_logging
+from .reports.curves import CURVES, HISTORY, draw_curves, history, write_json
+from .reports.recipe import RECIPE, recipe
+from .reports.summary import RESULTS, SAMPLE, describe_choice, describe_reported, save_sample, summary
+from .runs import checkpoints, run_folder
+from .runs.signals import Stopped, same_command, without_token
+from .settings.arguments import RunArguments, Settings, cores_to_use
+from .settings.parser import parse_settings
+from .training import ema
+from .training.metrics import ComputeMetrics, check_best, preprocess
+from .training.parallel import on_main_process
+from .training.trainer import ImageClassificationTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +80,7 @@ def _main(argv: list[str] | None) -> int:
         settings = parse_settings(sys.argv[1:] if argv is None else argv)
         if argv is None:
             sys.argv = without_token(sys.argv)  # Trackers keep the command line.
-        with runs.FolderLock() as lock:
+        with run_folder.FolderLock() as lock:
             run(settings, lock)
     except Stopped as stopped:
         if settings.training.process_index == 0:
@@ -77,7 +96,7 @@ def _main(argv: list[str] | None) -> int:
         folder = Path(settings.training.output_dir) if settings and settings.training.do_train else None
         steps = checkpoints.checkpoints(folder) if folder else {}
         hint = f" The same command goes on from {steps[max(steps)]}." if steps else ""
-        if steps and settings.record["push_to_hub"] and (runs.read_record(folder) or {}).get("finished"):
+        if steps and settings.record["push_to_hub"] and (run_folder.read_record(folder) or {}).get("finished"):
             hint = " The run is finished; the same command pushes it to the Hub."
         print(f"\nStopped.{hint}", file=sys.stderr)
         return 130
@@ -91,7 +110,7 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
+def run(settings: Settings, lock: run_folder.FolderLock) -> dict[str, float]:
     """
     Train, or only evaluate, what the settings describe.
 
@@ -118,42 +137,42 @@ def run(settings: Settings, lock: runs.FolderLock) -> dict[str, float]:
         return _evaluate_only(settings)
     if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
         raise InputError("No output folder is named. Give --output_dir.")
-    plan = on_main_process(lambda: (lock.take(args.output_dir), runs.plan(settings))[1])
+    plan = on_main_process(lambda: (lock.take(args.output_dir), run_folder.plan(settings))[1])
     destination = on_main_process(lambda: _destination(settings, plan)) if args.push_to_hub else None
     args.push_to_hub = False  # Transformers' own way is not used.
     if plan.finished is not None:
         logger.info(
             f"{args.output_dir} holds this run already, finished:\n"
-            f"{reports.summary(args.output_dir, plan.finished)}\n\n"
+            f"{summary(args.output_dir, plan.finished)}\n\n"
             "To train again, choose another --output_dir or move that folder away."
         )
         if destination is not None:
             _leave()  # The others need not wait.
         if destination is not None and args.process_index == 0:
-            runs.write_record(settings, plan.finished, plan.identity)
+            run_folder.write_record(settings, plan.finished, plan.identity)
             with Publisher(destination, args) as publisher:
                 publisher.finish()
         return plan.finished["metrics"]
     if settings.recipe:
-        paper = reports.describe_reported(settings.reported)
+        paper = describe_reported(settings.reported)
         logger.info(f"Recipe  {os.path.relpath(settings.recipe)}{f'; {paper}' if paper else ''}")
     if plan.message:
         logger.info(plan.message)
     return _train(settings, plan, destination)
 
 
-def _destination(settings: Settings, plan: runs.Plan) -> hub.Destination:
+def _destination(settings: Settings, plan: run_folder.Plan) -> Destination:
     """Where to push; whatever stands against it is said now."""
     args = settings.training
-    destination = hub.Destination(
+    destination = Destination(
         name=args.hub_model_id or Path(args.output_dir).resolve().name,
         run=plan.identity,
-        token=hub.find_token(args.hub_token),
+        token=find_token(args.hub_token),
         revision=args.hub_revision,
         private=args.hub_private_repo,
         overwrite=args.hub_overwrite,
     )
-    if warning := hub.prepare(destination):
+    if warning := prepare(destination):
         logger.warning(warning)
     return destination
 
@@ -196,10 +215,10 @@ def _set_up(settings: Settings) -> None:
         )
 
 
-def _train(settings: Settings, plan: runs.Plan, destination: hub.Destination | None) -> dict[str, float]:
+def _train(settings: Settings, plan: run_folder.Plan, destination: Destination | None) -> dict[str, float]:
     args, folder = settings.training, Path(settings.training.output_dir)
     # Cheap, so a misspelt setting does not wait for the data.
-    models.build_config(settings.model)
+    build_config(settings.model)
     check_best(args.metric_for_best_model, args.model_ema)
     finetuned = load_image_processor(settings.model.finetune, "finetune") if settings.model.finetune else None
     with args.main_process_first(desc="reading the data"):
@@ -211,7 +230,7 @@ def _train(settings: Settings, plan: runs.Plan, destination: hub.Destination | N
             f"{args.global_batch_size:,}."
         )
     set_seed(args.seed)
-    model = models.build_model(settings.model, data.labels)
+    model = build_model(settings.model, data.labels)
     if plan.checkpoint:
         _check_resumed(model, plan.checkpoint, data)
         if settings.data.streaming:
@@ -221,8 +240,8 @@ def _train(settings: Settings, plan: runs.Plan, destination: hub.Destination | N
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
         processor.save_pretrained(place)
         processor = AutoImageProcessor.from_pretrained(place)
-    begin = functools.partial(_begin, settings, plan, processor, models.sum_of_weights(model))
-    resumed = plan.checkpoint is not None and not plan.anew and runs.read_record(folder) is not None
+    begin = functools.partial(_begin, settings, plan, processor, sum_of_weights(model))
+    resumed = plan.checkpoint is not None and not plan.anew and run_folder.read_record(folder) is not None
     if not resumed:
         begin()
     if args.should_save:
@@ -236,8 +255,8 @@ def _train(settings: Settings, plan: runs.Plan, destination: hub.Destination | N
     with contextlib.ExitStack() as stack:
         publisher = None
         if destination is not None and args.process_index == 0:
-            card = functools.partial(reports.card, settings, model, data)
-            publisher = stack.enter_context(Publisher(destination, args, reports.recipe(settings), card))
+            card = functools.partial(model_card, settings, model, data)
+            publisher = stack.enter_context(Publisher(destination, args, recipe(settings), card))
             trainer.add_callback(publisher)
         metrics = _train_and_report(settings, plan, data, trainer)
         if destination is not None:
@@ -247,12 +266,12 @@ def _train(settings: Settings, plan: runs.Plan, destination: hub.Destination | N
     return metrics
 
 
-def _begin(settings: Settings, plan: runs.Plan, processor, start: float) -> None:
+def _begin(settings: Settings, plan: run_folder.Plan, processor, start: float) -> None:
     """Write what says whose the folder is."""
     args = settings.training
     if args.should_save:
-        runs.write_record(settings, identity=plan.identity, start=start)
-        with checkpoints.writing("The image processor", Path(args.output_dir), runs.ELSEWHERE):
+        run_folder.write_record(settings, identity=plan.identity, start=start)
+        with checkpoints.writing("The image processor", Path(args.output_dir), run_folder.ELSEWHERE):
             processor.save_pretrained(args.output_dir)
 
 
@@ -267,7 +286,7 @@ class _AtBeginning(TrainerCallback):
 
 
 def _train_and_report(
-    settings: Settings, plan: runs.Plan, data: ImageData, trainer: ImageClassificationTrainer
+    settings: Settings, plan: run_folder.Plan, data: ImageData, trainer: ImageClassificationTrainer
 ) -> dict[str, float]:
     args, folder = settings.training, Path(settings.training.output_dir)
     result = trainer.train(resume_from_checkpoint=plan.checkpoint)
@@ -275,12 +294,12 @@ def _train_and_report(
     with checkpoints.writing("The trained model", folder, f"{checkpoints.MEND}: it writes it."):
         trainer.save_model()
     if weights is not None:
-        logger.info(reports.describe_choice(weights, metrics))
+        logger.info(describe_choice(weights, metrics))
     if args.should_save:
         with checkpoints.writing("The reports", folder, f"{checkpoints.MEND}: it writes them."):
             finished = _write_reports(settings, trainer, data, result.metrics, metrics, weights)
-            runs.write_record(settings, finished)
-        logger.info(f"\n{_cost(result.metrics)}.\n{reports.summary(folder, finished)}")
+            run_folder.write_record(settings, finished)
+        logger.info(f"\n{_cost(result.metrics)}.\n{summary(folder, finished)}")
     return metrics
 
 
@@ -310,7 +329,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     config = load_config(checkpoint, "resume_from_checkpoint")
     transfer.check_evaluated(checkpoint, config, settings.model.teacher_attention)
     data = _load_data(settings, train=False)
-    model = models.load_trained(checkpoint, settings.model, data.labels)
+    model = load_trained(checkpoint, settings.model, data.labels)
     saved = load_image_processor(checkpoint, "resume_from_checkpoint", config.image_size)
     changed = [
         name for name in ("image_mean", "image_std", "eval_crop_ratio") if getattr(settings.data, name) is not None
@@ -334,7 +353,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
         metrics = trainer.evaluate()
         if target is not None and args.should_save:
             target.parent.mkdir(parents=True, exist_ok=True)
-            reports.write_json(target, {"checkpoint": checkpoint, "data": data.name, **metrics})
+            write_json(target, {"checkpoint": checkpoint, "data": data.name, **metrics})
     logger.info(f"{checkpoint} on {data.name}, {len(data.validation):,} images:   {describe(metrics)}")
     return metrics
 
@@ -405,8 +424,8 @@ def _held_out(settings: Settings, model: PreTrainedModel, data: ImageData, proce
 def _check_resumed(model: PreTrainedModel, checkpoint: str, data: ImageData) -> None:
     """Before the raw weights are loaded: the same model, the same classes."""
     config = load_config(checkpoint, "resume_from_checkpoint")
-    models.check_labels(config, data.labels, checkpoint)
-    models.check_same_model(model.config, config, checkpoint)
+    check_labels(config, data.labels, checkpoint)
+    check_same_model(model.config, config, checkpoint)
 
 
 def _describe(
@@ -414,16 +433,14 @@ def _describe(
     model: PreTrainedModel,
     data: ImageData,
     trainer: ImageClassificationTrainer,
-    destination: hub.Destination | None = None,
+    destination: Destination | None = None,
 ) -> None:
     args = settings.training
     train = f"{len(data.train):,} training and " if data.train is not None else ""
     logger.info(f"Data    {data.name}: {train}{len(data.validation):,} held-out images, {len(data.labels)} classes")
     for note in data.notes:
         logger.info(f"        {note}")
-    logger.info(
-        f"Model   {settings.model.model or settings.model.finetune or 'checkpoint'}: {models.describe_model(model)}"
-    )
+    logger.info(f"Model   {settings.model.model or settings.model.finetune or 'checkpoint'}: {describe_model(model)}")
     teacher = settings.model.teacher_attention
     if teacher is not None:
         logger.info(f"Teacher {teacher}: its attention maps take the place of the model's; queries and keys are frozen")
@@ -452,14 +469,14 @@ def _epochs(args) -> str:
 def _write_reports(settings, trainer, data, train_metrics, metrics, weights) -> dict[str, Any]:
     folder = Path(settings.training.output_dir)
     kept = {key: value for key, value in (train_metrics | metrics).items() if not key.startswith("total_flos")}
-    rows = reports.history(trainer.state.log_history)
-    reports.write_json(folder / reports.RESULTS, kept)
-    reports.write_json(folder / reports.HISTORY, rows)
-    reports.draw_curves(rows, folder / reports.CURVES, f"{folder.resolve().name}: {data.name}")
-    reports.save_sample(data.validation, folder / reports.SAMPLE)
+    rows = history(trainer.state.log_history)
+    write_json(folder / RESULTS, kept)
+    write_json(folder / HISTORY, rows)
+    draw_curves(rows, folder / CURVES, f"{folder.resolve().name}: {data.name}")
+    save_sample(data.validation, folder / SAMPLE)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    (folder / reports.CARD).write_text(reports.card(settings, model, data, kept, weights), encoding="utf-8")
-    (folder / reports.RECIPE).write_text(reports.recipe(settings), encoding="utf-8")
+    (folder / CARD).write_text(model_card(settings, model, data, kept, weights), encoding="utf-8")
+    (folder / RECIPE).write_text(recipe(settings), encoding="utf-8")
     finished = {"metrics": metrics, "eval_images": len(data.validation), "weights": weights}
     return finished | ({"teacher": settings.model.teacher_attention} if settings.model.teacher_attention else {})
 

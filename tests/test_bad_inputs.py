@@ -31,13 +31,15 @@ import analysis.spectrum
 import image_classification.main as script
 import predict
 from analysis.models import load_checkpoint
-from image_classification import reports
-from image_classification.arguments import ModelArguments, parse_settings
-from image_classification.data import ImageData
+from image_classification.data.images import LONGEST, check_image, read_image
+from image_classification.data.sources import ImageData
 from image_classification.errors import InputError, one_line, run_command
-from image_classification.images import LONGEST, check_image, read_image
-from image_classification.loading import device_of, load_image_processor, load_model
-from image_classification.models import build_model
+from image_classification.models.building import build_model
+from image_classification.models.loading import device_of, load_image_processor, load_model
+from image_classification.reports.card import model_card
+from image_classification.reports.curves import draw_curves
+from image_classification.settings.arguments import ModelArguments
+from image_classification.settings.parser import parse_settings
 from modeling_karat_vit import KArAtViTConfig
 from tests.images import colour_image, own_library_settings  # noqa: F401
 from tests.models import SIZES, make_model, save_checkpoint
@@ -621,7 +623,7 @@ def test_names_on_the_model_card(fault, trained, tmp_path):
     metrics = {"eval_accuracy": 0.5, "eval_loss": 1.0}
 
     def card(data):
-        text = reports.card(settings, model, data, metrics, None)
+        text = model_card(settings, model, data, metrics, None)
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
         return text
 
@@ -637,7 +639,7 @@ def test_names_on_the_model_card(fault, trained, tmp_path):
 
 
 def test_a_formula_in_the_name_of_a_data_set_is_none(tmp_path):
-    reports.draw_curves([{"epoch": 1, "step": 1, "eval_loss": 1.0}], tmp_path / "curves.png", "data: $x_{$ \n\udcff")
+    draw_curves([{"epoch": 1, "step": 1, "eval_loss": 1.0}], tmp_path / "curves.png", "data: $x_{$ \n\udcff")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 

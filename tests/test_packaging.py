@@ -10,6 +10,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setuptools import find_packages
 
 
 PROJECT = Path(__file__).parents[1]
@@ -37,10 +38,13 @@ def pins(name: str) -> dict[str, str]:
     return {canonicalize_name(package): version for package, version in pairs}
 
 
-def test_every_top_level_package_is_listed(setup):
-    folders = {path.parent.name for path in PROJECT.glob("*/__init__.py")}
-    run_from_the_clone = {"analysis", "benchmarks", "results", "tests"}
-    assert folders - run_from_the_clone == set(lines(setup["options"]["packages"]))
+def test_every_package_is_installed(setup):
+    code = {".".join(path.parent.relative_to(PROJECT).parts) for path in PROJECT.glob("[a-z]*/**/*.py")}
+    run_from_the_clone = {"analysis", "benchmarks", "build", "docs", "results", "tests"}
+    expected = {name for name in code if name.partition(".")[0] not in run_from_the_clone}
+    found = find_packages(PROJECT, include=lines(setup["options.packages.find"]["include"]))
+    assert setup["options"]["packages"] == "find:"
+    assert expected == set(found)
 
 
 def test_everything_that_is_asked_for_is_pinned(setup):

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from image_classification import main as script
-from image_classification.arguments import parse_settings
 from image_classification.errors import InputError
-from image_classification.models import build_config
-from image_classification.transfer import check_teacher
+from image_classification.models.building import build_config
+from image_classification.models.transfer import check_teacher
+from image_classification.settings.parser import parse_settings
 from tests.images import own_library_settings  # noqa: F401
 from tests.test_presets import count_parameters
 

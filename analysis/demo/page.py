@@ -13,9 +13,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 
-from image_classification import models
 from image_classification.errors import InputError
-from image_classification.reports import escaped
+from image_classification.models.building import describe_model
+from image_classification.reports.card import escaped
 
 from .. import style
 from .viewer import STAGES, TOP, VIEWS, Viewer
@@ -186,7 +186,7 @@ def _column(viewer: Viewer, number: int) -> dict[str, Part]:
     known = viewer.checkpoint.has_classifier
     kind = style.KIND_NAMES[viewer.checkpoint.kind]
     with gr.Column(min_width=260):
-        described = models.describe_model(viewer.checkpoint.model)
+        described = describe_model(viewer.checkpoint.model)
         gr.Markdown(f"## {kind}: {escaped(viewer.name)}\n{described}", elem_classes="model")
         # Beneath each other in a narrow column, side by side in a wide one.
         with gr.Row():

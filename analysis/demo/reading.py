@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from image_classification.data.images import upright_rgb
 from image_classification.errors import InputError
-from image_classification.images import upright_rgb
 
 
 # Images of more pixels are shrunk to this many as they are read.

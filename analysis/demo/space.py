@@ -12,13 +12,14 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from image_classification.errors import InputError, more
-from image_classification.hub import Repository, understood
-from image_classification.reports import code_span
+from image_classification.hub import understood
+from image_classification.paths import PROJECT
+from image_classification.publishing.repository import Repository
+from image_classification.reports.card import code_span
 
 from .viewer import Viewer
 
 
-PROJECT = Path(__file__).parents[2]
 # What the page is made of; it is run from a copy.
 CODE = ("analysis", "image_classification", "modeling_karat_vit")
 # What a checkpoint folder holds beside much that is not needed to load it.

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from image_classification import checkpoints as saved
 from image_classification.errors import InputError
+from image_classification.runs import checkpoints as saved
 
 
 NORMALISE = ("none", "tensor", "filter")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-from image_classification import checkpoints as saved
 from image_classification.errors import InputError
+from image_classification.runs import checkpoints as saved
 
 
 try:

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from image_classification import checkpoints as saved
 from image_classification.errors import InputError
+from image_classification.runs import checkpoints as saved
 
 from ..models import Checkpoint, by_default
 from .objective import Objective, memory_errors

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from analysis import gallery
-from image_classification.arguments import parse_settings
 from image_classification.main import main as train
+from image_classification.settings.parser import parse_settings
 
 
 SOFTMAX = (

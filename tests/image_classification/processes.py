@@ -19,10 +19,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
-from image_classification import transfer
-from image_classification.arguments import RunArguments
-from image_classification.metrics import ComputeMetrics, preprocess
-from image_classification.trainer import ImageClassificationTrainer
+from image_classification.models import transfer
+from image_classification.settings.arguments import RunArguments
+from image_classification.training.metrics import ComputeMetrics, preprocess
+from image_classification.training.trainer import ImageClassificationTrainer
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from image_classification import main as script
-from image_classification.arguments import DataArguments
-from image_classification.data import decode, load_data
-from image_classification.transforms import EvalTransform
+from image_classification.data.sources import decode, load_data
+from image_classification.data.transforms import EvalTransform
+from image_classification.settings.arguments import DataArguments
 
 
 PROJECT = Path(__file__).parents[2]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What happens to images: random crops, flips and colours in training, the saved image processor in evaluation.
+
+Evaluation goes through the image processor that is saved with the model, so a pipeline loaded from the checkpoint sees
+the pixels that the evaluation saw.
+"""
+
+import contextlib
+
+import torch
+from datasets import Dataset
+from transformers import ViTImageProcessor, ViTImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import is_torchvision_available
+
+from ..errors import InputError
+from ..models.loading import height_and_width
+from ..settings.arguments import DataArguments
+from .augmentation import REPEATS, auto_augment, own_generators, random_erasing, seed_generators
+from .images import decode
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BICUBIC = 3  # PIL's number
+
+
+def build_image_processor(
+    args: DataArguments, image_size, checkpoint: BaseImageProcessor | None = None
+) -> BaseImageProcessor:
+    """
+    The image processor of the evaluation, by the backend that Transformers' auto class takes here (torchvision's where
+    it is installed, else Pillow's; they differ by rounding where an image is resized).
+
+    Args:
+        args: the data arguments; what they leave unset is the checkpoint's.
+        image_size: the model's, in pixels or as (height, width).
+        checkpoint: the processor that came with the weights, if any.
+
+    Returns:
+        A `ViTImageProcessor`: resize of the shorter side to image size / crop ratio (bicubic) and centre crop; a plain
+        resize for a ratio of 1; then rescale and normalise.
+    """
+    height, width = height_and_width(image_size)
+    mean = args.image_mean or getattr(checkpoint, "image_mean", None) or IMAGENET_MEAN
+    std = args.image_std or getattr(checkpoint, "image_std", None) or IMAGENET_STD
+    ratio = args.eval_crop_ratio or _crop_ratio_of(checkpoint) or 0.9
+    geometry = {"size": {"height": height, "width": width}, "do_center_crop": False}
+    if ratio < 1:
+        if height != width:
+            raise InputError(
+                f"`eval_crop_ratio` is {ratio:g}, and images of {height}x{width} are not square. Use 1, which resizes "
+                "the whole image."
+            )
+        shorter = int(height / ratio)
+        crop = {"height": height, "width": width}
+        geometry = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": crop}
+    kind = ViTImageProcessor if is_torchvision_available() else ViTImageProcessorPil
+    return kind(
+        do_resize=True,
+        resample=getattr(checkpoint, "resample", None) or BICUBIC,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(mean),
+        image_std=list(std),
+        **geometry,
+    )
+
+
+def _crop_ratio_of(processor: BaseImageProcessor | None) -> float | None:
+    if processor is None:
+        return None
+    size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+    shorter = size.get("shortest_edge")
+    if getattr(processor, "do_center_crop", None) and shorter and crop.get("height"):
+        # The ratio whose rounded resize is this one.
+        return crop["height"] / (shorter + 0.5)
+    return 1.0
+
+
+def torchvision_transforms():
+    """
+    Torchvision's module of them.
+
+    Raises:
+        InputError: it is missing.
+    """
+    if not is_torchvision_available():
+        raise InputError("Training augments images with torchvision, which is not installed: pip install torchvision.")
+    from torchvision.transforms import v2
+
+    return v2
+
+
+class TrainTransform:
+    """
+    PIL image -> normalised tensor (3, height, width): random resized crop, flip, RandAugment or colour jitter (as in
+    timm, not both), random erasing.
+
+    Args:
+        args: the data arguments.
+        image_size: the model's.
+        processor: whose mean and standard deviation normalise.
+    """
+
+    def __init__(self, args: DataArguments, image_size, processor: BaseImageProcessor):
+        v2 = torchvision_transforms()
+        size = height_and_width(image_size)
+        steps = [
+            v2.RandomResizedCrop(
+                size,
+                scale=tuple(args.train_crop_scale),
+                ratio=tuple(args.train_crop_ratio),
+                interpolation=v2.InterpolationMode(args.train_interpolation),
+            )
+        ]
+        if args.horizontal_flip > 0:
+            steps.append(v2.RandomHorizontalFlip(args.horizontal_flip))
+        steps += auto_augment(args, size, processor.image_mean)
+        if args.color_jitter > 0 and args.auto_augment is None:
+            steps.append(v2.ColorJitter(*[args.color_jitter] * 3))
+        steps += [
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(processor.image_mean, processor.image_std),
+            *random_erasing(args),
+        ]
+        self.steps = v2.Compose(steps)
+
+    def __call__(self, image):
+        return self.steps(image)
+
+
+class EvalTransform:
+    """PIL image -> normalised tensor (3, height, width), by the image processor."""
+
+    def __init__(self, processor: BaseImageProcessor):
+        self.processor = processor
+
+    def __call__(self, image):
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """
+    Images of one split, decoded and transformed as they are read.
+
+    Args:
+        split: columns `image` (undecoded) and `label`.
+        transform: of an image as `transform.read` decodes it, else a PIL image.
+        name: of the split, for errors.
+        seed: of the random numbers of the transform. They depend on it, the epoch and the index, and on nothing else:
+            not on the number of workers or processes, nor on what was read before. `None` in evaluation, which has
+            none.
+        repeated: the images are sampled by `RepeatedAugmentation`.
+    """
+
+    def __init__(self, split: Dataset, transform, name: str, seed: int | None = None, repeated: bool = False):
+        self.split, self.transform, self.name, self.repeated = split, transform, name, repeated
+        self.seed = seed
+        # In shared memory: data workers live longer than an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer; data workers that run already get to know it."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict:
+        """`pixel_values`, `labels`, and in training the `key` of the random numbers that were used."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """A whole batch, for PyTorch's data loader: quicker than one by one."""
+        # Under repeated augmentation an index names the repetition, too.
+        positions = [index % len(self.split) if self.repeated else index for index in indices]
+        for index in indices:
+            if not 0 <= index < len(self.split) * (REPEATS if self.repeated else 1):
+                raise IndexError(index)
+        rows = self.split[positions]
+        where = [f"{self.name} image {position}" for position in positions]
+        return self.prepare(rows["image"], rows["label"], where, indices)
+
+    def prepare(self, images: list[dict], labels: list[int], where: list[str], indices: list[int]) -> list[dict]:
+        """Undecoded images with their indices in the epoch; `where` is what errors call them."""
+        read, epoch, prepared = getattr(self.transform, "read", decode), int(self._epoch), []
+        with contextlib.nullcontext() if self.seed is None else own_generators():
+            for item, label, name, index in zip(images, labels, where, indices, strict=True):
+                image, row = read(item, name), {"labels": label}
+                if self.seed is not None:
+                    row["key"] = (self.seed, epoch, index)
+                    seed_generators(*row["key"])
+                prepared.append({"pixel_values": self.transform(image), **row})
+        return prepared

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The loader of checkpoints, for every command: a model has exactly the weights of its files, all of them finite, or
+there is an error that names what is wrong.
+
+Needs nothing of the training side: torch, transformers, safetensors, einops and Pillow alone.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+# Transformers 5.17 has it under the short name only where torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import cached_file
+
+import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
+
+from .. import hub
+from ..errors import InputError, more, reason_of
+from ..runs import checkpoints
+
+
+# Parts that may differ between a checkpoint and the classifier that it becomes, by the names of their weights.
+HEAD = re.compile(r"classifier\.")
+HEAD_OR_OPERATOR = re.compile(r"classifier\.|(.*\.)?operator\.")
+# Of no use to a classifier: the pooler, the parts for masked images and for distillation.
+UNUSED = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$)|decoder\.|distillation_classifier\.")
+# Larger images are no vision transformer's.
+LARGEST_SIDE = 2**14
+# Nor are more classes a data set's: Transformers makes a name for each of those that have none.
+MOST_CLASSES = 1_000_000
+
+
+def height_and_width(size) -> tuple[int, int]:
+    """A configuration's `image_size` (a number, or a pair) as (height, width)."""
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return int(sides[0]), int(sides[-1])
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of `--device`, or the best one here. Raises `InputError` where there is none of that name."""
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # Of `meta` there is nothing to be had.
+    except Exception as error:  # As the device has it: its package may be missing, say.
+        raise InputError(f"`--device` {name} cannot be used here: {_short(reason_of(error))}") from error
+    return device
+
+
+def load_config(source: str, setting: str) -> PreTrainedConfig:
+    """
+    The configuration of a checkpoint folder or Hub repository.
+
+    Args:
+        source: folder or Hub name.
+        setting: which setting named it, for errors.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    if not source.strip():
+        raise InputError(f"`{setting}` is empty, expected a checkpoint folder, or its name on the Hub.")
+    folder = Path(source)
+    if folder.is_file():
+        raise InputError(
+            f"`{setting}` is the file {source}: expected a checkpoint folder with config.json and model.safetensors. "
+            "(A timm state dictionary of a softmax ViT is converted by modeling_karat_vit.convert_timm_state_dict.)"
+        )
+    if not folder.is_dir() and not hub.is_name(source):
+        raise InputError(f"`{setting}` is {source}: there is no such folder.")
+
+    def refuse(what: str, cause: Exception | None = None) -> None:
+        raise InputError(f"`{setting}` is {source}, whose config.json {what}.") from cause
+
+    try:
+        path = find_file(source, "config.json") if folder.is_dir() else Path(cached_file(source, "config.json"))
+        written = None if path is None else checkpoints.read_json(path)
+    except InputError as error:
+        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+    except Exception as error:  # The Hub's client has no common base of its errors.
+        reason = reason_of(error).rstrip(".")
+        raise InputError(
+            f"`{setting}` {source} cannot be loaded: no folder here, nor from the Hub: {reason}."
+        ) from error
+    if path is None:
+        raise InputError(f"`{setting}` is {source}, which holds no config.json: it is no checkpoint folder.")
+    if wrong := _wrong_in_config(written):
+        refuse(wrong)
+    try:
+        # KArAt's code is here; nothing else that a checkpoint brings along is run.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # Transformers' checks of values have no common base.
+        refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
+    config.return_dict = True  # How results are handed over is no matter of a checkpoint.
+    return config
+
+
+def load_model(
+    source: str, setting: str, encoder_suffices: bool = False, **how: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """
+    A trained classifier, on the CPU.
+
+    Args:
+        source: folder or Hub name.
+        setting: which setting named it, for errors.
+        encoder_suffices: whether it may be saved without its head, as what its configuration calls an encoder.
+        how: further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the names of the weights that are newly initialised: none, or those of the head.
+
+    Raises:
+        InputError: see `load_config` and `load_weights`; or it is no ViT.
+    """
+    config = load_config(source, setting)
+    if config.model_type not in ("karat_vit", "vit"):
+        raise InputError(
+            f"`{setting}` {source} is a model of type {config.model_type!r}, expected 'karat_vit' or 'vit' (the "
+            "softmax ViT of Transformers)."
+        )
+    encoder = encoder_suffices and set(config.architectures or ()) & {"KArAtViTModel", "ViTModel"}
+    parts = {"may_lack": HEAD, "may_drop": UNUSED} if encoder else {}
+    return load_weights(AutoModelForImageClassification, source, setting, config, **parts, **how)
+
+
+def load_weights(
+    kind: type,
+    source: str,
+    setting: str,
+    config: PreTrainedConfig,
+    may_lack: re.Pattern | None = None,
+    may_drop: re.Pattern | None = None,
+    **how: Any,
+) -> tuple[PreTrainedModel, set[str]]:
+    """
+    A model with the weights of a checkpoint.
+
+    Args:
+        kind: class of the model, or of Transformers' auto classes.
+        source: folder or Hub name.
+        setting: which setting named it, for errors.
+        config: of the model.
+        may_lack: names (by their beginnings) of weights that may be missing or of another shape: they are new then.
+        may_drop: names (by their beginnings) of weights that the model need not have.
+        how: further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the names of the weights that are newly initialised.
+
+    Raises:
+        InputError: a file cannot be read; or weights are missing, too many, of another shape or type, or not finite.
+    """
+
+    def refuse(what: str, cause: Exception | None = None) -> None:
+        raise InputError(f"`{setting}` {source} cannot be loaded: {what}.") from cause
+
+    try:
+        found = {name: kind for path in weight_files(source) for name, kind in checkpoints.read_header(path).items()}
+    except InputError as error:
+        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+    if whole := sorted(name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF"))):
+        refuse(f"it has weights that are no floating-point numbers: {_some(whole)}")
+    if found:
+        # Before it takes any memory or time.
+        _check_size(config, may_lack, sum(math.prod(shape) for _, shape in found.values()), len(found), refuse)
+    try:
+        model, info = kind.from_pretrained(
+            source,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **how,
+        )
+    except Exception as error:  # Of Torch, safetensors, the Hub's client, Transformers, or the file system.
+        refuse(reason_of(error).rstrip("."), error)
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    new = mismatched | set(info["missing_keys"])
+    for names, allowed, what in (
+        (set(info["missing_keys"]), may_lack, "lacks weights of its model"),
+        (mismatched, may_lack, "has weights of another shape than its model's"),
+        (set(info["unexpected_keys"]), may_drop, "has weights that its model does not have"),
+    ):
+        if wrong := sorted(name for name in names if allowed is None or not allowed.match(name)):
+            refuse(f"it {what}: {_some(wrong)}. It is damaged or of another model")
+    if info["error_msgs"]:
+        refuse(reason_of(ValueError(info["error_msgs"][0])))
+    if wrong := checkpoints.not_finite(model.state_dict()):
+        refuse(f"it has weights that are NaN or infinite: {_some(wrong)}")
+    return model, new
+
+
+def _check_size(
+    config: PreTrainedConfig, may_lack: re.Pattern | None, numbers: int, tensors: int, refuse: Callable[..., None]
+) -> None:
+    """Refuse a configuration of which no model can be made, or a far larger one than its weights are of."""
+    if config.num_hidden_layers > tensors:
+        refuse(f"config.json names {config.num_hidden_layers:,} blocks, and there are weights for fewer")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageClassification.from_config(config)
+    except Exception as error:  # Whatever a layer says of sizes that it cannot have.
+        refuse(f"no model can be made of its config.json ({type(error).__name__}: {reason_of(error)})", error)
+    needed = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if not (may_lack and may_lack.match(name))
+    )
+    if needed > 2 * numbers:
+        refuse(f"its weights do not fit the model: they are {numbers:,} numbers, and the model has {needed:,}")
+
+
+def weight_files(source: str) -> Iterator[Path]:
+    """
+    The files of the weights of a checkpoint folder or Hub repository; of the latter, `model.safetensors` alone.
+
+    Raises:
+        InputError: the list of the files is damaged, or one is missing.
+    """
+    if Path(source).is_dir():
+        yield from checkpoints.weight_files(Path(source))
+    elif (path := find_file(source, checkpoints.WEIGHTS)) is not None:
+        yield path
+
+
+def load_image_processor(
+    source: str, setting: str, image_size: int | tuple[int, int] | None = None
+) -> BaseImageProcessor | None:
+    """
+    The image processor beside a checkpoint; `None` where there is none.
+
+    Args:
+        source: folder or Hub name.
+        setting: which setting named it, for errors.
+        image_size: of the model, which must be what the processor makes of any image; `None`: of no matter.
+
+    Raises:
+        InputError: its file is damaged, or it does not make such images.
+    """
+
+    def refuse(what: str, cause: Exception | None = None) -> None:
+        raise InputError(f"`{setting}` {source} cannot be loaded: {path} {what}.") from cause
+
+    try:
+        path = find_file(source, "preprocessor_config.json")
+        content = {} if path is None else checkpoints.read_json(path)
+    except InputError as error:
+        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+    if path is None:
+        return None
+    if not isinstance(content, dict):
+        refuse("is no JSON object")
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
+    if wrong := _wrong_in_processor(content):
+        refuse(wrong)
+    if image_size is None:
+        return processor
+    height, width = height_and_width(image_size)
+    # Neither of the model's size nor of its shape.
+    images = [Image.new("RGB", (2 * width + 1, height + 1), colour) for colour in ("black", "white")]
+    try:
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        refuse(f"does not prepare images ({type(error).__name__}: {reason_of(error).rstrip('.')})", error)
+    if pixels.shape != (2, 3, height, width):
+        made = " x ".join(map(str, pixels.shape[-2:]))
+        refuse(f"makes images of {made} pixels, and the model takes {height} x {width}")
+    low, high = pixels.flatten(1).mean(1).tolist()
+    # As where it divides by 255 twice, or never, or by a deviation that is nearly zero.
+    if not pixels.abs().max() <= 255 or high - low < 0.01:
+        refuse(f"makes {low:.3g} of black and {high:.3g} of white, expected numbers around -1 and 1")
+    return processor
+
+
+def find_file(source: str, name: str) -> Path | None:
+    """
+    A file of a folder or Hub repository, if there is one.
+
+    Raises:
+        InputError: there is something of that name that is no file, as a folder, or a link that leads nowhere.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / name
+        if os.path.lexists(path) and not path.is_file():
+            raise InputError(f"{path} is no file that can be read: put back a copy of it.")
+        return path if path.is_file() else None
+    try:
+        return Path(cached_file(source, name))
+    except OSError:
+        return None
+
+
+def _wrong_in_config(written: Any) -> str | None:
+    """What of a configuration's file Transformers does not check, or loops over for hours, in words."""
+    if not isinstance(written, dict):
+        return "is no JSON object"
+    kind = written.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return f"sets `model_type` to {kind!r}, expected 'karat_vit' or 'vit' (the softmax ViT of Transformers)"
+    labels, classes = written.get("id2label"), written.get("num_labels")
+    if classes is not None and (type(classes) is not int or not 0 < classes <= MOST_CLASSES):
+        return f"sets `num_labels` to {classes!r}, expected 1 to {MOST_CLASSES:,}"
+    if labels is not None:
+        # Transformers itself writes and reads the numbers as text.
+        pairs = labels.items() if isinstance(labels, dict) else []
+        known = {str(index) for index in range(len(pairs))}
+        if {index for index, _ in pairs} != known or not pairs or not all(isinstance(name, str) for _, name in pairs):
+            return f"gives the classes {_short(labels)} as `id2label`, expected names by 0, 1, 2, ..."
+        if classes not in (None, len(labels)):
+            return f"names {len(labels)} classes in `id2label`, and `num_labels` is {classes}"
+    if written.get("problem_type") == "regression":
+        return "sets `problem_type` to 'regression', expected a classifier's"
+    for name, value in written.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"sets `{name}` to {value}, expected a finite number"
+    return None
+
+
+def _wrong_in_processor(content: dict[str, Any]) -> str | None:
+    """What of an image processor's file Transformers takes although it is wrong, in words."""
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        # Others do not crop where this is null. The rest would be left out in silence.
+        if type(content.get(name, True)) is not bool and (name, content[name]) != ("do_center_crop", None):
+            return f"sets `{name}` to {content[name]!r}, expected true or false"
+    if content.get("do_normalize") is not False:
+        for name in ("image_mean", "image_std"):
+            values = content.get(name)
+            if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
+                return f"sets `{name}` to {values!r}, expected three numbers: red, green, blue"
+        if min(content["image_std"]) <= 0:
+            return f"sets `image_std` to {content['image_std']}, expected numbers above 0"
+    factor = content.get("rescale_factor", 1)
+    if not _is_number(factor) or factor <= 0:
+        return f"sets `rescale_factor` to {factor!r}, expected a number above 0"
+    if content.get("do_resize") is not False and "size" not in content:
+        return "does not say to what `size` images are resized"
+    for name in ("size", "crop_size"):
+        sides = content.get(name)
+        sides = sides.values() if isinstance(sides, dict) else [sides]
+        if not all(side is None or (type(side) is int and 0 < side <= LARGEST_SIDE) for side in sides):
+            return f"sets `{name}` to {content[name]!r}, expected pixels, from 1 to {LARGEST_SIDE}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _some(items: list) -> str:
+    return ", ".join(map(str, items[:4])) + more(items, 4)

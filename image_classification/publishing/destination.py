@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Where a run is pushed to: whose a repository of the Hub is, and commits that overwrite nothing of anybody else's.
+
+A record in the repository says what was pushed there, and by which run. Started as a program, this module carries out
+one push, which it reads from its standard input: see `publisher.py`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+)
+from huggingface_hub.errors import (
+    HFValidationError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
+
+from ..errors import InputError, more
+from ..hub import LAST_CHECKPOINT, PATIENCE, PATIENCE_OF_A_PUSH, explain, first_line, patience
+from .repository import Content, Repository
+
+
+# Says which run the model is of, and which files are its.
+RECORD = ".karat_vit_run.json"
+CARD = "README.md"
+# Seconds before a failed push is tried again. huggingface_hub itself repeats most requests for half a minute.
+WAITS = (2, 8, 30)
+
+
+class Conflict(InputError):
+    """The repository holds what this push would overwrite."""
+
+
+@dataclass
+class Destination:
+    """
+    Where a run is pushed to.
+
+    Args:
+        name: `USER/NAME`; or `NAME`, while the Hub could not say whose token it is.
+        run: the identity of the run.
+        token: what it may be written with.
+        revision: the branch; default `main`.
+        private: of a repository that is made: whether only its owners see it. `True` also refuses a public one.
+        overwrite: whether to replace what is not this run's.
+    """
+
+    name: str
+    run: str
+    token: str = field(repr=False)
+    revision: str | None = None
+    private: bool | None = None
+    overwrite: bool = False
+
+    @property
+    def repository(self) -> Repository:
+        return Repository(self.name, RECORD, revision=self.revision, token=self.token)
+
+    def resolve(self) -> None:
+        """
+        Find out whose token it is, which completes the name.
+
+        Raises:
+            InputError: the token may only read.
+        """
+        account = HfApi(token=self.token).whoami()
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise InputError(
+                "`push_to_hub`: your token may only read. Make one that may write "
+                f"({constants.ENDPOINT}/settings/tokens), and log in with `hf auth login`."
+            )
+        if "/" not in self.name:
+            self.name = f"{account['name']}/{self.name}"
+
+    def claim(self) -> Content:
+        """
+        Make sure that there is the repository with its branch, and that this run may write to it.
+
+        Raises:
+            Conflict: it holds what is not this run's.
+        """
+        repository, main = self.repository, Repository(self.name, RECORD, token=self.token)
+        try:
+            content = repository.look()
+            if content is None:
+                repository.api.create_repo(self.name, private=self.private, exist_ok=True)
+                content = repository.look()
+        except RevisionNotFoundError:
+            content = None
+        there = content or main.look()
+        if there is None:
+            raise Conflict(f"`push_to_hub`: {self.name} was made, and cannot be seen with your token.")
+        if self.private and not there.private:
+            raise Conflict(
+                f"`hub_private_repo`: {main.url} is public. Make it private there ({main.url}/settings), choose "
+                "another --hub_model_id, or leave the flag out."
+            )
+        if content is None:
+            return self._branch(there)
+        self._check(content)
+        return content
+
+    def _branch(self, main: Content) -> Content:
+        """A new branch begins with the files of `main`, which keeps them, and is this run's from its first commit."""
+        repository = self.repository
+        repository.api.create_branch(self.name, branch=self.revision, exist_ok=True)
+        began = sorted(main.blobs.keys() - set(main.ours))
+        record = json.dumps({"run": self.run, "files": dict.fromkeys(main.ours, ""), "began_with": began})
+        repository.commit({RECORD: record.encode()}, [], f"Begin {self.revision}", main.head)
+        return repository.look()
+
+    def _check(self, content: Content) -> None:
+        if self.overwrite or not content.blobs:
+            return
+        if content.record is None:
+            holds = f"files that no run pushed ({_some(content.blobs)})"
+        elif content.record.get("run") != self.run:
+            holds = "the model of another run"
+        else:
+            return
+        raise Conflict(
+            f"`push_to_hub`: {self.repository.url} holds {holds}. Choose another repository with --hub_model_id, a new "
+            "branch of it with --hub_revision, or replace what is there with --hub_overwrite (its history keeps it)."
+        )
+
+    def push(self, files: dict[str, Path], message: str) -> dict[str, Any]:
+        """
+        Push the files of the run, in one commit. What an earlier push of it put there and is not needed any more goes,
+        but not its other checkpoints; what somebody added stays, and so does a card that somebody edited.
+
+        Returns:
+            `url` of the repository; `kept`: whether the card is somebody's; `changed`: whether anything was new.
+
+        Raises:
+            Conflict: the repository holds what is not this run's, or what somebody changed or added in its way.
+        """
+        content = self.claim()
+        record = content.record if content.record and content.record.get("run") == self.run else {}
+        last = any(path.startswith(f"{LAST_CHECKPOINT}/") for path in files)
+        replaced = {
+            path
+            for path in content.ours
+            if not record or "/" not in path or (last and path.startswith(f"{LAST_CHECKPOINT}/"))
+        }
+        changed, kept = set(), False
+        if record and not self.overwrite:
+            changed = self.repository.changed(content) | self._in_the_way(files, content)
+            kept = CARD in changed or bool(record.get("card_kept"))
+            if others := sorted(changed & (files.keys() | replaced) - {CARD}):
+                raise Conflict(
+                    f"`push_to_hub`: in {self.repository.url}, somebody changed or added {_some(others)} after the "
+                    "last push. Choose another repository with --hub_model_id, or replace them with --hub_overwrite "
+                    "(the repository's history keeps them)."
+                )
+        sums = {path: _sha256(file) for path, file in files.items()}
+        # What somebody changed of earlier checkpoints is theirs from now on.
+        stays = {path: record["files"][path] for path in content.ours if path not in replaced | changed}
+        new = {"run": self.run, "files": dict(sorted((stays | sums).items()))} | ({"card_kept": True} if kept else {})
+        if began := record.get("began_with"):
+            new["began_with"] = began
+        written = {path: file for path, file in files.items() if not (kept and path == CARD)}
+        written[RECORD] = (json.dumps(new, indent=1) + "\n").encode()
+        stale = sorted(replaced - sums.keys() - ({CARD} if kept else set()))
+        commit = self.repository.commit(written, stale, message, content.head)
+        return {"url": self.repository.url, "kept": kept, "changed": commit.oid != content.head}
+
+    def _in_the_way(self, files: dict[str, Path], content: Content) -> set[str]:
+        """Of the files to be pushed, those that somebody else has put there, though this run has pushed others."""
+        return (files.keys() & content.blobs.keys()) - set(content.ours) - set(content.record.get("began_with", ()))
+
+    def command(self, folder: Path) -> str:
+        """The command that pushes a finished run's folder by hand."""
+        words = ["hf", "upload", self.name, str(folder), ".", *(["--revision", self.revision] if self.revision else [])]
+        words += ["--private"] if self.private else []  # Else it would make a public repository, where there is none.
+        return shlex.join([*words, *(word for pattern in NOT_PUSHED for word in ("--exclude", pattern))])
+
+
+# What of a run's folder does not go to the Hub: checkpoints, the trackers' files, what is of this machine, and an image
+# whose licence nobody here knows.
+NOT_PUSHED = ("checkpoint-*", "runs/*", "run.json", "sample.png", ".*")
+
+
+def prepare(destination: Destination) -> str | None:
+    """
+    Before training: check the token, complete the name, make the repository, and see that nothing is overwritten.
+
+    Returns:
+        A warning where the Hub cannot be reached, so that this is left to the first push.
+
+    Raises:
+        InputError: it cannot be pushed there.
+    """
+    try:
+        validate_repo_id(destination.name)
+    except HFValidationError as error:
+        raise InputError(
+            f"The repository would be called {destination.name}, which the Hub does not take ({first_line(error)}). "
+            "Give --hub_model_id, as USER/NAME or NAME."
+        ) from error
+    try:
+        with patience(PATIENCE):
+            destination.resolve()
+            destination.claim()
+    except InputError:
+        raise
+    except Exception as error:
+        trouble = explain(error)
+        if trouble.reached and not trouble.passing:
+            raise InputError(f"`push_to_hub` to {destination.name}: {trouble.reason}.") from error
+        return (
+            f"`push_to_hub` to {destination.name}: {trouble.reason}. The run trains, and tries again when it pushes; "
+            "the same command pushes what is missing later."
+        )
+    return None
+
+
+def push_with_patience(
+    destination: Destination, files: dict[str, Path], message: str, waits: list[float]
+) -> dict[str, Any]:
+    """
+    Push, and try again after each of the waits (in seconds) where that may help. Without files, only complete the name.
+
+    Returns:
+        `name` of the repository, and what `Destination.push` returns; or `error`, why it was not pushed, and whether
+        that is a `conflict`.
+    """
+    for wait in (*waits, None):
+        try:
+            with patience(PATIENCE_OF_A_PUSH):
+                if "/" not in destination.name:
+                    destination.resolve()
+                return {"name": destination.name, **(destination.push(files, message) if files else {})}
+        except Exception as error:
+            trouble = explain(error)
+            if wait is None or not trouble.passing:
+                return {"error": trouble.reason, "conflict": isinstance(error, Conflict)}
+            time.sleep(wait)
+
+
+def _sha256(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _some(paths) -> str:
+    paths = sorted(paths)
+    return ", ".join(paths[:3]) + more(paths, 3)
+
+
+def main() -> None:
+    """One push: a line of JSON on standard input describes it, and its result goes to standard output."""
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    job = json.loads(sys.stdin.readline())  # A data worker may have a copy of the pipe, so its end may not come.
+    files = {path: Path(file) for path, file in job["files"].items()}
+    with contextlib.redirect_stdout(sys.stderr):  # Whatever a library prints is not the result.
+        result = push_with_patience(Destination(**job["destination"]), files, job["message"], job["waits"])
+    json.dump(result, sys.stdout)
+
+
+def describe(destination: Destination, files: dict[str, Path], message: str, waits: tuple[float, ...]) -> str:
+    """A push as `main` reads it."""
+    job = {
+        "destination": dataclasses.asdict(destination),
+        "files": {path: str(file) for path, file in files.items()},
+        "message": message,
+        "waits": waits,
+    }
+    return json.dumps(job) + "\n"
+
+
+if __name__ == "__main__":
+    main()

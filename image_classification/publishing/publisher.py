@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Pushing a run to the Hub while it trains and when it is finished; no failure of a push is one of the run.
+
+Each push is a process of its own, for which a thread waits. A push in the thread itself could hang data workers: they
+are forked, and huggingface_hub closes its connections in them, whose locks the thread may hold at that moment. What is
+pushed is linked into a hidden folder first, so that checkpoints may be deleted meanwhile, and so that training waits
+for nothing but that.
+"""
+
+import collections
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
+
+from ..hub import LAST_CHECKPOINT
+from ..paths import PROJECT
+from ..reports.card import CARD, card_on_hub
+from ..reports.curves import CURVES, HISTORY, draw_curves, history, write_json
+from ..reports.recipe import RECIPE
+from ..reports.summary import RESULTS
+from ..runs import checkpoints
+from ..settings.arguments import RunArguments
+from ..training import ema
+from .destination import WAITS, Destination, describe
+
+
+logger = logging.getLogger(__name__)
+
+# What the folder of a run or a checkpoint holds of the model itself.
+CODE = tuple(sorted(path.name for path in (PROJECT / "modeling_karat_vit").glob("[a-z]*.py")))
+MODEL_FILES = ("config.json", *CODE, "preprocessor_config.json", "model*.safetensors", checkpoints.WEIGHTS_INDEX)
+# What a finished run's folder holds beside it, and what goes with it.
+REPORTS = (CARD, RECIPE, RESULTS, HISTORY, CURVES)
+# What is pushed by each strategy, for the log.
+PUSHED = {
+    HubStrategy.END: "at the end",
+    HubStrategy.EVERY_SAVE: "at every save",
+    HubStrategy.CHECKPOINT: "at every save, with the last checkpoint",
+    HubStrategy.ALL_CHECKPOINTS: "at every save, with all checkpoints",
+}
+
+
+@dataclass
+class Push:
+    """
+    One commit to be made.
+
+    Args:
+        message: of the commit.
+        what: what it is, for the log.
+        folder: hidden, with all that is to be pushed; it is deleted afterwards.
+        complete: called before, in the background, to write the rest of the files.
+    """
+
+    message: str
+    what: str
+    folder: Path
+    complete: Callable[[], None] = field(default=lambda: None)
+
+
+class Publisher(TrainerCallback):
+    """
+    Pushes after each save, in the background, by `hub_strategy`; and a finished run, when `finish` is called. It is a
+    context, and leaving it ends what is under way. For the main process only.
+
+    * `end`: only the finished run.
+    * `every_save`: the model of each checkpoint, with card, recipe and curves so far.
+    * `checkpoint`: and the checkpoint itself, as `last-checkpoint`, from which another machine can go on.
+    * `all_checkpoints`: and each checkpoint under its name.
+
+    While a push is under way, only the newest save waits for its turn, unless `hub_always_push` is set or all
+    checkpoints are asked for.
+
+    Args:
+        destination: where to.
+        args: of the run.
+        recipe: the run's recipe.
+        card: makes the card of the model as it is now: of the metrics of this step (or none), of which weights these
+            are (`ema`, `model`, `None`), and of how far training is.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        args: RunArguments,
+        recipe: str = "",
+        card: Callable[[dict[str, float], str | None, str], str] | None = None,
+    ):
+        self.destination, self.recipe, self.card = destination, recipe, card
+        self.folder = Path(args.output_dir)
+        self.strategy, self.always = HubStrategy(args.hub_strategy), args.hub_always_push
+        self.waits = WAITS
+        self._queue: collections.deque[Push] = collections.deque()
+        self._ready = threading.Condition()
+        self._process: subprocess.Popen | None = None
+        self._busy = self._closed = False
+        self._outcomes: collections.deque[tuple[Push, dict[str, Any]]] = collections.deque()
+        self._thread: threading.Thread | None = None
+        self._told: str | None = None
+
+    def __enter__(self) -> "Publisher":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._ready:
+            if self._busy or self._queue:
+                logger.info("A push to the Hub was left off; the same command pushes what is missing.")
+            self._closed = True
+            abandoned = [*self._queue]
+            self._queue.clear()
+            self._ready.notify_all()
+            process = self._process
+        if process is not None:
+            process.kill()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+        for push in abandoned:
+            shutil.rmtree(push.folder, ignore_errors=True)
+
+    # While it trains.
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self._tell()
+        if self.strategy == HubStrategy.END:
+            return
+        checkpoint = checkpoints.checkpoint_folder(args.output_dir, state.global_step)
+        step = f"step {state.global_step}, epoch {state.epoch:.4g} of {state.num_train_epochs}"
+        log = list(state.log_history)
+        metrics = next((entry for entry in log[::-1] if "eval_loss" in entry), {})
+        weights, metrics = ema.better(metrics) if metrics.get("step") == state.global_step else (None, {})
+        push = Push(f"Training in progress: {step}", step, self._new_folder())
+        try:
+            push.folder.mkdir()
+            _link_files(checkpoint, MODEL_FILES, push.folder)
+            if self.strategy == HubStrategy.CHECKPOINT:
+                _link_files(checkpoint, ["**/*"], push.folder / LAST_CHECKPOINT)
+            elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
+                _link_files(checkpoint, ["**/*"], push.folder / checkpoint.name)
+            if weights == "ema":
+                _link(checkpoint / ema.FILE, push.folder / f".{ema.FILE}")
+            card = self.card(metrics, weights, step)
+        except Exception as error:  # Whatever it is, it is no reason to stop training.
+            shutil.rmtree(push.folder, ignore_errors=True)
+            self._fail(f"{step}: {error}")
+            return
+        push.complete = lambda: _complete(push.folder, card, self.recipe, log, self.folder.resolve().name)
+        self._add(push)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._tell()
+
+    # When it is finished.
+
+    def finish(self) -> bool:
+        """
+        Push the finished run's folder, and wait until it is there, or has failed for good.
+
+        Returns:
+            Whether it is there. If not, the log says why, and what to do.
+        """
+        logger.info("\nPushing to the Hub ...")
+        steps = checkpoints.checkpoints(self.folder)
+        push = Push("Finished training", "the finished run", self._new_folder())
+        try:
+            push.folder.mkdir()
+            _link_files(self.folder, [*MODEL_FILES, *REPORTS], push.folder)
+            if steps and self.strategy == HubStrategy.CHECKPOINT:
+                _link_files(steps[max(steps)], ["**/*"], push.folder / LAST_CHECKPOINT)
+            elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
+                for checkpoint in steps.values():
+                    _link_files(checkpoint, ["**/*"], push.folder / checkpoint.name)
+        except OSError as error:
+            shutil.rmtree(push.folder, ignore_errors=True)
+            self._fail(str(error), final=True)
+            return False
+        self._add(push)
+        self._wait()
+        last = self._outcomes[-1][1]
+        self._tell(last=True)
+        return "error" not in last
+
+    # How.
+
+    def _new_folder(self) -> Path:
+        number = 0
+        while (folder := self.folder / f".push-{number}").exists():
+            number += 1
+        return folder
+
+    def _add(self, push: Push) -> None:
+        if not self.always and self.strategy != HubStrategy.ALL_CHECKPOINTS:
+            self._drop_waiting()
+        with self._ready:
+            self._queue.append(push)
+            if self._thread is None:
+                # Not waited for when the interpreter ends: whoever wants the last push calls `finish`.
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._ready.notify_all()
+
+    def _wait(self) -> None:
+        with self._ready:
+            self._ready.wait_for(lambda: not self._queue and not self._busy)
+
+    def _drop_waiting(self) -> None:
+        with self._ready:
+            for push in self._queue:
+                shutil.rmtree(push.folder, ignore_errors=True)
+            self._queue.clear()
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return
+                push, self._busy = self._queue.popleft(), True
+            try:
+                outcome = self._carry_out(push)
+            except Exception as error:
+                outcome = {"error": str(error) or type(error).__name__}
+            shutil.rmtree(push.folder, ignore_errors=True)
+            with self._ready:
+                self._outcomes.append((push, outcome))
+                self._busy = False
+                self._ready.notify_all()
+
+    def _carry_out(self, push: Push) -> dict[str, Any]:
+        if "/" not in self.destination.name:
+            outcome = self._run({}, push.message)
+            if "error" in outcome:
+                return outcome
+            self.destination.name = outcome["name"]
+        push.complete()
+        card = push.folder / CARD
+        if card.is_file():
+            text = card_on_hub(card.read_text(encoding="utf-8"), self.folder, self.destination.name)
+            card.unlink()  # A link to the run's own.
+            card.write_text(text, encoding="utf-8")
+        files = {
+            path.relative_to(push.folder).as_posix(): path.resolve()
+            for path in push.folder.rglob("*")
+            if path.is_file() and not path.name.startswith(".")
+        }
+        return self._run(files, push.message)
+
+    def _run(self, files: dict[str, Path], message: str) -> dict[str, Any]:
+        """One push, in a process of its own, which Ctrl-C in a terminal does not reach."""
+        paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self._ready:
+            if self._closed:
+                return {"error": "the run was stopped"}
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", f"{__package__}.destination"],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+            )
+        out, err = self._process.communicate(describe(self.destination, files, message, self.waits))
+        status, self._process = self._process.returncode, None
+        if status != 0:
+            lines = err.strip().splitlines() or [f"it ended with status {status}"]
+            return {"error": f"the process that pushes failed: {lines[-1]}"}
+        return json.loads(out)
+
+    def _tell(self, last: bool = False) -> None:
+        """Log what became of the pushes: the first that worked, each new reason why one failed, and the last one."""
+        while self._outcomes:
+            push, outcome = self._outcomes.popleft()
+            final = last and not self._outcomes
+            if last and not final:
+                # What the last push has, or has not, in its place.
+                if "error" in outcome and self.strategy == HubStrategy.ALL_CHECKPOINTS:
+                    logger.warning(f"Not pushed: {push.what}: {outcome['error'].rstrip('.')}.")
+            elif "error" in outcome:
+                said = f"{push.what}: {outcome['error'].rstrip('.')}"
+                self._fail(said, outcome["error"], final, outcome.get("conflict", False))
+            elif final or self._told != "pushed":
+                done = "Pushed" if outcome["changed"] else "Up to date:"
+                every = "." if final else f" ({push.what}). Every save is pushed from now on."
+                kept = " README.md was edited there, and stays as it is." if outcome["kept"] else ""
+                logger.info(f"{done} {outcome['url']}{every}{kept}")
+                self._told = "pushed"
+
+    def _fail(self, said: str, reason: str | None = None, final: bool = False, conflict: bool = False) -> None:
+        if final:
+            how = f" The same command again pushes it; or, by hand:\n  {self.destination.command(self.folder)}"
+            how = "" if conflict else how  # By hand, it would overwrite what the push left alone.
+            logger.warning(
+                f"Not pushed to {self.destination.name}: {said}.\nNothing is lost: {self.folder} has all of it.{how}"
+            )
+        elif reason is None or reason != self._told:
+            logger.warning(f"Not pushed: {said}. Training goes on, and the next save is pushed again.")
+        self._told = reason
+
+
+def _complete(folder: Path, card: str, recipe: str, log: list[dict[str, float]], title: str) -> None:
+    """The reports of a run in training; and the averaged weights in place of the plain ones, if they are there."""
+    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    rows = history(log)
+    write_json(folder / HISTORY, rows)
+    draw_curves(rows, folder / CURVES, title)
+    average = folder / f".{ema.FILE}"
+    if average.is_file():
+        weights = checkpoints.read_weights(folder)
+        weights |= {name: tensor.to(weights[name].dtype) for name, tensor in load_file(average).items()}
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()  # A link to the checkpoint's.
+        save_file(weights, folder / checkpoints.WEIGHTS, metadata={"format": "pt"})
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # A file system without hard links.
+        shutil.copyfile(source, target)
+
+
+def _link_files(source: Path, patterns: Iterable[str], target: Path) -> None:
+    """Those files of a folder that match, under the same paths."""
+    for path in {path for pattern in patterns for path in source.glob(pattern)}:
+        if path.is_file():
+            _link(path, target / path.relative_to(source))

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A repository of the Hugging Face Hub: what a branch of it holds, and commits to it."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+)
+from huggingface_hub.errors import (
+    RepositoryNotFoundError,
+)
+
+
+# What the Hub itself puts into a new repository.
+OF_THE_HUB = {".gitattributes"}
+
+
+@dataclass
+class Content:
+    """
+    What a branch of a repository holds.
+
+    Args:
+        head: its last commit.
+        private: whether only its owners see it.
+        blobs: the git oid of each file, without what the Hub itself puts there.
+        record: what was pushed from here, if anything was; `None` also where somebody made it unreadable.
+    """
+
+    head: str
+    private: bool
+    blobs: dict[str, str]
+    record: dict[str, Any] | None
+
+    @property
+    def ours(self) -> list[str]:
+        """The files in it that were pushed from here."""
+        return [path for path in (self.record or {}).get("files", []) if path in self.blobs]
+
+
+def _read_record(content: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("files"), (dict, list)) else None
+
+
+class Repository:
+    """
+    A repository, and one branch of it.
+
+    Args:
+        name: `USER/NAME`.
+        record: the file that says what was pushed from here: JSON, with `files`.
+        kind: `model` or `space`.
+        revision: the branch; default `main`.
+        token: default that of `hf auth login`, or of the environment.
+    """
+
+    def __init__(
+        self, name: str, record: str, kind: str = "model", revision: str | None = None, token: str | None = None
+    ):
+        self.name, self.kind, self.revision, self._record = name, kind, revision, record
+        self.api = HfApi(token=token)
+        self._where = {"repo_id": name, "repo_type": kind, "revision": revision}
+
+    @property
+    def url(self) -> str:
+        prefix = "" if self.kind == "model" else f"{self.kind}s/"
+        return f"{self.api.endpoint}/{prefix}{self.name}" + (f"/tree/{self.revision}" if self.revision else "")
+
+    def look(self) -> Content | None:
+        """
+        What is there now; `None` where there is no such repository.
+
+        Raises:
+            RevisionNotFoundError: there is, without this branch.
+        """
+        try:
+            info = self.api.repo_info(**self._where, files_metadata=True)
+        except RepositoryNotFoundError:
+            return None
+        blobs = {file.rfilename: file.blob_id for file in info.siblings or [] if file.rfilename not in OF_THE_HUB}
+        record = None
+        if self._record in blobs:
+            at = {**self._where, "revision": info.sha}
+            with tempfile.TemporaryDirectory() as folder:
+                path = self.api.hf_hub_download(**at, filename=self._record, local_dir=folder)
+                record = _read_record(Path(path).read_bytes())
+        return Content(info.sha, bool(info.private), blobs, record)
+
+    def changed(self, content: Content) -> set[str]:
+        """Of the files that were pushed from here, those that somebody has changed or deleted since."""
+        (record,) = self.api.get_paths_info(
+            self.name, [self._record], repo_type=self.kind, revision=content.head, expand=True
+        )
+        pushed = record.last_commit.oid  # Every push writes the record.
+        if pushed == content.head:
+            return set()
+        info = self.api.repo_info(**{**self._where, "revision": pushed}, files_metadata=True)
+        before = {file.rfilename: file.blob_id for file in info.siblings or []}
+        return {path for path in content.record["files"] if before.get(path) != content.blobs.get(path)}
+
+    def commit(self, files: dict[str, Path | bytes], delete: list[str], message: str, parent: str | None) -> CommitInfo:
+        """
+        Write and delete files in one commit. Nothing is committed where nothing changes.
+
+        Args:
+            files: by their path in the repository, a file here or its content.
+            delete: paths in the repository.
+            message: of the commit.
+            parent: the commit that must still be the last one, or nothing is written.
+        """
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        operations += [CommitOperationDelete(path) for path in delete]
+        return self.api.create_commit(
+            **self._where, operations=operations, commit_message=message, parent_commit=parent
+        )

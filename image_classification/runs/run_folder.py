@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The output folder: whose run it holds, and whether to start, resume or leave it alone.
+
+`run.json` records the settings of the run that owns the folder, and whether it is finished. The same command in the
+same folder goes on where it stopped, or says that it is done; anything else that would overwrite files is an error.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .. import hub
+from ..errors import InputError, more
+from ..settings.arguments import Settings, to_json
+from . import checkpoints
+
+
+RECORD, LOCK = "run.json", ".lock"
+# Where the record is written before it gets its name.
+PART = f".{RECORD}.part"
+
+# Settings that may differ between two parts of one run: they change speed, output and place, not what is trained.
+_FREE = (
+    "check_images",
+    "cpu_threads",
+    "disable_tqdm",
+    "do_eval",
+    "eval_accumulation_steps",
+    "output_dir",
+    "per_device_eval_batch_size",
+    "project",
+    "record_step",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_id",
+    "run_name",
+    "save_total_limit",
+    "skip_memory_metrics",
+    "use_cpu",
+)
+_FREE_PREFIXES = ("dataloader_", "log_", "logging_", "hub_", "push_to_hub", "trackio_", "ddp_", "local_rank")
+_NOT_FREE = ("dataloader_drop_last",)
+# What the global batch is made of: another number of devices needs another of these for the same run.
+_BATCH, _BATCH_PARTS = "global_batch_size", ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+@dataclass
+class Plan:
+    """
+    Args:
+        checkpoint: folder to resume from, or `None` to start anew.
+        finished: what a finished run recorded, if this command has nothing left to do.
+        message: what to tell the user.
+        anew: the folder has another run's record, and nothing that was trained.
+        identity: of the run: a new one's own, else that of its folder or, under the same settings, of its checkpoint.
+    """
+
+    checkpoint: str | None = None
+    finished: dict[str, Any] | None = None
+    message: str | None = None
+    anew: bool = False
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
+
+
+def plan(settings: Settings) -> Plan:
+    """
+    Decide what a training command does with its output folder. Damaged checkpoints of the folder's run are renamed,
+    where an undamaged one is left to go on from.
+
+    Raises:
+        InputError: the folder holds something else, or there is nothing to resume.
+    """
+    found = _plan(settings)
+    record = {} if found.anew else read_record(Path(settings.training.output_dir)) or {}
+    known = record.get("id") or (_continued(Path(found.checkpoint), settings) if found.checkpoint else None)
+    found.identity = known or found.identity
+    return found
+
+
+def _plan(settings: Settings) -> Plan:
+    folder = Path(settings.training.output_dir)
+    resume = settings.training.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"`output_dir` {folder} is a file, expected a folder.")
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    entries = [name for name in entries if name not in (LOCK, PART)]
+    record = read_record(folder)
+    if record is not None:
+        checkpoints.tidy(folder)
+    # Of a command that was refused, or stopped before its first checkpoint.
+    empty = record is not None and not record.get("finished") and not _trained(folder)
+    if resume is not None:
+        checkpoint, damaged = _given(resume, settings.training.hub_token)
+        if entries and record is None:
+            raise InputError(f"`output_dir` {folder} holds files that are of no run ({_some(entries)}). {ELSEWHERE}")
+        anew = empty and checkpoint.resolve().parent != folder.resolve()
+        if entries and checkpoint.resolve().parent != folder.resolve() and not anew:
+            raise InputError(
+                f"`output_dir` {folder} holds a run already, and {checkpoint} is of another one. {ELSEWHERE}"
+            )
+        own = [] if anew else entries
+        return Plan(str(checkpoint), message=f"Resuming from {checkpoint}.{_told(damaged, own)}", anew=anew)
+    if not entries:
+        return Plan()
+    if record is None:
+        raise InputError(
+            f"`output_dir` {folder} is not empty ({_some(entries)}), and it holds no run of this script. {ELSEWHERE}"
+        )
+    different = differences(record["settings"], _settings(settings))
+    if different and empty:
+        return Plan(message=f"{folder} holds nothing that was trained: it is used again.", anew=True)
+    if different:
+        raise InputError(
+            f"`output_dir` {folder} holds another run: {different}. {ELSEWHERE} To go on with that run under these "
+            "settings, give --resume_from_checkpoint with one of its checkpoint-* folders."
+        )
+    if record.get("finished"):
+        if not any((folder / name).is_file() for name in (checkpoints.WEIGHTS, checkpoints.WEIGHTS_INDEX)):
+            raise InputError(f"{folder} holds a finished run without its weights ({checkpoints.WEIGHTS}). {ELSEWHERE}")
+        for file in checkpoints.weight_files(folder):
+            checkpoints.read_header(file)
+        return Plan(finished=record["finished"])
+    checkpoint, damaged = _newest(folder)
+    if checkpoint is None:
+        return Plan(message=f"{folder} holds this run, stopped before its first checkpoint: it starts again.")
+    message = f"{folder} holds this run, not finished: it goes on from {checkpoint.name}.{_told(damaged, entries)}"
+    return Plan(str(checkpoint), message=message)
+
+
+def _trained(folder: Path) -> bool:
+    """Whether there are weights, or a checkpoint, be it damaged, in a run's folder."""
+    names = ("checkpoint-*", checkpoints.WEIGHTS, checkpoints.WEIGHTS_INDEX)
+    return any(True for name in names for _ in folder.glob(name))
+
+
+def _continued(checkpoint: Path, settings: Settings) -> str | None:
+    """The identity of the run that goes on from a checkpoint in a new folder; `None` where it becomes another one."""
+    record, path = read_record(checkpoint.parent), checkpoint / checkpoints.PROGRESS
+    if not path.is_file() or (record is not None and differences(record["settings"], _settings(settings))):
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("run")
+
+
+ELSEWHERE = "Choose another --output_dir, or move that folder away."
+
+
+def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
+    """
+    The checkpoint that `--resume_from_checkpoint` means: that folder, or the newest undamaged one in it, or the last
+    one in a repository of the Hub; and the damaged ones.
+    """
+    path = Path(given)
+    if not path.is_dir():
+        if not hub.is_name(given):
+            raise InputError(f"`resume_from_checkpoint` is {given}: there is no such folder.")
+        path = hub.download_checkpoint(given, token)
+    if checkpoints.is_checkpoint(path):
+        if wrong := checkpoints.damage(path):
+            raise InputError(
+                f"`resume_from_checkpoint` is {given}, which is damaged: {wrong}. Give another checkpoint-* folder, or "
+                "the run's folder, whose newest undamaged one is taken."
+            )
+        return path, {}
+    checkpoint, damaged = _newest(path)
+    if checkpoint is None:
+        raise InputError(
+            f"`resume_from_checkpoint` is {given}, which is no checkpoint and holds none: expected a checkpoint-* "
+            "folder with weights and trainer_state.json, or a run's folder with such in it. To start from weights "
+            "alone, give --finetune."
+        )
+    return checkpoint, damaged
+
+
+def _newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    checkpoint, damaged = checkpoints.newest(run)
+    if checkpoint is None and damaged:
+        raise InputError(
+            f"Every checkpoint of {run} is damaged: {_described(damaged)}. Put back a copy of one of them, or move the "
+            "folder away to start again."
+        )
+    return checkpoint, damaged
+
+
+def _told(damaged: dict[Path, str], own: list[str]) -> str:
+    """What is said about damaged checkpoints; those of the output folder are set aside."""
+    if not damaged:
+        return ""
+    said = f"\nDamaged, and left out: {_described(damaged)}."
+    if own:
+        aside = [checkpoints.set_aside(folder).name for folder in damaged]
+        said += f" Now called {', '.join(aside)}: delete what you do not need."
+    return said
+
+
+def _described(damaged: dict[Path, str]) -> str:
+    return "; ".join(f"{folder.name} ({wrong})" for folder, wrong in damaged.items())
+
+
+class FolderLock:
+    """
+    A context that keeps a second command out of an output folder, as long as its process lives.
+
+    The system drops the lock with the process, however that ends. A folder that was made to be locked, and stayed
+    empty, is removed at the end.
+    """
+
+    def __init__(self):
+        self._lock: FileLock | None = None
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def take(self, output_dir: str) -> None:
+        """
+        Lock a folder, before anything is read of it or written to it; it is made if it does not exist.
+
+        Raises:
+            InputError: another process has it, or it cannot be written to.
+        """
+        folder = Path(output_dir).absolute()
+        with checkpoints.writing("The lock file", folder, ELSEWHERE):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"`output_dir` {output_dir} is a file, expected a folder.")
+            self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / LOCK, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise InputError(
+                    f"Another process is training in {output_dir}. Wait for it or stop it, or choose another "
+                    "--output_dir."
+                ) from error
+        self._lock = lock
+
+    def __exit__(self, *_) -> None:
+        if self._lock is not None:
+            # Before it is released, or it might be another's by then. Windows removes no file that is open.
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink()
+            with contextlib.suppress(OSError):  # From the first on that is not empty.
+                for folder in self._made:
+                    folder.rmdir()
+            self._lock.release()
+            self._lock = None
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in this folder, if there is one."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{folder / RECORD} is damaged ({error}). {ELSEWHERE}") from error
+    if not isinstance(record, dict) or "settings" not in record:
+        return None
+    for key, kind in (("settings", dict), ("finished", dict | None), ("id", str | None)):
+        if not isinstance(record.get(key), kind):
+            raise InputError(f"{folder / RECORD} is damaged: `{key}` is {record[key]!r}. {ELSEWHERE}")
+    if not record["settings"] or not _has_figures(record.get("finished")):
+        raise InputError(f"{folder / RECORD} is damaged: expected the settings of a run and its figures. {ELSEWHERE}")
+    return record
+
+
+def _has_figures(finished: dict[str, Any] | None) -> bool:
+    """Whether what a finished run recorded can be told; that of an unfinished one can."""
+    if finished is None:
+        return True
+    metrics, images = finished.get("metrics"), finished.get("eval_images")
+    return (
+        isinstance(metrics, dict)
+        and "eval_accuracy" in metrics
+        and all(type(value) in (int, float) for value in [*metrics.values(), images])
+    )
+
+
+def write_record(
+    settings: Settings,
+    finished: dict[str, Any] | None = None,
+    identity: str | None = None,
+    start: float | None = None,
+) -> None:
+    """
+    Write the record, in one step, so that a run killed meanwhile keeps the old one.
+
+    Args:
+        settings: of the run.
+        finished: what a finished run records.
+        identity: of the run; unset, what is recorded already stays.
+        start: the `sum_of_weights` that it began with; what is recorded already stays.
+
+    Of a run of another identity, nothing stays.
+    """
+    folder = Path(settings.training.output_dir)
+    before = read_record(folder) or {}
+    if identity not in (None, before.get("id")):
+        before = {}
+    record = {
+        "id": identity or before.get("id"),
+        "settings": _settings(settings),
+        "finished": finished,
+        "start": before.get("start", start),
+    }
+    part = folder / PART
+    with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, folder / RECORD)
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    return {**to_json(settings.record), _BATCH: settings.training.global_batch_size}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings in which two runs differ, in words; empty if in none that matters. Settings that only one of two
+    releases knows are not compared."""
+    known = before.keys() & now.keys()
+    parts = _BATCH_PARTS if _BATCH in known else ()
+    different = [
+        f"`{key}` was {before[key]!r} and is now {now[key]!r}"
+        for key in sorted(known)
+        if before[key] != now[key] and key not in parts and not is_free(key)
+    ]
+    said = "; ".join(different[:4]) + more(different, 4)
+    if _BATCH in known and before[_BATCH] != now[_BATCH]:
+        said += (
+            " (images in a step over all processes: --per_device_train_batch_size keeps it the same on another number)"
+        )
+    return said
+
+
+def is_free(setting: str) -> bool:
+    """Whether a setting may differ between two parts of one run, because it does not change what is trained."""
+    return setting in _FREE or (setting.startswith(_FREE_PREFIXES) and setting not in _NOT_FREE)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + more(names, 4)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stops a run whose loss or gradients are no longer finite, and says where that began."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import InputError
+
+
+# fp16 skips steps while its loss scaling settles: from 2^16 down to 2^-8, the smallest scale with any use.
+SKIPPED_STEPS = 25
+
+
+class Diverged(InputError):
+    """A run has diverged. `weights` is the step whose weights gave what is not finite, if they did."""
+
+    def __init__(self, message: str, weights: int | None = None):
+        super().__init__(message)
+        self.weights = weights
+
+
+class DivergenceGuard:
+    """
+    Looks at the loss and the norm of every gradient after each backward pass, before clipping spreads a NaN to all of
+    them. The device is not waited for: what it computed in one step is read in the next, or by `flush`.
+
+    Args:
+        model: without wrappers of DDP or `torch.compile`.
+        scaled: gradients are those of fp16's scaled loss, of which some may overflow.
+        where: what the error says after the diagnosis.
+    """
+
+    def __init__(self, model: nn.Module, scaled: bool, where: str):
+        self.scaled, self.where = scaled, where
+        self._pending: tuple[int, list[str], torch.Tensor, torch.cuda.Event | None] | None = None
+        self._losses: list[torch.Tensor] = []
+        self._skipped = 0
+        # Of the last optimiser step: the gradients and their norms, in the model's order, if they are alike in kind.
+        self.gradients: list[torch.Tensor] = []
+        self.norms: torch.Tensor | None = None
+        self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # The backward pass has its own order (a block's MLP comes before its attention): it shows in the first step.
+        self._order: list[str] = []
+        self.heard = False  # Whether that order is known.
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, a backward pass tells its order."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._order.append(name))
+            for name, parameter in self._trainable.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.heard = True
+
+    @torch.no_grad()
+    def watch(self, step: int, loss: torch.Tensor, last: bool) -> None:
+        """
+        Args:
+            step: number of the optimiser step, from 1.
+            loss: of the batch whose backward pass is done, a scalar.
+            last: of the batches accumulated for this step.
+        """
+        self._losses.append(loss.detach())
+        if not last:
+            return
+        self.flush()
+        gradients = {name: parameter.grad for name, parameter in self._trainable.items() if parameter.grad is not None}
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
+        norms = torch._foreach_norm(local) if local else []
+        loss = torch.stack(self._losses).sum().float()
+        self.gradients, self.norms, values = local, None, loss[None]
+        if len({(norm.dtype, norm.device) for norm in norms}) == 1:
+            self.norms = torch.stack(norms)
+            values = torch.cat([values, self.norms.to(loss)])
+        elif norms:
+            values = torch.cat([values, torch.stack([norm.to(loss) for norm in norms])])
+        self._losses = []
+        event = None
+        if values.is_cuda:
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (step, list(gradients), values, event)
+        if event is None:
+            self.flush()
+
+    @torch.no_grad()
+    def check_weights(self, step: int) -> None:
+        """
+        Judge what the last step has made of the weights, which no loss has shown yet.
+
+        Raises:
+            Diverged: a weight is not finite.
+        """
+        self.flush()
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in self._trainable.values()]
+        finite = torch.stack([torch.isfinite(weight).all() for weight in local]).tolist() if local else []
+        broken = [name for name, fine in zip(self._trainable, finite, strict=True) if not fine]
+        if broken:
+            raise Diverged(
+                f"The run has diverged: step {step} has made `{broken[0]}` not finite ({len(broken)} of {len(finite)} "
+                f"weights are not). {self.where}"
+            )
+
+    def flush(self) -> None:
+        """
+        Judge the last step that was watched.
+
+        Raises:
+            Diverged: its loss or a gradient was not finite.
+        """
+        if self._pending is None:
+            return
+        step, names, values, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        loss, *norms = values.tolist()
+        self.judge(step, loss, dict(zip(names, norms, strict=True)))
+
+    def judge(self, step: int, loss: float, norms: dict[str, float], skipped: int | None = None) -> None:
+        """
+        Args:
+            step: number of the optimiser step, from 1.
+            loss: of the step.
+            norms: of the gradients, by the parameters' names.
+            skipped: steps that fp16 has skipped in a row, this one included; counted here unless given.
+
+        Raises:
+            InputError: loss or a gradient is not finite.
+        """
+        broken = {name for name, norm in norms.items() if not math.isfinite(norm)}
+        if math.isfinite(loss):
+            self._skipped = skipped if skipped is not None else self._skipped + 1 if broken else 0
+            if not broken or (self.scaled and self._skipped < SKIPPED_STEPS):
+                return
+        first = "gradients are with DeepSpeed, which names none"
+        if norms:
+            first = "all gradients are finite"
+        if broken:
+            # FSDP2 does not call the hooks: then the order of the forward pass, reversed.
+            order = [*self._order, *reversed(self._trainable)]
+            first = (
+                "the first gradient of the backward pass that is not finite is that of "
+                f"`{next(name for name in order if name in broken)}` "
+                f"({len(broken)} of {len(norms)} are not)"
+            )
+        streak = f" It is the last of {self._skipped} such steps in a row." if self.scaled and self._skipped else ""
+        raise Diverged(
+            f"The run has diverged: the loss is {loss:g} at step {step}, and {first}.{streak} {self.where}",
+            weights=None if math.isfinite(loss) else step - 1,
+        )
