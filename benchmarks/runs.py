@@ -114,7 +114,7 @@ def train(folder: Path, device: str, way: str, row: dict, data: Path, flags=()) 
     states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     log = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
     if rates := [entry["images_per_second"] for entry in log if "images_per_second" in entry][SKIPPED:]:
-        found["images_per_second"] = statistics.harmonic_mean(rates)
+        found["images_per_second"] = statistics.median(rates)
     else:
         found["error"] = "too short to have a rate: more --epochs"
     results = json.loads((output / RESULTS).read_text(encoding="utf-8"))

@@ -7,8 +7,9 @@ the same command is given again; an arm whose row is in the table is left out. C
 are held out: `--held-out FOLDER` makes a folder of CIFAR-10's parquet files, the last 5,000 of whose training images
 are the validation split. The test images are for the final figure of a choice that is made.
 
-ARMS.yaml: `recipe`, a path from the project's folder; `flags`, of all arms; and `arms`, further flags by name. Under
-`seeds` a list; each arm is then run with each.
+ARMS.yaml: `recipe`, a path from the project's folder; `flags`, of all arms; and `arms`, further flags by name, before
+which a recipe of its own may stand. Under `seeds` a list; each arm is then run with each. What each run wrote after its
+evaluations is kept in `logs`, beside the table.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import queue
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -50,13 +52,13 @@ def hold_out(source: Path, target: Path) -> None:
 def read_arms(path: Path) -> list[dict]:
     """Every run of a file of arms: name, seed, recipe and flags."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    common = shlex.split(content.get("flags") or "")
-    return [
-        {"screen": path.stem, "arm": name, "seed": seed, "recipe": content["recipe"], "flags": [*common, *own]}
-        for seed in content.get("seeds", [42])
-        for name, words in content["arms"].items()
-        for own in [shlex.split(words or "")]
-    ]
+    common, runs = shlex.split(content.get("flags") or ""), []
+    for seed in content.get("seeds", [42]):
+        for name, words in content["arms"].items():
+            own = shlex.split(words or "")
+            recipe = own.pop(0) if own and own[0].endswith(".yaml") else content["recipe"]
+            runs.append({"screen": path.stem, "arm": name, "seed": seed, "recipe": recipe, "flags": [*common, *own]})
+    return runs
 
 
 def row_of(folder: Path) -> dict:
@@ -138,6 +140,10 @@ def main(argv: list[str] | None = None) -> int:
             with lock:
                 try:
                     row = {} if status else run | {"flags": shlex.join(run["flags"])} | row_of(folder) | facts
+                    if row:
+                        logs = args.table.parent / "logs"
+                        logs.mkdir(exist_ok=True)
+                        shutil.copy(folder / "history.json", logs / f"{name.replace('/', '-')}.json")
                 except (OSError, LookupError) as error:  # A run without evaluations has no figures.
                     status = f"{type(error).__name__}: {error}"
                 if status:

@@ -9,7 +9,6 @@ The README's snippets are those of the pages, where they run.
 """
 
 import configparser
-import csv
 import importlib
 import os
 import re
@@ -28,8 +27,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from benchmarks import plots
+from benchmarks.table import read as benchmark_rows
 from image_classification import official_flags
 from modeling_karat_vit import KArAtViTConfig
+from results.page import PAGE, TABLES, regenerate
 from tests.test_official_commands import OFFICIAL
 
 
@@ -333,13 +334,27 @@ def test_the_ratios_are_those_measured_last():
         assert (time, memory) == (f"{float(row['ratio_gpu']):.2f}", f"{float(row['ratio_memory']):.2f}"), label
 
 
+def test_the_whole_runs_are_those_measured_last():
+    key = ("model", "batch", "provider", "start", "epochs")
+    rows = benchmark_rows(plots.RESULTS / "cuda_runs.csv", key, benchmark="runs", mode="recorded")
+    found = {}
+    for (model, batch, provider, start, epochs), (*_, row) in rows.items():
+        if epochs != "100":  # A warm start follows a cold one, and has the rates.
+            found.setdefault((model, batch), {}).setdefault(provider, {})[start] = row
+    shown = tables(DOCS / "performance.md", "model")[0][1:]
+    assert len(shown) == len(found)
+    for label, batch, softmax, karat, ratio, _, starts in shown:
+        ours, theirs = (found[label.split()[0].lower(), batch][provider] for provider in ("karat", "softmax"))
+        rated = list(ours.values())[-1]
+        rates = [float(row["images_per_second"]) for row in (list(theirs.values())[-1], rated)]
+        assert [softmax, karat, ratio] == [*(f"{rate:,.0f}" for rate in rates), f"{float(rated['ratio_time']):.2f}"]
+        assert starts == " / ".join(f"{float(row['startup_seconds']):.0f}" for row in ours.values())
+
+
 def test_the_runs_are_those_of_the_table():
-    with (PROJECT / "results" / "runs.csv").open(newline="", encoding="utf-8") as file:
-        measured = {(row["screen"], row["arm"], row["seed"]): row for row in csv.DictReader(file)}
-    for screen, arm, seed, *figures in table(DOCS / "results.md", "screen"):
-        row = measured[screen.strip("`"), arm.strip("`"), seed]
-        found = float(row["best"]), float(row["average_last"]), float(row["images_per_second"])
-        assert figures == [f"{found[0]:.2f}", f"{found[1]:.2f}", f"{found[2]:,.0f}"], arm
+    """`python -m results.page` would change nothing, and has something to make."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert regenerate(text) == text and all(f"<!-- results: {name} -->\n|" in text for name in TABLES)
 
 
 def anchors(path: Path) -> set[str]:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Writes the tables of docs/results.md anew from results/runs.csv: `python -m results.page`.
+
+A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`. Rows that were judged on the test images
+are finals, with mean and 90 % interval where there are several seeds; all others are screens.
+"""
+
+import csv
+import re
+import statistics
+from pathlib import Path
+
+import yaml
+from scipy.stats import t
+
+from .screen import ROOT, TABLE
+
+
+PAGE = ROOT / "docs" / "results.md"
+TEST = "test images"
+
+
+def mean(rows: list[dict], name: str) -> str:
+    """The mean of a column, with its 90 % interval over seeds."""
+    values = [float(row[name]) for row in rows if row[name]]
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    half = t.ppf(0.95, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):.2f} ± {half:.2f}"
+
+
+def finals(rows: list[dict]) -> list[str]:
+    """Lines of the table of finals: what the paper reports beside what was measured."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["judged_on"] == TEST:
+            groups.setdefault((row["screen"], row["arm"], row["recipe"], row["epochs"]), []).append(row)
+    lines = ["| final | arm | epochs | seeds | paper | best | last | averaged | images/s | minutes |"]
+    lines.append("|" + " --- |" * 10)
+    for (screen, arm, recipe, epochs), runs in groups.items():
+        reported = yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8")).get("reported", {}).get("top1", "")
+        # The paper's figure is of its recipe alone.
+        cells = [f"`{screen}`", f"`{arm}`", epochs, str(len(runs)), str(reported) if screen == "fidelity" else ""]
+        cells += [mean(runs, name) for name in ("best", "last", "average_last")]
+        rate, minutes = (
+            statistics.fmean(float(run[name]) for run in runs) for name in ("images_per_second", "minutes")
+        )
+        lines.append(f"| {' | '.join([*cells, f'{rate:,.0f}', f'{minutes:.1f}'])} |")
+    return lines
+
+
+def screens(rows: list[dict]) -> list[str]:
+    """Lines of the table of screens."""
+    lines = ["| screen | arm | seed | top-1 | of the averaged weights | images per second |", "|" + " --- |" * 6]
+    for row in rows:
+        if row["judged_on"] != TEST:
+            figures = [f"{float(row[name]):.2f}" if row[name] else "" for name in ("best", "average_last")]
+            cells = [f"`{row['screen']}`", f"`{row['arm']}`", row["seed"], *figures]
+            lines.append(f"| {' | '.join(cells)} | {float(row['images_per_second']):,.0f} |")
+    return lines
+
+
+TABLES = {"finals": finals, "screens": screens}
+
+
+def regenerate(text: str, table: Path = TABLE) -> str:
+    """The text of a page, with its tables made anew from the CSV at `table`."""
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def fill(found: re.Match) -> str:
+        return "\n".join([found[1], *TABLES[found[2]](rows), found[3]])
+
+    return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end of results -->)", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(regenerate(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
