@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 new = not args.table.exists()
                 with args.table.open("a", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, FIELDS)
+                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
                     if new:
                         writer.writeheader()
                     row["date"] = time.strftime("%Y-%m-%d")
