@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from image_classification.arguments import CONFIGURATION
+from image_classification.paths import CONFIGURATION
 from image_classification.reports import RESULTS
 
 from .common import Table
