@@ -21,13 +21,12 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from image_classification.paths import CONFIGURATION
-from image_classification.reports import RESULTS
+from image_classification.paths import CONFIGURATION, PROJECT
+from image_classification.reports.summary import RESULTS
 
 from .common import Table
 
 
-ROOT = Path(__file__).resolve().parent.parent
 BASES = {"tiny": "fourier G=3", "small": "fourier G=3", "base": "fourier G=1"}
 ROWS = ("tiny/32", "tiny/64", "tiny/128", "tiny/256", "small/128", "base/128")
 # The default with `true`, which fails where the default would go on unrecorded.
@@ -91,7 +90,7 @@ def execute(words: list, cache: Path) -> tuple[str, dict]:
     environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # Else the Trainer would take all, in threads.
     environment |= {name: str(cache / folder) for name, folder in folders.items()}
     began = time.perf_counter()
-    done = subprocess.run([*map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*map(str, words)], cwd=PROJECT, env=environment, capture_output=True, text=True)
     found = {"seconds": time.perf_counter() - began}
     if done.returncode:
         found["error"] = f"exit {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}"
@@ -103,7 +102,15 @@ def train(folder: Path, device: str, way: str, row: dict, data: Path, flags=()) 
     output = folder / way / "output"
     shutil.rmtree(output, ignore_errors=True)
     recipe = CONFIGURATION / "cifar10" / f"vit_{row['model']}_patch16_224{'_karat' * (way == 'karat')}.yaml"
-    words = [sys.executable, ROOT / "run_image_classification.py", recipe, "--data_set", "CIFAR10", "--data_path", data]
+    words = [
+        sys.executable,
+        PROJECT / "run_image_classification.py",
+        recipe,
+        "--data_set",
+        "CIFAR10",
+        "--data_path",
+        data,
+    ]
     words += ["--per_device_train_batch_size", row["batch"], "--num_train_epochs", row["epochs"]]
     words += ["--output_dir", output, "--logging_strategy", "steps", "--logging_steps", "0.1"]
     words += [*MODES[row["mode"]], *flags]

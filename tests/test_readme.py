@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig,
 
 from benchmarks import plots
 from benchmarks.table import read as benchmark_rows
-from image_classification import official_flags
+from image_classification.settings import official_flags
 from modeling_karat_vit import KArAtViTConfig
 from results.page import PAGE, TABLES, regenerate
 from tests.test_official_commands import OFFICIAL

@@ -1,4 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says: on the console, to trackers, and in the files beside its weights."""
-
-from .summary import RESULTS as RESULTS  # For benchmarks/runs.py, until it imports from there.

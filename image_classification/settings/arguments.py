@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .. import official_flags
 from ..errors import InputError, did_you_mean, reason_of
 from ..paths import CONFIGURATION
+from . import official_flags
 
 
 DEFAULT_RECIPE = CONFIGURATION / "digits.yaml"

@@ -17,10 +17,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.training_args import OptimizerNames
 
-from .. import official_flags
 from ..errors import InputError, did_you_mean
-from ..official_flags import OFFICIAL_FLAGS, Given
 from ..paths import CONFIGURATION
+from . import official_flags
 from .arguments import (
     DEFAULT_RECIPE,
     EXCLUSIVE,
@@ -36,6 +35,7 @@ from .arguments import (
     default_record,
     fields_of_settings,
 )
+from .official_flags import OFFICIAL_FLAGS, Given
 
 
 class _Record(argparse._StoreAction):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from image_classification import official_flags
 from image_classification.errors import InputError
-from image_classification.official_flags import OFFICIAL_FLAGS
+from image_classification.settings import official_flags
 from image_classification.settings.arguments import DEFAULT_RECIPE, EXCLUSIVE, RunArguments
+from image_classification.settings.official_flags import OFFICIAL_FLAGS
 from image_classification.settings.parser import NOT_HERE, Parser, _from_recipe, parse_settings, truth
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean
 
 
 # Names of the official code, lower case and without separators -> ours. Our own names are accepted beside them.
