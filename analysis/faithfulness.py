@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
@@ -306,12 +307,12 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple
         Mean, lower and upper end (NaN without images), and how many images took part.
     """
     values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return np.nan, np.nan, np.nan, 0
-    random = np.random.default_rng(seed)
-    means = [values[random.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(values.mean()), float(low), float(high), len(values)
+    mean = float(values.mean()) if len(values) else np.nan
+    if len(values) < 2:
+        return mean, mean, mean, len(values)
+    how = {"n_resamples": resamples, "batch": 100, "confidence_level": LEVEL, "method": "percentile", "rng": seed}
+    low, high = stats.bootstrap((values,), np.mean, **how).confidence_interval
+    return mean, float(low), float(high), len(values)
 
 
 def table(data: list[Faithfulness], resamples: int = 2000, seed: int = 0) -> list[dict]:

@@ -103,6 +103,7 @@ def test_the_bootstrap_covers_the_mean():
     assert mean == pytest.approx(values.mean()) and images == 400
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert np.isnan(faithfulness.bootstrap(np.array([np.nan]))[:3]).all()
+    assert faithfulness.bootstrap(np.array([2.0, np.nan])) == (2, 2, 2, 1)
 
 
 def test_fills_keep_the_mean_and_lose_the_detail(karat):
