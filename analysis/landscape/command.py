@@ -17,7 +17,7 @@ Buffers and frozen weights are left alone, and so are weights of one dimension (
 normalised. The model itself is never changed: a copy is moved about.
 
 Writes landscape.png and .svg (contours), landscape_3d.png and .svg, landscape.npz (all points), landscape.json (the
-figures in numbers), and while it computes landscape.points.jsonl: the same command goes on from there when it was
+figures in numbers), and while it computes landscape.points.sqlite: the same command goes on from there when it was
 stopped, and with --overwrite draws anew without computing anew.
 """
 
@@ -44,7 +44,7 @@ from .store import Points
 from .surface import Landscape, compute
 
 
-POINTS = "landscape.points.jsonl"
+POINTS = "landscape.points.sqlite"
 # A run with so many checkpoints has a path worth drawing.
 ENOUGH = 3
 # More CPU processes than this are for those who ask: each holds copies of the weights.
@@ -175,6 +175,8 @@ def run(args: argparse.Namespace) -> None:
         settings[f"weights of --{prefix}"] = digest(checkpoint.model)
         settings[f"path of --{prefix}"] = plane.digest
         settings[f"images for --{prefix}"] = _digest_of(objective)
+    if (earlier := output.folder / "landscape.points.jsonl").exists():
+        print(f"{earlier} is of an earlier version: its points are computed anew, into {POINTS}. Delete it.")
     with Points(output.folder / POINTS, settings, args.overwrite) as store:
         if store:
             print(f"{len(store):,} numbers are in {store.path}: going on from there.")

@@ -2,27 +2,18 @@
 """What was computed of a landscape, kept in a file."""
 
 import json
-import os
-from collections.abc import Iterator, MutableMapping
+import sqlite3
+from collections import UserDict
 from pathlib import Path
 
 from image_classification.errors import InputError
 from image_classification.runs import checkpoints as saved
 
 
-try:
-    import fcntl
-except ImportError:  # Windows has none.
-    fcntl = None
-
-
-_BEGINNING = '{"settings": {'
-
-
-class Points(MutableMapping):
+class Points(UserDict):
     """
-    What was computed, in a file of JSON lines, the settings first: each entry is on the disk when it is set, and a
-    command that was stopped goes on from there.
+    What was computed, in an SQLite file with its settings: each entry is on the disk when it is set, and a command that
+    was stopped goes on from there.
 
     Args:
         path: of the file.
@@ -33,92 +24,68 @@ class Points(MutableMapping):
         InputError: the file is of other settings and not to be replaced, is none of these, or another process has it.
     """
 
+    # What was computed stays.
+    __delitem__ = None
+
     def __init__(self, path: Path, settings: dict, replace: bool = False):
-        self.path, self.entries = path, {}
+        super().__init__()
+        self.path = path
         settings = json.loads(json.dumps(settings))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a+", encoding="utf-8")
+        self._database = sqlite3.connect(path, timeout=0, isolation_level=None)
         try:
-            self._lock()
+            # The lock of the first transaction is kept until the file is closed.
+            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._database.execute("BEGIN EXCLUSIVE")
             self._read(settings, replace)
+            self._database.execute("COMMIT")
+        except (sqlite3.Error, json.JSONDecodeError) as error:
+            self._database.close()
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                raise InputError(
+                    f"Another process is computing {path}. Wait for it or stop it, or choose another --output."
+                ) from error
+            raise InputError(
+                f"{path} is damaged, or no file of this command ({error}). Move it away, or choose another --output."
+            ) from error
         except BaseException:
-            self.file.close()
+            self._database.close()
             raise
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(
-                f"Another process is computing {self.path}. Wait for it or stop it, or choose another --output."
-            ) from error
-        except OSError:
-            pass  # A file system without locks.
-
     def _read(self, settings: dict, replace: bool) -> None:
-        self.file.seek(0)
-        try:
-            # A process that was killed may have left half a line at the end.
-            text = self.file.read()
-            whole = text.rpartition("\n")[0]
-            lines = [json.loads(line) for line in whole.splitlines()]
-            if not lines and not _BEGINNING.startswith(text[: len(_BEGINNING)]):
-                raise ValueError("no settings")
-            found = lines[0]["settings"] if lines else None
-            self.entries = {line.pop("key"): line for line in lines[1:]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.path} is damaged, or no file of this command ({error!r}). Move it away, or choose another "
-                "--output."
-            ) from error
-        if found is not None and found != settings:
-            different = [
-                f"{key} {_short(found.get(key))} there and {_short(settings.get(key))} here"
-                for key in dict.fromkeys([*found, *settings])
-                if found.get(key) != settings.get(key)
-            ]
+        tables = [name for (name,) in self._database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        if not tables:
+            self._database.execute("CREATE TABLE settings (value TEXT)")
+            self._database.execute("CREATE TABLE points (key TEXT PRIMARY KEY, value TEXT)")
+        row = self._database.execute("SELECT value FROM settings").fetchone()
+        found = json.loads(row[0]) if row else None
+        if found not in (None, settings):
             if not replace:
+                different = [
+                    f"{key} {_short(found.get(key))} there and {_short(settings.get(key))} here"
+                    for key in dict.fromkeys([*found, *settings])
+                    if found.get(key) != settings.get(key)
+                ]
                 raise InputError(
                     f"{self.path} holds points of other settings ({'; '.join(different)}). Choose another folder with "
                     "--output, or replace them with --overwrite."
                 )
-            found, self.entries = None, {}
-        self.file.seek(0)
-        if found is None:
-            self.file.truncate()
-            self._append({"settings": settings})
-        else:
-            self.file.truncate(len(f"{whole}\n".encode()))
-
-    def _append(self, line: dict) -> None:
-        with saved.writing("A line", self.path, "Free some space, then give the same command again: it goes on."):
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def __getitem__(self, key: str) -> dict:
-        return self.entries[key]
+            self._database.execute("DELETE FROM points")
+            self._database.execute("DELETE FROM settings")
+        if found != settings:
+            self._database.execute("INSERT INTO settings VALUES (?)", [json.dumps(settings)])
+        self.data = {key: json.loads(value) for key, value in self._database.execute("SELECT * FROM points")}
 
     def __setitem__(self, key: str, value: dict) -> None:
-        self._append({"key": key, **value})
-        self.entries[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        raise TypeError("What was computed stays.")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        with saved.writing("A point", self.path, "Free some space, then give the same command again: it goes on."):
+            self._database.execute("INSERT OR REPLACE INTO points VALUES (?, ?)", [key, json.dumps(value)])
+        super().__setitem__(key, value)
 
     def __enter__(self) -> "Points":
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        self._database.close()
 
 
 def _short(value) -> str:

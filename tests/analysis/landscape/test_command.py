@@ -20,7 +20,7 @@ from tests.analysis.conftest import SIZES, karat_model, save
 from .conftest import CPU
 
 
-FILES = [f"landscape{end}" for end in (".json", ".npz", ".png", ".points.jsonl", ".svg", "_3d.png", "_3d.svg")]
+FILES = [f"landscape{end}" for end in (".json", ".npz", ".png", ".points.sqlite", ".svg", "_3d.png", "_3d.svg")]
 
 
 def test_processes_are_spread_over_devices(monkeypatch):
@@ -101,9 +101,9 @@ def test_a_run_by_the_command_in_one_process_and_in_two(moving_run, analyse):
     assert numbers["model"]["hessian"]["converged"]
     assert numbers["model"]["epsilon"] == 1
     # Drawn anew, nothing is computed anew: the file of points stays as it is.
-    points = (out / "landscape.points.jsonl").read_bytes()
+    points = (out / "landscape.points.sqlite").read_bytes()
     analyse(*words[:-1], "--workers", 1, "--overwrite")
-    assert (out / "landscape.points.jsonl").read_bytes() == points
+    assert (out / "landscape.points.sqlite").read_bytes() == points
     shutil.rmtree(out)
     analyse(*words, "--workers", 2)
     together = dict(np.load(out / "landscape.npz"))

@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -16,12 +17,12 @@ from .conftest import CPU, Quadratic, Weights, symmetric
 
 
 class Killed(Points):
-    """Dies without notice after a few entries, half a line behind them."""
+    """Dies without notice after a few entries, while it writes the next."""
 
     def __setitem__(self, key, value):
         if len(self) == 5:
-            self.file.write('{"key": "3/')
-            self.file.flush()
+            self._database.execute("BEGIN")
+            super().__setitem__(key, value)
             os.kill(os.getpid(), signal.SIGKILL)
         super().__setitem__(key, value)
 
@@ -32,7 +33,7 @@ def test_after_a_kill_it_goes_on_and_recomputes_nothing(tmp_path):
     model = Weights((2, 2))
     directions = torch.randn(2, 4, dtype=torch.float64)
     points = {f"{row}/{column}": (float(row), float(column)) for row in range(4) for column in range(4)}
-    path = tmp_path / "points.jsonl"
+    path = tmp_path / "points.sqlite"
 
     def fill(kind, objective):
         with kind(path, {"grid": 4}) as store:
@@ -45,7 +46,6 @@ def test_after_a_kill_it_goes_on_and_recomputes_nothing(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert len(path.read_text().splitlines()) == 7
     objective.calls = 0
     assert fill(Points, objective) == expected
     assert objective.calls == len(points) - 5
@@ -54,7 +54,7 @@ def test_after_a_kill_it_goes_on_and_recomputes_nothing(tmp_path):
 
 
 def test_points_of_other_settings_are_not_mixed(tmp_path):
-    path = tmp_path / "new" / "points.jsonl"
+    path = tmp_path / "new" / "points.sqlite"
     with Points(path, {"grid": 3, "weights": "a" * 64, "radius": None}) as store:
         store["x"] = {"loss": float("inf")}
         with pytest.raises(TypeError):
@@ -68,23 +68,26 @@ def test_points_of_other_settings_are_not_mixed(tmp_path):
     assert path.read_bytes() == written
     with Points(path, other, replace=True) as store:
         assert not store
-    for text in ("my notes", "my notes\n", '{"a": 1}\n', "[1]\n"):
-        path.write_text(text)
+    with sqlite3.connect(tmp_path / "other.sqlite") as database:
+        database.execute("CREATE TABLE notes (text TEXT)")
+    database.close()
+    damaged = path.read_bytes()[:200] + b"x" * 5000
+    for content in (b"my notes", damaged, (tmp_path / "other.sqlite").read_bytes()):
+        path.write_bytes(content)
         with pytest.raises(InputError, match="damaged, or no file of this command"):
             Points(path, other, replace=True)
-        assert path.read_text() == text
-    path.write_text('{"settings": {"gr')  # killed while it was begun
+        assert path.read_bytes() == content
+    path.write_bytes(b"")  # killed while it was begun
     with Points(path, other) as store:
         assert not store
 
 
 @pytest.mark.system
 def test_two_commands_do_not_write_one_file(tmp_path):
-    pytest.importorskip("fcntl")
-    path = tmp_path / "points.jsonl"
-    Points(path, {}).file.close()
+    path = tmp_path / "points.sqlite"
     code = (
-        f"import fcntl, sys; f = open({str(path)!r}, 'a'); fcntl.lockf(f, 2); print('', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from analysis.landscape.store import Points\n"
+        f"with Points(Path({str(path)!r}), {{}}): print('', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
@@ -92,3 +95,4 @@ def test_two_commands_do_not_write_one_file(tmp_path):
         with pytest.raises(InputError, match="Another process is computing"):
             Points(path, {})
         process.stdin.close()
+    Points(path, {}).__exit__()
