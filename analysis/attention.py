@@ -26,7 +26,7 @@ from image_classification.errors import InputError
 
 from . import options, style
 from .images import Images, find_images, prepare
-from .models import Checkpoint, load_checkpoint
+from .models import Checkpoint
 from .output import Output, figure_names
 from .recording import record
 
@@ -35,7 +35,7 @@ STAGES = ("before", "after")
 HEADS_PER_ROW = 6
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Maps:
     """
     What one query sees, in one block of one model. B images, h heads, N tokens ([CLS] first), rows x columns patches.
@@ -88,15 +88,15 @@ def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, ba
         rolled.append(rollout([attention[block].maps.numpy() for block in blocks])[:, query])
     return [
         Maps(
-            checkpoint.name,
-            checkpoint.kind,
-            checkpoint.head_kinds(block),
-            checkpoint.grid,
-            block,
-            query,
-            torch.cat(before[block]).numpy(),
-            torch.cat(after[block]).numpy(),
-            np.concatenate(rolled),
+            name=checkpoint.name,
+            kind=checkpoint.kind,
+            head_kinds=checkpoint.head_kinds(block),
+            grid=checkpoint.grid,
+            block=block,
+            query=query,
+            before=torch.cat(before[block]).numpy(),
+            after=torch.cat(after[block]).numpy(),
+            rollout=np.concatenate(rolled),
         )
         for block in blocks
     ]
@@ -295,7 +295,7 @@ def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure
     draw_picture(picture, maps[0].grid, maps[0].query, shown)
     query = "[CLS]" if maps[0].query == 0 else "framed patch"
     shown.set_title(f"query:\n{query}")
-    names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
+    names = style.tell_apart(maps)
     bars = {}
     for row, (each, stage, heads) in enumerate(lines):
         values = on_grid(getattr(each, stage)[image], each.grid)
@@ -332,7 +332,7 @@ def draw_summary(
         stage: `"before"` or `"after"`: which maps.
         share: of the region.
     """
-    names = style.tell_apart([each.name for each in maps], [each.kind for each in maps])
+    names = style.tell_apart(maps)
     titles = ("dominant\nhead", f"{100 * share:g} %\nregion", "strongest\nhead", "\nrollout")
     # A narrow empty column before each model.
     ratios = [1.0, *[0.06, 1.0, 1.0, 1.0, 1.0] * len(maps)]
@@ -358,17 +358,9 @@ def draw_summary(
                     panel.set_title(title)
                 if len(maps) > 1:
                     # Over the middle of the four; the empty title of the figure keeps the room.
-                    name = panels[1].annotate(
-                        names[index],
-                        (1.06, 1),
-                        xycoords="axes fraction",
-                        xytext=(0, 27),
-                        textcoords="offset points",
-                        ha="center",
-                        fontsize=9,
-                        fontweight="bold",
-                        annotation_clip=False,
-                    )
+                    how = {"ha": "center", "va": "baseline", "fontsize": 9, "fontweight": "bold"}
+                    name = style.note(panels[1], names[index], (1.06, 1), (0, 27), "axes fraction", **how)
+                    name.set_annotation_clip(False)
                     name.set_in_layout(False)
     if len(maps) > 1:
         figure.suptitle(" ")
@@ -404,13 +396,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = options.device_of(args.device)
     if not 0 < args.share <= 1:
         raise InputError(f"`--share` is {args.share}, expected more than 0 and at most 1.")
-    checkpoints = [load_checkpoint(args.model, device=device)]
-    if args.compare is not None:
-        checkpoints.append(load_checkpoint(args.compare, "--compare", device))
-    blocks = [options.numbers([args.block], each.blocks, "--block", "block")[0] for each in checkpoints]
+    checkpoints = options.load_models(args, options.device_of(args.device))
+    blocks = options.blocks(args.block, checkpoints)
     query = _query(args.query, checkpoints)
     found = find_images(checkpoints, args.images, args.num_images, args.seed)
     stems = [f"attention_heads_{index}" for index in range(len(found))]

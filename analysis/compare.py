@@ -341,16 +341,8 @@ def draw(rows: list[dict], key: str, axes: Axes) -> Axes:
     axes.barh(places, values, color=colours, height=0.62)
     for place, value, cell in zip(places, values, cells):
         inside = value > 0.62 * largest
-        axes.annotate(
-            cell,
-            (value, place),
-            xytext=(-3 if inside else 3, 0),
-            textcoords="offset points",
-            ha="right" if inside else "left",
-            va="center",
-            color="white" if inside else style.INK,
-            fontsize=7,
-        )
+        how = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": style.INK}
+        style.note(axes, cell, (value, place), (-3 if inside else 3, 0), **how)
     axes.set_xlim(0, 1.02 * largest)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(places, [row["name"] for row in rows])

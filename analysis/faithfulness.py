@@ -42,7 +42,7 @@ from .annotations import BOX_FORMATS, as_seen, find_annotated
 from .attention import Maps, dominant_head, on_grid, region
 from .attention import compute as attention_maps
 from .images import find_images, prepare
-from .models import Checkpoint, by_default, load_checkpoint
+from .models import Checkpoint, by_default
 from .output import Output, figure_names
 
 
@@ -60,7 +60,7 @@ DASHES = {"attention": "-", "random": "--", "centre": ":"}
 LEVEL = 0.95
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Faithfulness:
     """
     Of one model; B images, steps + 1 points of the curves. The first axis of the arrays is `SOURCES`: the model's map,
@@ -135,35 +135,30 @@ def compute(
     orders = np.stack([ranking(each, ties) for each in values])
     counts = np.unique(np.linspace(0, patches, steps + 1).round().astype(int))
     probability, predicted = _probability(checkpoint, pixels, batch_size)
-    fills = {name: fill(pixels, name, checkpoint) for name in {deleted, inserted}}
-    bar = tqdm(
-        total=2 * len(SOURCES) * len(counts) * count,
-        desc=f"Deletion and insertion, {checkpoint.name}",
-        unit="image",
-        leave=False,
-        delay=1,
-    )
-    curves = {"deletion": [], "insertion": []}
-    for order in orders:
-        for measure, before, after in (
-            ("deletion", pixels, fills[deleted]),
-            ("insertion", fills[inserted], pixels),
-        ):
-            curves[measure].append(perturb(probability, before, after, order, counts, grid, batch_size, bar.update))
-    bar.close()
+    ends = {
+        "deletion": (pixels, fill(pixels, deleted, checkpoint)),
+        "insertion": (fill(pixels, inserted, checkpoint), pixels),
+    }
+    curves = {measure: [] for measure in ends}
+    images = len(ends) * len(SOURCES) * len(counts) * count
+    title = f"Deletion and insertion, {checkpoint.name}"
+    with tqdm(total=images, desc=title, unit="image", leave=False, delay=1) as bar:
+        for order in orders:
+            for measure, both in ends.items():
+                curves[measure].append(perturb(probability, *both, order, counts, grid, batch_size, bar.update))
     pointing = iou = None
     if objects is not None:
         pointing = np.stack([point(order[:, 0], objects, grid) for order in orders])
         iou = np.stack([overlap(each, objects, grid, share) for each in values])
     return Faithfulness(
-        checkpoint.name,
-        checkpoint.kind,
-        counts / patches,
-        np.stack(curves["deletion"]),
-        np.stack(curves["insertion"]),
-        predicted.numpy(),
-        pointing,
-        iou,
+        name=checkpoint.name,
+        kind=checkpoint.kind,
+        shares=counts / patches,
+        deletion_curves=np.stack(curves["deletion"]),
+        insertion_curves=np.stack(curves["insertion"]),
+        predicted=predicted.numpy(),
+        pointing=pointing,
+        iou=iou,
     )
 
 
@@ -336,17 +331,8 @@ def table(data: list[Faithfulness], resamples: int = 2000, seed: int = 0) -> lis
         for source, measures in of.items():
             for measure, values in measures.items():
                 mean, low, high, images = bootstrap(values, resamples, seed)
-                rows.append(
-                    {
-                        "model": model,
-                        "map": source,
-                        "measure": measure,
-                        "mean": mean,
-                        "low": low,
-                        "high": high,
-                        "images": images,
-                    }
-                )
+                row = {"model": model, "map": source, "measure": measure}
+                rows.append(row | {"mean": mean, "low": low, "high": high, "images": images})
     return rows
 
 
@@ -370,7 +356,7 @@ def text(rows: list[dict]) -> str:
 
 def draw(data: list[Faithfulness], measure: str, axes: Axes, resamples: int = 2000) -> Axes:
     """The curves of one measure (`"deletion"` or `"insertion"`), mean over images; a band for the model's own map."""
-    names, colours = _names(data), _colours(data)
+    names, colours = style.tell_apart(data), style.colours_of(data)
     for each, name, colour in zip(data, names, colours):
         curves = each.deletion_curves if measure == "deletion" else each.insertion_curves
         for source, of in zip(SOURCES, curves):
@@ -388,7 +374,7 @@ def draw(data: list[Faithfulness], measure: str, axes: Axes, resamples: int = 20
 
 def draw_measure(data: list[Faithfulness], rows: list[dict], measure: str, axes: Axes) -> Axes:
     """The mean of one measure with its interval, for every model and map, from the rows of `table`."""
-    names, colours = _names(data), _colours(data)
+    names, colours = style.tell_apart(data), style.colours_of(data)
     for index, (each, name, colour) in enumerate(zip(data, names, colours)):
         found = {row["map"]: row for row in rows if (row["model"], row["measure"]) == (each.name, measure)}
         places = np.arange(len(SOURCES)) + 0.22 * (index - (len(data) - 1) / 2)
@@ -424,15 +410,6 @@ def draw_all(data: list[Faithfulness], rows: list[dict], figure: Figure) -> Figu
     handles, labels = ([each[index] for index in rowwise] for each in (handles, labels))
     figure.legend(handles, labels, loc="outside lower center", ncols=len(SOURCES))
     return figure
-
-
-def _names(data: list[Faithfulness]) -> list[str]:
-    return style.tell_apart([each.name for each in data], [each.kind for each in data])
-
-
-def _colours(data: list[Faithfulness]) -> list[str]:
-    colours = [style.KIND_COLOURS[each.kind] for each in data]
-    return colours if len(set(colours)) == len(colours) else list(style.PALETTE[: len(data)])
 
 
 def _minus(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -495,21 +472,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = options.device_of(args.device)
-    if not 0 < args.share <= 1:
-        raise InputError(f"`--share` is {args.share}, expected more than 0 and at most 1.")
     if args.annotated is not None and args.images is not None:
         raise InputError("`--annotated` and `--images` both name images. Give one of them.")
     if args.annotated is None and args.split is not None:
         raise InputError("`--split` is one of --annotated, which is not given.")
     sources = [args.model] if args.compare is None else [args.model, args.compare]
-    checkpoints = [load_checkpoint(args.model, device=device)]
-    if args.compare is not None:
-        checkpoints.append(load_checkpoint(args.compare, "--compare", device))
+    if not 0 < args.share <= 1:
+        raise InputError(f"`--share` is {args.share}, expected more than 0 and at most 1.")
+    checkpoints = options.load_models(args, options.device_of(args.device))
     for each, name in zip(checkpoints, options.names(None, sources)):
         each.name = name
         check(each)
-    blocks = [options.numbers([args.block], each.blocks, "--block", "block")[0] for each in checkpoints]
+    blocks = options.blocks(args.block, checkpoints)
     output = Output(
         args.output, ["faithfulness.csv", "faithfulness.npz", *figure_names("faithfulness")], args.overwrite
     )
@@ -525,21 +499,9 @@ def run(args: argparse.Namespace) -> None:
         seen = None if objects is None else as_seen(each, objects)
         if seen is not None and (lost := int((~seen.any((1, 2))).sum())):
             print(f"{each.name}: of {lost} images the crop leaves nothing of the object; no pointing game, no IoU.")
-        data.append(
-            compute(
-                each,
-                prepare(each, found).pixels,
-                block,
-                args.map,
-                seen,
-                args.steps,
-                args.deleted,
-                args.inserted,
-                args.share,
-                args.seed,
-                args.batch_size,
-            )
-        )
+        names = ("steps", "deleted", "inserted", "share", "seed", "batch_size")
+        how = {name: getattr(args, name) for name in names}
+        data.append(compute(each, prepare(each, found).pixels, block, args.map, seen, **how))
         arrays |= {f"{prefix}_{key}": getattr(data[-1], key) for key in ("shares", "deletion_curves", "predicted")}
         arrays |= {f"{prefix}_insertion_curves": data[-1].insertion_curves}
         arrays |= {f"{prefix}_{measure}": values for measure, values in data[-1].measures.items()}

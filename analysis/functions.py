@@ -35,7 +35,7 @@ POINTS, BINS, ROWS = 301, 60, 1024
 OUTSIDE = 0.001
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Functions:
     """
     The functions of one head: P outputs, Q inputs (r and N for the paper's operator), T points.
@@ -202,18 +202,17 @@ def compute(
             chosen = same_as[index].edges
         # Not `density=True`, which divides by zero where all inputs lie outside, as before training they may.
         counts, bins = np.histogram(values.numpy(), bins=BINS, range=(float(x[0]), float(x[-1])))
-        density = counts / max(1, counts.sum()) / np.diff(bins)
         result.append(
             Functions(
-                head,
-                x.numpy(),
-                curves.mean((1, 2)).numpy(),
-                curves.std((1, 2), correction=0).numpy(),
-                chosen,
-                np.stack([curves[:, p, q].numpy() for p, q in chosen]) if chosen else np.empty((0, len(x))),
-                strength.numpy(),
-                density,
-                bins,
+                head=head,
+                x=x.numpy(),
+                mean=curves.mean((1, 2)).numpy(),
+                deviation=curves.std((1, 2), correction=0).numpy(),
+                edges=chosen,
+                curves=np.array([curves[:, p, q].numpy() for p, q in chosen]).reshape(-1, len(x)),
+                strength=strength.numpy(),
+                density=counts / max(1, counts.sum()) / np.diff(bins),
+                bins=bins,
             )
         )
     return result

@@ -4,8 +4,12 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from image_classification.errors import InputError
 from image_classification.models.loading import device_of as device_of
+
+from .models import Checkpoint, load_checkpoint
 
 
 def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:
@@ -18,6 +22,12 @@ def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:
     if compare:
         parser.add_argument("--compare", metavar="DIR_OR_REPO", help="another checkpoint, shown beside it")
     add_device(parser)
+
+
+def load_models(args: argparse.Namespace, device: torch.device | str = "cpu") -> list[Checkpoint]:
+    """The model of `--model` and, if there is one, that of `--compare`."""
+    sources = {"--model": args.model, "--compare": args.compare}
+    return [load_checkpoint(source, flag, device) for flag, source in sources.items() if source is not None]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +66,20 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+def positive(text: str, least: int = 1) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+    return int(text)
 
 
 def not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
+    return positive(text, 0)
+
+
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
 
 
 def numbers(given: list[int] | None, size: int, flag: str, what: str) -> list[int]:
@@ -83,6 +95,11 @@ def numbers(given: list[int] | None, size: int, flag: str, what: str) -> list[in
         if not -size <= number < size:
             raise InputError(f"`{flag}` names {what} {number}, and the model has {size}: 0 to {size - 1}.")
     return list(dict.fromkeys(number % size for number in given))
+
+
+def blocks(number: int, checkpoints: list[Checkpoint]) -> list[int]:
+    """The block of `--block` in each model."""
+    return [numbers([number], each.blocks, "--block", "block")[0] for each in checkpoints]
 
 
 def names(given: list[str] | None, sources: list[str]) -> list[str]:

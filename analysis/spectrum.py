@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 
 from . import options, style
 from .images import find_images, prepare
-from .models import Checkpoint, load_checkpoint
+from .models import Checkpoint
 from .output import Output, figure_names
 from .recording import record
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Spectrum:
     """
     Of one model; B images, h heads, N tokens, L blocks.
@@ -84,15 +84,15 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size
     config = checkpoint.model.config
     bounded = checkpoint.is_karat and config.modular_mode == "phi1_w2" and not config.project_l1
     return Spectrum(
-        checkpoint.name,
-        checkpoint.kind,
-        [checkpoint.head_kinds(index) for index in range(checkpoint.blocks)],
-        config.hidden_size // config.num_attention_heads,
-        config.karat_rank if bounded else None,
-        block,
-        *(np.concatenate(kept[stage]) for stage in ("before", "after")),
-        *(np.concatenate(effective[stage], axis=1) for stage in ("before", "after")),
-        checkpoint.tokens * torch.finfo(dtype).eps,
+        name=checkpoint.name,
+        kind=checkpoint.kind,
+        head_kinds=[checkpoint.head_kinds(index) for index in range(checkpoint.blocks)],
+        head_size=config.hidden_size // config.num_attention_heads,
+        rank=config.karat_rank if bounded else None,
+        block=block,
+        **{stage: np.concatenate(found) for stage, found in kept.items()},
+        **{f"effective_{stage}": np.concatenate(found, axis=1) for stage, found in effective.items()},
+        resolution=checkpoint.tokens * torch.finfo(dtype).eps,
     )
 
 
@@ -146,17 +146,8 @@ def draw(data: Spectrum, axes: Axes) -> Axes:
     for line, (bound, symbol, colour) in enumerate(sorted(bounds)):
         if bound < data.before.shape[-1]:
             axes.axvline(bound, color=colour, linewidth=0.8, linestyle=":")
-            axes.annotate(
-                f"${symbol}={bound}$",
-                (bound, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(2, -8 * line),
-                textcoords="offset points",
-                va="top",
-                color=colour,
-                fontsize=7,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
-            )
+            how = {"va": "top", "color": colour, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}}
+            style.note(axes, f"${symbol}={bound}$", (bound, 1), (2, -8 * line), ("data", "axes fraction"), **how)
     axes.set_xlabel("index of singular value")
     axes.set_ylabel("singular value")
     return axes
@@ -168,10 +159,7 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
     heads and images).
     """
     labels = labels or [data.name for data in spectra]
-    colours = [style.KIND_COLOURS[data.kind] for data in spectra]
-    if len(set(colours)) < len(colours):
-        colours = style.PALETTE
-    for data, colour, label in zip(spectra, colours, labels):
+    for data, colour, label in zip(spectra, style.colours_of(spectra), labels):
         prefix = f"{label}, " if label else ""
         blocks = np.arange(len(data.head_kinds))
         axes.plot(blocks, data.effective_before.mean((1, 2)), "--", color=colour, label=f"{prefix}before")
@@ -191,16 +179,7 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
             axes.plot(blocks, mean, dashes, color=colour, label=f"{prefix}after{heads}")
         if data.rank is not None:
             axes.axhline(data.rank, color=colour, linewidth=0.8, linestyle=":")
-            axes.annotate(
-                f"$r={data.rank}$",
-                (1, data.rank),
-                xycoords=("axes fraction", "data"),
-                xytext=(2, 0),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-                fontsize=7,
-            )
+            style.note(axes, f"$r={data.rank}$", (1, data.rank), (2, 0), ("axes fraction", "data"), color=colour)
     axes.set_ylim(bottom=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
@@ -212,7 +191,7 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
 def draw_all(spectra: list[Spectrum], figure: Figure) -> Figure:
     """A panel of singular values for each model, on one scale, and the effective ranks of all."""
     panels = figure.subplots(1, len(spectra) + 1)
-    names = style.tell_apart([data.name for data in spectra], [data.kind for data in spectra])
+    names = style.tell_apart(spectra)
     for data, name, axes in zip(spectra, names, panels):
         draw(data, axes)
         axes.set_title(f"{name}, block {data.block}" if len(spectra) > 1 else f"block {data.block}")
@@ -244,11 +223,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = options.device_of(args.device)
-    checkpoints = [load_checkpoint(args.model, device=device)]
-    if args.compare is not None:
-        checkpoints.append(load_checkpoint(args.compare, "--compare", device))
-    blocks = [options.numbers([args.block], each.blocks, "--block", "block")[0] for each in checkpoints]
+    checkpoints = options.load_models(args, options.device_of(args.device))
+    blocks = options.blocks(args.block, checkpoints)
     stem = f"spectrum_block{blocks[0]}"
     output = Output(args.output, [*figure_names(stem), f"{stem}.npz"], args.overwrite)
     found = find_images(checkpoints, args.images, args.num_images, args.seed)

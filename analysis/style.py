@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 
 # Widths in inches: a column of a two-column page, and the whole page. Text is 7 to 8 pt at these sizes.
@@ -109,9 +110,22 @@ def blank(axes: Axes) -> Axes:
     return axes
 
 
-def tell_apart(names: list[str], kinds: list[str]) -> list[str]:
-    """What to call models side by side: KArAt and softmax where that tells them apart, else their names."""
-    return [KIND_NAMES[kind] for kind in kinds] if len(set(kinds)) == len(kinds) > 1 else names
+def tell_apart(data: list) -> list[str]:
+    """What to call models side by side (each with `name` and `kind`): KArAt and softmax where that tells them apart."""
+    kinds = [each.kind for each in data]
+    return [KIND_NAMES[kind] for kind in kinds] if len(set(kinds)) == len(kinds) > 1 else [each.name for each in data]
+
+
+def colours_of(data: list) -> list[str]:
+    """The colours of models side by side, by their `kind` where that tells them apart."""
+    colours = [KIND_COLOURS[each.kind] for each in data]
+    return colours if len(set(colours)) == len(colours) else list(PALETTE[: len(data)])
+
+
+def note(axes: Axes, text: str, at: tuple, offset: tuple[float, float], coordinates="data", **how) -> Annotation:
+    """A small text, `offset` points beside a place."""
+    how = {"fontsize": 7, "va": "center"} | how
+    return axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **how)
 
 
 def shades(count: int) -> list:

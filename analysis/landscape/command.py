@@ -35,7 +35,7 @@ from image_classification.errors import InputError
 
 from .. import options, style
 from ..images import find_images
-from ..models import Checkpoint, Moment, load_checkpoint, load_start, moments, run_folder
+from ..models import Checkpoint, Moment, load_start, moments, run_folder
 from ..output import Output, figure_names
 from .figures import draw_all
 from .objective import Objective, labelled
@@ -101,19 +101,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=options.positive, default=25, help="points along each direction (default: 25)")
     parser.add_argument(
         "--radius",
-        type=_above_zero,
+        type=options.above_zero,
         help="how far the plane reaches to each side, times the directions (default: 1, and around the path for pca)",
     )
     parser.add_argument(
         "--epsilon",
-        type=_above_zero,
+        type=options.above_zero,
         help="of the epsilon-sharpness, in the units of the axes (default: random directions 0.1, principal ones 1, "
         "or 0.01 where they are normalised)",
     )
     parser.add_argument("--no-hessian", action="store_true", help="leave out the eigenvalue of the Hessian")
     parser.add_argument(
         "--hessian-tolerance",
-        type=_above_zero,
+        type=options.above_zero,
         default=0.01,
         metavar="SHARE",
         help="its power iteration stops when the residual is this share of the eigenvalue (default: 0.01)",
@@ -142,13 +142,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_output(parser)
 
 
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < np.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
 def run(args: argparse.Namespace) -> None:
     names = [*figure_names("landscape"), *figure_names("landscape_3d"), "landscape.npz", "landscape.json"]
     output = Output(args.output, names, args.overwrite)
@@ -156,9 +149,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"`--grid` is {args.grid}, expected 3 or more.")
     devices = devices_of(args.device, args.workers)
     # On the CPU, from where worker processes take them; each device gets its copies.
-    checkpoints = [load_checkpoint(args.model)]
-    if args.compare is not None:
-        checkpoints.append(load_checkpoint(args.compare, "--compare"))
+    checkpoints = options.load_models(args)
     prefixes = ("model", "compare")[: len(checkpoints)]
     found = find_images(checkpoints, args.images, args.num_images, args.seed, args.data_set)
     objectives = [labelled(each, found, args.batch_size) for each in checkpoints]
@@ -180,20 +171,10 @@ def run(args: argparse.Namespace) -> None:
     with Points(output.folder / POINTS, settings, args.overwrite) as store:
         if store:
             print(f"{len(store):,} numbers are in {store.path}: going on from there.")
+        tolerance = None if args.no_hessian else args.hessian_tolerance
+        common = {"tolerance": tolerance, "iterations": args.hessian_iterations, "devices": devices, "store": store}
         data = [
-            compute(
-                checkpoint,
-                objective,
-                plane,
-                x,
-                y,
-                args.epsilon or _epsilon(plane),
-                None if args.no_hessian else args.hessian_tolerance,
-                args.hessian_iterations,
-                devices,
-                store,
-                prefix,
-            )
+            compute(checkpoint, objective, plane, x, y, args.epsilon or _epsilon(plane), prefix=prefix, **common)
             for prefix, checkpoint, objective, plane in zip(prefixes, checkpoints, objectives, planes)
         ]
     with style.context():

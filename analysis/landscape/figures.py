@@ -148,7 +148,7 @@ def draw_all(data: list[Landscape], figure: Figure, log: bool = False, surface: 
     """Models side by side on one scale: contours, or surfaces in three dimensions."""
     levels = levels_of(data, log)
     panels = figure.subplots(1, len(data), squeeze=False, subplot_kw={"projection": "3d"} if surface else {})[0]
-    names = style.tell_apart([each.name for each in data], [each.kind for each in data])
+    names = style.tell_apart(data)
     for each, name, axes in zip(data, names, panels):
         if surface:
             draw_surface(each, axes, levels, log)

@@ -34,7 +34,7 @@ from .sharpness import Eigenvalue, largest_eigenvalue
 _STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Landscape:
     """
     Of one model; the grid has C columns and R rows.
@@ -146,19 +146,19 @@ def compute(
 
     trained = store[f"{prefix}/trained"]
     return Landscape(
-        checkpoint.name,
-        checkpoint.kind,
-        plane,
-        np.asarray(x, dtype=float),
-        np.asarray(y, dtype=float),
-        values("loss"),
-        values("accuracy"),
-        trained["loss"],
-        trained["accuracy"],
-        epsilon,
+        name=checkpoint.name,
+        kind=checkpoint.kind,
+        plane=plane,
+        x=np.asarray(x, dtype=float),
+        y=np.asarray(y, dtype=float),
+        loss=values("loss"),
+        accuracy=values("accuracy"),
+        trained_loss=trained["loss"],
+        trained_accuracy=trained["accuracy"],
+        epsilon=epsilon,
         # A NaN among them is no maximum of anything, and stays.
-        float(np.max([trained["loss"], *(store[key]["loss"] for key in square)])),
-        hessian,
+        highest=float(np.max([trained["loss"], *(store[key]["loss"] for key in square)])),
+        hessian=hessian,
     )
 
 

@@ -65,10 +65,16 @@ def test_equal_patches_go_in_random_order():
     assert 200 < (order[:, 2] == 0).sum() < 300
 
 
+def made(grid, after, rollout):
+    kinds = ["karat"] * after.shape[1]
+    values = {"grid": grid, "before": after, "after": after, "rollout": rollout}
+    return Maps(name="m", kind="karat", head_kinds=kinds, block=0, query=0, **values)
+
+
 def test_importance_of_signed_maps():
     # [CLS] is left out, the second head is dominant.
     after = np.array([[[9.0, 1, -2, 0, 0], [0, -4, 1, 3, 0]]])
-    maps = Maps("m", "karat", ["karat"] * 2, GRID, 0, 0, after, after, np.array([[0.6, 0.1, 0.1, 0.2, 0.0]]))
+    maps = made(GRID, after, np.array([[0.6, 0.1, 0.1, 0.2, 0.0]]))
     np.testing.assert_allclose(faithfulness.importance(maps, "mean"), [[2.5, 1.5, 1.5, 0]])
     np.testing.assert_allclose(faithfulness.importance(maps, "dominant"), [[0, 1, 3, 0]])
     np.testing.assert_allclose(faithfulness.importance(maps, "rollout"), [[0.1, 0.1, 0.2, 0]])
@@ -143,7 +149,7 @@ def test_the_map_of_a_class_that_one_patch_decides(karat, monkeypatch):
     checkpoint = load_checkpoint(karat)
     strong = np.zeros((4, 10))
     strong[:, 1 + 6] = 1
-    maps = Maps("m", "karat", ["karat"], (3, 3), 0, 0, strong[:, None], strong[:, None], strong)
+    maps = made((3, 3), strong[:, None], strong)
     monkeypatch.setattr(faithfulness, "attention_maps", lambda *_: maps)
 
     def probability(images, part):
