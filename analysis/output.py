@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from image_classification.errors import InputError, more
+from image_classification.files import written_whole
 
 
 class Output:
@@ -84,13 +85,8 @@ class Output:
     def _whole(self, name: str) -> Iterator[Path]:
         """A path to write to that becomes the file once it is whole."""
         assert name in self.names, name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".{name}.part"
-        try:
+        with written_whole(self.folder / name) as part:
             yield part
-            os.replace(part, self.folder / name)
-        finally:
-            part.unlink(missing_ok=True)
         self.written.append(name)
 
 

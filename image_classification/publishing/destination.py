@@ -8,7 +8,6 @@ one push, which it reads from its standard input: see `publisher.py`.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shlex
 import sys
@@ -28,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
 
 from ..errors import InputError, more
+from ..files import sha256
 from ..hub import LAST_CHECKPOINT, PATIENCE, PATIENCE_OF_A_PUSH, explain, first_line, patience
 from .repository import Content, Repository
 
@@ -164,7 +164,7 @@ class Destination:
                     "last push. Choose another repository with --hub_model_id, or replace them with --hub_overwrite "
                     "(the repository's history keeps them)."
                 )
-        sums = {path: _sha256(file) for path, file in files.items()}
+        sums = {path: sha256(file) for path, file in files.items()}
         # What somebody changed of earlier checkpoints is theirs from now on.
         stays = {path: record["files"][path] for path in content.ours if path not in replaced | changed}
         new = {"run": self.run, "files": dict(sorted((stays | sums).items()))} | ({"card_kept": True} if kept else {})
@@ -247,11 +247,6 @@ def push_with_patience(
             if wait is None or not trouble.passing:
                 return {"error": trouble.reason, "conflict": isinstance(error, Conflict)}
             time.sleep(wait)
-
-
-def _sha256(path: Path) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _some(paths) -> str:

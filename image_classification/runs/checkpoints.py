@@ -8,9 +8,7 @@ damages it later (a full disk, a copy that broke off, a failing disk) is seen in
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -23,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..errors import InputError, more, reason_of
+from ..files import flush, part_of, sha256
 
 
 SUMS, STATE = "SHA256SUMS", "trainer_state.json"
@@ -82,7 +81,7 @@ def damage(folder: Path) -> str | None:
     for match in listed:
         path = folder / match[2]
         try:
-            digest, size = _sha256(path), path.stat().st_size
+            digest, size = sha256(path), path.stat().st_size
         except FileNotFoundError:
             return f"{match[2]} is missing"
         except OSError as error:
@@ -156,11 +155,6 @@ def tidy(run: Path) -> None:
         shutil.rmtree(part)
 
 
-def part_of(folder: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return folder.with_name(f".{folder.name}.part")
-
-
 def begin(folder: Path) -> None:
     """Make the empty folder `part_of(folder)`."""
     abandon(folder)
@@ -176,16 +170,15 @@ def publish(folder: Path) -> None:
     """Sum up and flush what is in `part_of(folder)`, and give it its name, in place of one that has it already."""
     part = part_of(folder)
     files = sorted(path for path in part.rglob("*") if path.is_file())
-    lines = [f"{_sha256(path, flush=True)}  {path.relative_to(part).as_posix()}\n" for path in files]
-    sums = part / SUMS
-    sums.write_text("".join(lines), encoding="utf-8")
-    for path in (sums, *(path for path in part.rglob("*") if path.is_dir()), part):
-        _flush(path)
+    lines = [f"{sha256(path)}  {path.relative_to(part).as_posix()}\n" for path in files]
+    (part / SUMS).write_text("".join(lines), encoding="utf-8")
+    for path in (*part.rglob("*"), part):
+        flush(path)
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         folder.rename(replaced)
     part.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -352,19 +345,3 @@ def writing(what: str, folder: Path, advice: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             free = f"; {shutil.disk_usage(folder).free / 1e9:,.1f} GB are free there"
         raise NotWritten(f"{what} could not be written to {folder} ({reason[0]}{free}). {advice}") from error
-
-
-def _sha256(path: Path, flush: bool = False) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if flush:
-            os.fsync(file.fileno())
-    return digest
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

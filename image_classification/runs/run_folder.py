@@ -8,7 +8,6 @@ same folder goes on where it stopped, or says that it is done; anything else tha
 
 import contextlib
 import json
-import os
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +17,13 @@ from filelock import FileLock, Timeout
 
 from .. import hub
 from ..errors import InputError, more
+from ..files import part_of, written_whole
 from ..settings.arguments import Settings, to_json
 from . import checkpoints
 
 
 RECORD, LOCK = "run.json", ".lock"
 # Where the record is written before it gets its name.
-PART = f".{RECORD}.part"
 
 # Settings that may differ between two parts of one run: they change speed, output and place, not what is trained.
 _FREE = (
@@ -90,7 +89,7 @@ def _plan(settings: Settings) -> Plan:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output_dir` {folder} is a file, expected a folder.")
     entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    entries = [name for name in entries if name not in (LOCK, PART)]
+    entries = [name for name in entries if name not in (LOCK, part_of(Path(RECORD)).name)]
     record = read_record(folder)
     if record is not None:
         checkpoints.tidy(folder)
@@ -310,14 +309,9 @@ def write_record(
         "finished": finished,
         "start": before.get("start", start),
     }
-    part = folder / PART
     with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
-        folder.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(record, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, folder / RECORD)
+        with written_whole(folder / RECORD) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _settings(settings: Settings) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def test_refused_command_may_be_corrected(image_folder, tmp_path, small, capsys)
 
 
 def test_record_that_was_half_written_counts_as_none(tmp_path):
-    (tmp_path / run_folder.PART).write_text("{")
+    (tmp_path / ".run.json.part").write_text("{")
     assert run_folder.plan(settings(tmp_path)) == run_folder.Plan()
 
 
