@@ -29,7 +29,7 @@ def part_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` once it is on the disk; after an error nothing does."""
+    """A path to write a file to, which takes the place of `path` once it is on the disk; after an error, nothing."""
     part = part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

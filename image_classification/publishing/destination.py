@@ -40,7 +40,7 @@ WAITS = (2, 8, 30)
 
 
 class Conflict(InputError):
-    """The repository holds what this push would overwrite."""
+    """Somebody else wrote to the repository."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Destination:
         token: what it may be written with.
         revision: the branch; default `main`.
         private: of a repository that is made: whether only its owners see it. `True` also refuses a public one.
-        overwrite: whether to replace what is not this run's.
+        overwrite: whether to write where somebody else did, too.
     """
 
     name: str
@@ -86,10 +86,12 @@ class Destination:
 
     def claim(self) -> Content:
         """
-        Make sure that there is the repository with its branch, and that this run may write to it.
+        Make sure that there is the repository with its branch, and that this run may write to it: its last commit is
+        this run's, or it holds nothing, or `overwrite` is set. `push` names that commit as the parent of its own: the
+        Hub refuses it where somebody was faster.
 
         Raises:
-            Conflict: it holds what is not this run's.
+            Conflict: somebody else wrote there.
         """
         repository, main = self.repository, Repository(self.name, RECORD, token=self.token)
         try:
@@ -108,77 +110,53 @@ class Destination:
                 "another --hub_model_id, or leave the flag out."
             )
         if content is None:
-            return self._branch(there)
-        self._check(content)
-        return content
-
-    def _branch(self, main: Content) -> Content:
-        """A new branch begins with the files of `main`, which keeps them, and is this run's from its first commit."""
-        repository = self.repository
-        repository.api.create_branch(self.name, branch=self.revision, exist_ok=True)
-        began = sorted(main.blobs.keys() - set(main.ours))
-        record = json.dumps({"run": self.run, "files": dict.fromkeys(main.ours, ""), "began_with": began})
-        repository.commit({RECORD: record.encode()}, [], f"Begin {self.revision}", main.head)
-        return repository.look()
-
-    def _check(self, content: Content) -> None:
+            # A new branch begins with the files of `main`, which keeps them, and is this run's.
+            repository.api.create_branch(self.name, branch=self.revision, exist_ok=True)
+            record = json.dumps({"run": self.run, "files": there.ours})
+            repository.commit({RECORD: record.encode()}, [], f"Begin {self.revision}", there.head)
+            return repository.look()
         if self.overwrite or not content.blobs:
-            return
+            return content
         if content.record is None:
-            holds = f"files that no run pushed ({_some(content.blobs)})"
+            found = sorted(content.blobs)
+            holds = f"holds files that no run pushed ({', '.join(found[:3])}{more(found, 3)})"
         elif content.record.get("run") != self.run:
-            holds = "the model of another run"
+            holds = "holds the model of another run"
+        elif not content.pushed_last:
+            holds = "was changed by somebody after this run's last push"
         else:
-            return
+            return content
         raise Conflict(
-            f"`push_to_hub`: {self.repository.url} holds {holds}. Choose another repository with --hub_model_id, a new "
-            "branch of it with --hub_revision, or replace what is there with --hub_overwrite (its history keeps it)."
+            f"`push_to_hub`: {repository.url} {holds}. Choose another repository with --hub_model_id, a new branch of "
+            "it with --hub_revision, or replace what is in the way with --hub_overwrite (its history keeps it)."
         )
 
     def push(self, files: dict[str, Path], message: str) -> dict[str, Any]:
         """
         Push the files of the run, in one commit. What an earlier push of it put there and is not needed any more goes,
-        but not its other checkpoints; what somebody added stays, and so does a card that somebody edited.
+        but not its other checkpoints.
 
         Returns:
-            `url` of the repository; `kept`: whether the card is somebody's; `changed`: whether anything was new.
+            `url` of the repository; `changed`: whether anything was new.
 
         Raises:
-            Conflict: the repository holds what is not this run's, or what somebody changed or added in its way.
+            Conflict: see `claim`.
         """
         content = self.claim()
-        record = content.record if content.record and content.record.get("run") == self.run else {}
+        own = content.record is not None and content.record.get("run") == self.run
         last = any(path.startswith(f"{LAST_CHECKPOINT}/") for path in files)
-        replaced = {
+        stays = {
             path
             for path in content.ours
-            if not record or "/" not in path or (last and path.startswith(f"{LAST_CHECKPOINT}/"))
+            if own and "/" in path and not (last and path.startswith(f"{LAST_CHECKPOINT}/"))
         }
-        changed, kept = set(), False
-        if record and not self.overwrite:
-            changed = self.repository.changed(content) | self._in_the_way(files, content)
-            kept = CARD in changed or bool(record.get("card_kept"))
-            if others := sorted(changed & (files.keys() | replaced) - {CARD}):
-                raise Conflict(
-                    f"`push_to_hub`: in {self.repository.url}, somebody changed or added {_some(others)} after the "
-                    "last push. Choose another repository with --hub_model_id, or replace them with --hub_overwrite "
-                    "(the repository's history keeps them)."
-                )
-        sums = {path: sha256(file) for path, file in files.items()}
-        # What somebody changed of earlier checkpoints is theirs from now on.
-        stays = {path: record["files"][path] for path in content.ours if path not in replaced | changed}
-        new = {"run": self.run, "files": dict(sorted((stays | sums).items()))} | ({"card_kept": True} if kept else {})
-        if began := record.get("began_with"):
-            new["began_with"] = began
-        written = {path: file for path, file in files.items() if not (kept and path == CARD)}
-        written[RECORD] = (json.dumps(new, indent=1) + "\n").encode()
-        stale = sorted(replaced - sums.keys() - ({CARD} if kept else set()))
+        # Every commit changes it: by the sums of the files, or where somebody else's commit is the last, by its name.
+        record = {"run": self.run, "onto": content.record.get("onto") if own and content.pushed_last else content.head}
+        record["files"] = dict.fromkeys(stays, "") | {path: sha256(file) for path, file in files.items()}
+        written = {**files, RECORD: (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()}
+        stale = sorted(set(content.ours) - stays - files.keys())
         commit = self.repository.commit(written, stale, message, content.head)
-        return {"url": self.repository.url, "kept": kept, "changed": commit.oid != content.head}
-
-    def _in_the_way(self, files: dict[str, Path], content: Content) -> set[str]:
-        """Of the files to be pushed, those that somebody else has put there, though this run has pushed others."""
-        return (files.keys() & content.blobs.keys()) - set(content.ours) - set(content.record.get("began_with", ()))
+        return {"url": self.repository.url, "changed": commit.oid != content.head}
 
     def command(self, folder: Path) -> str:
         """The command that pushes a finished run's folder by hand."""
@@ -247,11 +225,6 @@ def push_with_patience(
             if wait is None or not trouble.passing:
                 return {"error": trouble.reason, "conflict": isinstance(error, Conflict)}
             time.sleep(wait)
-
-
-def _some(paths) -> str:
-    paths = sorted(paths)
-    return ", ".join(paths[:3]) + more(paths, 3)
 
 
 def main() -> None:

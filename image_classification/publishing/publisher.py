@@ -295,8 +295,7 @@ class Publisher(TrainerCallback):
             elif final or self._told != "pushed":
                 done = "Pushed" if outcome["changed"] else "Up to date:"
                 every = "." if final else f" ({push.what}). Every save is pushed from now on."
-                kept = " README.md was edited there, and stays as it is." if outcome["kept"] else ""
-                logger.info(f"{done} {outcome['url']}{every}{kept}")
+                logger.info(f"{done} {outcome['url']}{every}")
                 self._told = "pushed"
 
     def _fail(self, said: str, reason: str | None = None, final: bool = False, conflict: bool = False) -> None:

@@ -32,12 +32,14 @@ class Content:
         private: whether only its owners see it.
         blobs: the git oid of each file, without what the Hub itself puts there.
         record: what was pushed from here, if anything was; `None` also where somebody made it unreadable.
+        pushed_last: whether the last commit is one that was pushed from here: each of them writes the record.
     """
 
     head: str
     private: bool
     blobs: dict[str, str]
-    record: dict[str, Any] | None
+    record: dict[str, Any] | None = None
+    pushed_last: bool = False
 
     @property
     def ours(self) -> list[str]:
@@ -89,25 +91,15 @@ class Repository:
         except RepositoryNotFoundError:
             return None
         blobs = {file.rfilename: file.blob_id for file in info.siblings or [] if file.rfilename not in OF_THE_HUB}
-        record = None
+        content = Content(info.sha, bool(info.private), blobs)
         if self._record in blobs:
             at = {**self._where, "revision": info.sha}
             with tempfile.TemporaryDirectory() as folder:
                 path = self.api.hf_hub_download(**at, filename=self._record, local_dir=folder)
-                record = _read_record(Path(path).read_bytes())
-        return Content(info.sha, bool(info.private), blobs, record)
-
-    def changed(self, content: Content) -> set[str]:
-        """Of the files that were pushed from here, those that somebody has changed or deleted since."""
-        (record,) = self.api.get_paths_info(
-            self.name, [self._record], repo_type=self.kind, revision=content.head, expand=True
-        )
-        pushed = record.last_commit.oid  # Every push writes the record.
-        if pushed == content.head:
-            return set()
-        info = self.api.repo_info(**{**self._where, "revision": pushed}, files_metadata=True)
-        before = {file.rfilename: file.blob_id for file in info.siblings or []}
-        return {path for path in content.record["files"] if before.get(path) != content.blobs.get(path)}
+                content.record = _read_record(Path(path).read_bytes())
+            (found,) = self.api.get_paths_info(paths=[self._record], expand=True, **at)
+            content.pushed_last = found.last_commit.oid == info.sha
+        return content
 
     def commit(self, files: dict[str, Path | bytes], delete: list[str], message: str, parent: str | None) -> CommitInfo:
         """

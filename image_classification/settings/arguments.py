@@ -484,7 +484,7 @@ class RunArguments(TrainingArguments):
     )
     hub_overwrite: bool = field(
         default=False,
-        metadata={"help": "Push over what is not this run's in the repository, whose history keeps it."},
+        metadata={"help": "Push where somebody else wrote, too; the repository's history keeps what is replaced."},
     )
 
     dataloader_num_workers: Annotated[int | None, PROCESSES] = _optional(

@@ -526,60 +526,35 @@ def test_branch(hub, finished, tmp_path):
 # What others do there meanwhile.
 
 
-def test_edited_card_stays(hub, finished, capsys):
+@pytest.mark.parametrize(
+    "change", [{"README.md": b"# Better words"}, {"notes.md": b"mine"}, {"history.json": None}], ids=str
+)
+def test_what_somebody_changed_is_refused(hub, finished, capsys, change):
     assert train(finished) == 0
-    hub.change("me/digits", {"README.md": b"# Better words", "notes.md": b"mine"})
-    (finished / "all_results.json").write_text("{}")
-    for _ in range(2):  # Also after a push over it.
-        assert train(finished) == 0
-        files = repository(hub).files()
-        assert files["README.md"] == b"# Better words" and files["notes.md"] == b"mine"
-        assert files["all_results.json"] == b"{}"
-        (finished / "all_results.json").write_text("{}\n")
-        capsys.readouterr()
-        assert train(finished) == 0
-        assert "README.md was edited there, and stays as it is" in capsys.readouterr().out
-        (finished / "all_results.json").write_text("{}")
+    hub.change("me/digits", change)
+    before = repository(hub).files()
+    message = fails(capsys, *words(finished))
+    assert f"{hub.endpoint}/me/digits was changed" in message and "--hub_overwrite" in message
+    assert repository(hub).files() == before
     assert train(finished, "--hub_overwrite") == 0
-    assert repository(hub).files()["README.md"] != b"# Better words"
-
-
-def test_changed_files_are_not_overwritten(hub, finished, capsys):
+    files = repository(hub).files()
+    assert FINISHED <= set(files) and files.get("notes.md") == change.get("notes.md")
+    assert files["README.md"] != b"# Better words"
+    # It is this run's again.
     assert train(finished) == 0
-    hub.change("me/digits", {"config.json": b"{}", "history.json": None})
+
+
+def test_what_somebody_changes_while_it_trains_is_not_overwritten(hub, finished, capsys, monkeypatch):
+    assert train(finished) == 0
+    prepare = script.prepare
+    monkeypatch.setattr(
+        script, "prepare", lambda destination: prepare(destination) or hub.change("me/digits", {"config.json": b"{}"})
+    )
     assert train(finished) == 0
     out = capsys.readouterr().out
-    assert "somebody changed or added config.json, history.json after the last push" in out
-    assert "hf upload" not in out  # Which would overwrite them.
+    assert "Not pushed to me/digits" in out and "--hub_overwrite" in out
+    assert "hf upload" not in out  # Which would overwrite it.
     assert repository(hub).files()["config.json"] == b"{}"
-    assert train(finished, "--hub_overwrite") == 0
-    assert set(repository(hub).files()) == FINISHED
-
-
-def test_added_files_are_not_overwritten(hub, finished, tmp_path, capsys):
-    """Those of a name that the run comes to only later, also where it has pushed other files meanwhile."""
-    destination = Destination("me/digits", run=run_folder.read_record(finished)["id"], token=TOKEN)
-    destination.push({"config.json": finished / "config.json"}, "First")
-    hub.change("me/digits", {"all_results.json": b"mine"})
-    destination.push({"config.json": finished / "history.json"}, "Second")
-    assert train(finished) == 0
-    assert "somebody changed or added all_results.json" in capsys.readouterr().out
-    assert repository(hub).files()["all_results.json"] == b"mine"
-    assert train(finished, "--hub_overwrite") == 0
-    assert set(repository(hub).files()) == FINISHED
-
-
-def test_checkpoints_may_be_deleted_and_changed_there(hub, finished, tmp_path):
-    """The next push goes on, and does not write over what was changed."""
-    destination = Destination("me/digits", run=run_folder.read_record(finished)["id"], token=TOKEN)
-    config, history = finished / "config.json", finished / "history.json"
-    destination.push({"checkpoint-1/a": config, "checkpoint-2/a": config, "config.json": config}, "First")
-    hub.change("me/digits", {"checkpoint-1/a": None, "checkpoint-2/a": b"mine"})
-    destination.push({"config.json": history}, "Second")
-    files = repository(hub).files()
-    assert files["config.json"] == history.read_bytes() and "checkpoint-1/a" not in files
-    with pytest.raises(InputError, match="changed or added checkpoint-2/a"):
-        destination.push({"checkpoint-2/a": config}, "Third")
 
 
 def test_branch_of_files_that_no_run_pushed(hub, finished):
