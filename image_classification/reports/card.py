@@ -80,9 +80,8 @@ def model_card(
         weights: which were written: `ema`, `model`, or `None` where there was no choice.
         progress: how far training is, if it is not finished.
     """
-    name = one_line(Path(settings.training.output_dir).resolve().name)
-    called = one_line(data.name)
-    karat = model.config.model_type == "karat_vit"
+    name, called = one_line(Path(settings.training.output_dir).resolve().name), one_line(data.name)
+    karat, started_from = model.config.model_type == "karat_vit", settings.model.finetune
     results = [
         EvalResult(
             task_type="image-classification",
@@ -107,114 +106,34 @@ def model_card(
         tags=["vision", *(["karat-vit", "kolmogorov-arnold-attention"] if karat else ["vit"])],
         datasets=[data.hub_name] if data.hub_name else None,
         metrics=["accuracy"],
-        base_model=settings.model.finetune if _on_hub(settings.model.finetune) else None,
+        base_model=started_from if _on_hub(started_from) else None,
         model_name=name,
         eval_results=results or None,
     )
-    record = to_json(settings.record)
-    table = [f"| `{key}` | {_shown(record[key])} |" for key in _HYPERPARAMETERS if record.get(key) is not None]
-    table.insert(0, f"| learning rate | {settings.training.describe_learning_rate()} |")
-    code = ", trust_remote_code=True" if karat else ""
-    teacher = transfer.needs(model.config)
-    use = f"""```python
-from transformers import pipeline
-
-classifier = pipeline("image-classification", model={_quoted(name)}{code})
-classifier("{SAMPLE}")
-```
-
-{_LOCAL}The image processor saved here resizes and normalises exactly as the evaluation did."""
-    if teacher is not None:
-        use = f"""This model does not work alone: in every block and head it attends with the maps of its teacher,
-{code_span(teacher)}, of the same image, and its own queries and keys were never trained. A pipeline, which knows no
-teacher, gives wrong answers without a warning. This evaluates it:
-`python run_image_classification.py --eval --resume FOLDER --teacher_attention TEACHER`;
-`image_classification.transfer` feeds the maps to a model in Python."""
-    about = (
-        "An image classifier with Kolmogorov-Arnold Attention "
-        "([KArAt](https://arxiv.org/abs/2503.10632)): the row-wise softmax of a Vision Transformer's attention is "
-        "replaced by learnable functions."
-        if karat
-        else "A Vision Transformer with softmax attention, the baseline of Kolmogorov-Arnold Attention "
-        "([KArAt](https://arxiv.org/abs/2503.10632))."
+    record, paper = to_json(settings.record), describe_reported(settings.reported)
+    remarks = [describe_choice(weights, metrics)] if weights is not None else []
+    card = ModelCard.from_template(
+        header,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        name=name,
+        karat=karat,
+        teacher=transfer.needs(model.config),
+        progress=progress,
+        described=describe_model(model),
+        start=Path(started_from).name if started_from else None,
+        data=data,
+        metrics=metrics,
+        remarks=remarks + ([f"For this recipe, {paper}."] if paper else []),
+        learning_rate=settings.training.describe_learning_rate(),
+        settings={key: _shown(record[key]) for key in _HYPERPARAMETERS if record.get(key) is not None},
+        escaped=escaped,
+        code_span=code_span,
+        quoted=_quoted,
+        local=_LOCAL,
+        repeat=_REPEAT,
+        files={"results": RESULTS, "history": HISTORY, "curves": CURVES, "recipe": RECIPE, "sample": SAMPLE},
     )
-    if teacher is not None:
-        about = (
-            f"A Vision Transformer that attends with the maps of another model, {code_span(teacher)}, its teacher "
-            "(attention transfer, as in [KArAt](https://arxiv.org/abs/2503.10632))."
-        )
-    labels = ", ".join(map(escaped, data.labels[:20])) + (
-        f", ... ({len(data.labels)} in all)" if len(data.labels) > 20 else ""
-    )
-    start = ""
-    if settings.model.finetune:
-        start = f"Started from the weights of {code_span(Path(settings.model.finetune).name)}."
-    choice = f"\n{describe_choice(weights, metrics)}\n" if weights is not None else ""
-    paper = describe_reported(settings.reported)
-    choice += f"\nFor this recipe, {paper}.\n" if paper else ""
-    speed = [
-        f"| {label} | {metrics[key]:{form}} |"
-        for key, label, form in (
-            ("train_images_per_second", "images per second in training", ",.0f"),
-            ("train_peak_memory_gib", "peak memory of a process in GiB", ".2f"),
-        )
-        if key in metrics
-    ]
-    images = f"trained on {len(data.train):,} images, evaluated on {len(data.validation):,} held-out ones"
-    notes = "".join(f" {escaped(note[0].upper() + note[1:])}." for note in data.notes)
-    state = f"\n**Training goes on: this is the model after {progress}.**\n" if progress else ""
-    top5 = f"{100 * metrics['eval_top5_accuracy']:.2f} %" if "eval_top5_accuracy" in metrics else None
-    figures = "Not evaluated at this step."
-    if metrics:
-        figures = "| held-out metric | value |\n| --- | --- |\n" + "\n".join(
-            f"| {label} | {value} |"
-            for label, value in (
-                ("top-1 accuracy", f"{100 * metrics['eval_accuracy']:.2f} %"),
-                ("top-5 accuracy", top5),
-                ("loss", f"{metrics['eval_loss']:.4f}"),
-            )
-            if value is not None
-        )
-    rows = "\n".join(table + speed)
-    files = f"`{HISTORY}` has every epoch's figures."
-    files = files if progress else f"`{RESULTS}` has all figures, `{HISTORY}` every epoch's."
-    text = f"""---
-{header.to_yaml()}
----
-
-# {escaped(name)}
-
-{about}
-{state}
-* Model: {escaped(describe_model(model))}. {start}
-* Data: {escaped(data.name)}; {images}.{notes}
-* Classes: {labels}.
-
-## Results
-
-{figures}
-{choice}
-![training curves]({CURVES})
-
-{files}
-
-## Use
-
-{use}
-
-## How it was trained
-
-| setting | value |
-| --- | --- |
-{rows}
-
-`{RECIPE}` has every setting, and repeats the run:
-
-```bash
-{_REPEAT}
-```
-"""
-    return str(ModelCard(text))
+    return str(card)
 
 
 def _shown(value: Any) -> Any:
