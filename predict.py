@@ -5,7 +5,6 @@ Classify images with a checkpoint: `python predict.py IMAGE... --model DIR`.
 Needs nothing of the training side: torch, transformers, safetensors, einops and Pillow.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import pipeline
 
 from image_classification.data.images import check_image, read_image
 from image_classification.errors import InputError, one_line, reason_of, run_command
+from image_classification.flags import Parser
 from image_classification.models.loading import device_of, load_image_processor, load_model
 
 
@@ -38,12 +38,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def predict(argv: list[str]) -> None:
     """Print the labels of each image. Raises `InputError` where an image or the model cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="predict.py", description="Classify images with a KArAt-ViT (or ViT) checkpoint.", allow_abbrev=False
-    )
+    parser = Parser(prog="predict.py", description="Classify images with a KArAt-ViT (or ViT) checkpoint.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, or its name on the Hub")
-    parser.add_argument("--top-k", "--top_k", type=int, default=5, help="labels to show (default: 5)")
+    parser.add_argument("--top-k", type=int, default=5, help="labels to show (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from image_classification.errors import did_you_mean, run_command
+from image_classification.flags import Parser
 
 
 # A module each, or a package with a module `command`, whose docstring is the command's description.
@@ -64,11 +65,10 @@ def analyse(what: str, flags: list[str]) -> None:
     module = importlib.import_module(f".{what}", "analysis")
     if hasattr(module, "__path__"):
         module = importlib.import_module(".command", module.__name__)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m analysis {what}",
         description=module.__doc__.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -28,6 +28,8 @@ from pathlib import Path
 
 import torch
 
+from image_classification.flags import Parser
+
 from . import attention, devices, input_pipeline, rivals, runs, training_step
 from .common import Rates, Table
 
@@ -121,7 +123,7 @@ KINDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--only",

@@ -12,7 +12,6 @@ which a recipe of its own may stand. Under `seeds` a list; each arm is then run 
 evaluations is kept in `logs`, beside the table.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -26,6 +25,8 @@ import time
 from pathlib import Path
 
 import yaml
+
+from image_classification.flags import Parser
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +85,7 @@ def row_of(folder: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the arms of a file. Returns the number of those that failed."""
-    parser = argparse.ArgumentParser(prog="python -m results.screen", description=__doc__.split("\n")[1])
+    parser = Parser(prog="python -m results.screen", description=__doc__.split("\n")[1])
     parser.add_argument("arms", type=Path, nargs="?", help="YAML file of arms")
     parser.add_argument("--data", type=Path, required=True, help="folder of parquet files, as --data_path takes it")
     parser.add_argument("--held-out", type=Path, help="make this folder from the training images of --data, and end")

@@ -47,6 +47,14 @@ def test_every_package_is_installed(setup):
     assert expected == set(found)
 
 
+def test_what_is_no_code_is_installed_too(setup):
+    packages = [PROJECT / name for name in lines(setup["options.packages.find"]["include"]) if "*" not in name]
+    files = {path for package in packages for path in package.rglob("*") if path.is_file()}
+    listed = setup["options.package_data"].items()
+    installed = {path for name, pattern in listed for path in (PROJECT / name.replace(".", "/")).glob(pattern)}
+    assert installed == {path for path in files if path.suffix not in (".py", ".pyc")}
+
+
 def test_everything_that_is_asked_for_is_pinned(setup):
     pinned = pins("constraints.txt")
     for requirement in requirements(setup):

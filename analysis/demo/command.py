@@ -4,7 +4,7 @@ A page in the browser: drop in an image and see the five best guesses of a model
 and the functions that a KArAt head learned; with --compare, a second model beside it.
 
 Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after about an
-hour. With --push_to_space, it serves nothing here, and makes the same page a Space of the Hugging Face Hub instead:
+hour. With --push-to-space, it serves nothing here, and makes the same page a Space of the Hugging Face Hub instead:
 models in folders are uploaded with it, models on the Hub are loaded from there.
 """
 
@@ -71,22 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--share", action="store_true", help="also make a public address, for a week, through Gradio's servers"
     )
     parser.add_argument(
-        "--push_to_space",
+        "--push-to-space",
         metavar="USER/NAME",
         help="make or update this Space of the Hugging Face Hub, and do not serve the page here",
     )
-    parser.add_argument("--private", action="store_true", help="with --push_to_space: a new Space is yours alone")
+    parser.add_argument("--private", action="store_true", help="with --push-to-space: a new Space is yours alone")
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="with --push_to_space: write to a Space that this command did not make",
+        help="with --push-to-space: write to a Space that this command did not make",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     page = _page()
     if args.push_to_space is None and (args.private or args.overwrite):
-        raise InputError("`--private` and `--overwrite` go with --push_to_space.")
+        raise InputError("`--private` and `--overwrite` go with --push-to-space.")
     if args.port is not None and not 0 < args.port < 2**16:
         raise InputError(f"`--port` is {args.port}, expected 1 to {2**16 - 1}.")
     target = None

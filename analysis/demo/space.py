@@ -36,7 +36,7 @@ RECORD = ".karat_vit_demo.json"
 
 APP = '''\
 # SPDX-License-Identifier: Apache-2.0
-"""The page of this Space. Made by `python -m analysis demo --push_to_space`."""
+"""The page of this Space. Made by `python -m analysis demo --push-to-space`."""
 
 import os
 import sys
@@ -59,7 +59,7 @@ README = """\
 Drop in an image, and see the five best guesses, where each head of each block looks, and the functions that KArAt
 (Kolmogorov-Arnold attention, [arXiv 2503.10632](https://arxiv.org/abs/2503.10632)) learned. Models: {models}.
 
-Made by `python -m analysis demo --push_to_space` of KArAt-ViT, which also updates it.
+Made by `python -m analysis demo --push-to-space` of KArAt-ViT, which also updates it.
 """
 
 
@@ -137,9 +137,9 @@ class Target:
     def __init__(self, name: str, overwrite: bool = False, private: bool = False):
         self.name, self.private = name, private
         if name.count("/") != 1:
-            raise InputError(f"`--push_to_space` is {name}, expected USER/NAME.")
+            raise InputError(f"`--push-to-space` is {name}, expected USER/NAME.")
         self._space = Repository(name, RECORD, kind="space")
-        with understood("--push_to_space", name):
+        with understood("--push-to-space", name):
             self._space.api.whoami()
             self._content = self._space.look()
         there = sorted(self._content.blobs) if self._content else []
@@ -160,7 +160,7 @@ class Target:
         """
         new = files(viewers, examples)
         ours = self._content.ours if self._content else []
-        with understood("--push_to_space", self.name):
+        with understood("--push-to-space", self.name):
             if self._content is None:
                 private = self.private or None
                 self._space.api.create_repo(self.name, repo_type="space", space_sdk="gradio", private=private)

@@ -18,7 +18,7 @@ def refusal(capsys, *words) -> str:
 
 def test_what_cannot_be_served_is_refused(tmp_path, karat, capsys, monkeypatch):
     assert "`--port` is 70000" in refusal(capsys, "--model", karat, "--port", 70000)
-    assert "go with --push_to_space" in refusal(capsys, "--model", karat, "--private")
+    assert "go with --push-to-space" in refusal(capsys, "--model", karat, "--private")
     assert "`--examples` nowhere does not exist" in refusal(capsys, "--model", karat, "--examples", "nowhere")
     Path(karat, "preprocessor_config.json").unlink()
     assert "has no image processor" in refusal(capsys, "--model", karat)

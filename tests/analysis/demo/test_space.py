@@ -30,7 +30,7 @@ def environment(changes: dict[str, str]) -> dict[str, str]:
 
 
 def push(*words) -> int:
-    return main(["demo", "--push_to_space", "me/page", *map(str, words)])
+    return main(["demo", "--push-to-space", "me/page", *map(str, words)])
 
 
 def pushed(hub):
@@ -148,7 +148,7 @@ def test_an_upload_that_the_hub_refuses_is_said(hub, karat, capsys):
 
 
 def test_names_of_spaces(hub, capsys):
-    assert main(["demo", "--model", "x", "--push_to_space", "page"]) == 2
+    assert main(["demo", "--model", "x", "--push-to-space", "page"]) == 2
     assert "expected USER/NAME" in capsys.readouterr().err
 
 
