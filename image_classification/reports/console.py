@@ -6,7 +6,7 @@ import sys
 import time
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 
@@ -30,61 +30,41 @@ def set_up_logging(main_process: bool) -> None:
     package.setLevel(logging.INFO if main_process else logging.ERROR)
 
 
-class EpochLines(TrainerCallback):
-    """The progress bar over all steps, and after each evaluation one line of what was reached."""
-
-    def __init__(self):
-        self.bar = self.evaluation_bar = self.loss = None
+class EpochLines(ProgressCallback):
+    """The progress bar over all steps, and after each evaluation in training one line of what was reached."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began = time.time()
+        self.began, self.current_step = time.time(), state.global_step
         # Of a run that goes on with the evaluation of what it had logged.
         self.loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        if state.is_world_process_zero and not args.disable_tqdm:
+        if state.is_world_process_zero:
             # In a log file every refresh is a line of its own.
-            every = 0.5 if sys.stderr.isatty() else 15
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="Training", unit="step", mininterval=every
+            how = {"mininterval": 0.5 if sys.stderr.isatty() else 15, "disable": args.disable_tqdm}
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="Training", unit="step", **how
             )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if not state.is_world_process_zero or args.disable_tqdm or not has_length(eval_dataloader):
-            return
-        if self.evaluation_bar is None:
-            self.evaluation_bar = tqdm(
-                total=len(eval_dataloader), desc="Evaluating", unit="batch", leave=False, delay=2
-            )
-        self.evaluation_bar.update(1)
+        if self.prediction_bar is None and has_length(eval_dataloader):
+            how = {"leave": False, "delay": 2, "disable": args.disable_tqdm or not state.is_world_process_zero}
+            self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Evaluating", unit="batch", **how)
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.loss = (logs or {}).get("loss", self.loss)
-        if self.bar is not None and self.loss is not None:
-            self.bar.set_postfix_str(f"loss {self.loss:.4f}", refresh=False)
+        if self.training_bar is not None:
+            self.loss = (logs or {}).get("loss", self.loss)
+            if self.loss is not None:
+                self.training_bar.set_postfix_str(f"loss {self.loss:.4f}", refresh=False)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if self.evaluation_bar is not None:
-            self.evaluation_bar.close()
-            self.evaluation_bar = None
-        # Outside the training loop the caller has its own words.
-        if not state.is_world_process_zero or (self.bar is None and not args.disable_tqdm) or not state.max_steps:
-            return
-        if getattr(self, "began", None) is None:
+        super().on_evaluate(args, state, control, **kwargs)
+        if self.training_bar is None:  # Outside the training loop the caller has its own words.
             return
         total = max(1, round(state.num_train_epochs))
         train = f"   train loss {self.loss:.4f}" if self.loss is not None else ""
         seconds = time.time() - self.began
         epoch = f"{state.epoch:.4g}"
         logger.info(f"epoch {epoch:>{len(str(total))}}/{total}{train}   {describe(metrics)}   {seconds:.0f} s")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.began = None
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 def describe(metrics: dict[str, float]) -> str:
