@@ -219,26 +219,19 @@ def draw_overlay(
 def draw_region(picture: np.ndarray, inside: np.ndarray, axes: Axes) -> Axes:
     """The image, pale outside a region (rows, columns) and with a line around it."""
     height, width = picture.shape[:2]
-    enlarged = np.kron(inside, np.ones((height // inside.shape[0], width // inside.shape[1]))) > 0
-    pale = 1 - 0.25 * (1 - picture)
-    shown = pale.copy()
-    shown[: enlarged.shape[0], : enlarged.shape[1]][enlarged] = picture[: enlarged.shape[0], : enlarged.shape[1]][
-        enlarged
-    ]
-    style.blank(axes).imshow(shown)
-    # Lines between patches of which one is inside.
     rows, columns = inside.shape
+    enlarged = np.kron(inside, np.ones((height // rows, width // columns))) > 0
+    # What the patches leave over on the right and below is outside.
+    enlarged = np.pad(enlarged, [(0, height - enlarged.shape[0]), (0, width - enlarged.shape[1])])
+    style.blank(axes).imshow(np.where(enlarged[..., None], picture, 1 - 0.25 * (1 - picture)))
+    # Lines between patches of which one is inside: where they begin, downwards and to the right.
     padded = np.pad(inside, 1)
-    y, x = height / rows, width / columns
-    lines = []
-    for row in range(rows + 1):
-        for column in range(columns + 1):
-            if column < columns and padded[row, column + 1] != padded[row + 1, column + 1]:
-                lines.append(((column * x, (column + 1) * x), (row * y, row * y)))
-            if row < rows and padded[row + 1, column] != padded[row + 1, column + 1]:
-                lines.append(((column * x, column * x), (row * y, (row + 1) * y)))
-    for xs, ys in lines:
-        axes.plot(np.array(xs) - 0.5, np.array(ys) - 0.5, color=style.VERMILLION, linewidth=1.0, clip_on=False)
+    beneath = np.argwhere(padded[:-1, 1:-1] != padded[1:, 1:-1])
+    beside = np.argwhere(padded[1:-1, :-1] != padded[1:-1, 1:])
+    for starts, step in ((beneath, (0, 1)), (beside, (1, 0))):
+        for start in starts:
+            y, x = np.stack([start, start + step]).T * [[height / rows], [width / columns]] - 0.5
+            axes.plot(x, y, color=style.VERMILLION, linewidth=1.0, clip_on=False)
     return axes
 
 
@@ -459,12 +452,9 @@ def _arrays(maps: list[Maps], images: list[Images], share: float, stage: str) ->
         values = getattr(each, stage)
         dominant = dominant_head(values)
         arrays |= {
+            f"{prefix}_{name}": np.array(getattr(each, name)) for name in ("grid", "block", *STAGES, "rollout")
+        } | {
             f"{prefix}_pictures": these.pictures,
-            f"{prefix}_grid": np.array(each.grid),
-            f"{prefix}_block": np.array(each.block),
-            f"{prefix}_before": each.before,
-            f"{prefix}_after": each.after,
-            f"{prefix}_rollout": each.rollout,
             f"{prefix}_dominant_head": dominant,
             f"{prefix}_strongest_head": strongest_heads(values),
             f"{prefix}_region": region(values[np.arange(len(values)), dominant], share),

@@ -494,6 +494,7 @@ def run(args: argparse.Namespace) -> None:
         found, objects = find_annotated(args.annotated, args.split, args.num_images, args.seed, args.box_format)
     if len(found) < 2:
         raise InputError("There is one image, and an interval over images needs two or more.")
+    kept = ("shares", "deletion_curves", "insertion_curves", "predicted")
     data, arrays = [], {"names": np.array([name for _, name, _ in found]), "maps": np.array(SOURCES)}
     for prefix, each, block in zip(("model", "compare"), checkpoints, blocks):
         seen = None if objects is None else as_seen(each, objects)
@@ -502,8 +503,7 @@ def run(args: argparse.Namespace) -> None:
         names = ("steps", "deleted", "inserted", "share", "seed", "batch_size")
         how = {name: getattr(args, name) for name in names}
         data.append(compute(each, prepare(each, found).pixels, block, args.map, seen, **how))
-        arrays |= {f"{prefix}_{key}": getattr(data[-1], key) for key in ("shares", "deletion_curves", "predicted")}
-        arrays |= {f"{prefix}_insertion_curves": data[-1].insertion_curves}
+        arrays |= {f"{prefix}_{key}": getattr(data[-1], key) for key in kept}
         arrays |= {f"{prefix}_{measure}": values for measure, values in data[-1].measures.items()}
     rows = table(data, args.resamples, args.seed)
     output.table("faithfulness.csv", rows)

@@ -197,13 +197,11 @@ def run(args: argparse.Namespace) -> None:
 def devices_of(name: str | None, workers: int | None) -> list[torch.device]:
     """A device for each process: `--workers` of them, in turn over all GPUs, or on the one device of `--device`."""
     first = options.device_of(name)
+    found = [first]
     if first.type == "cuda" and first.index is None:
         found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    else:
-        found = [first]
     if workers is None:
-        cores = torch.get_num_threads() if first.type == "cpu" else 1
-        workers = min(cores, _MOST_WORKERS) if first.type == "cpu" else len(found)
+        workers = min(torch.get_num_threads(), _MOST_WORKERS) if first.type == "cpu" else len(found)
     return [found[number % len(found)] for number in range(workers)]
 
 
