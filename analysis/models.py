@@ -19,7 +19,7 @@ from image_classification.models.loading import height_and_width, load_config, l
 from image_classification.runs import checkpoints as saved
 from image_classification.runs.run_folder import RECORD, read_record
 from image_classification.settings.arguments import ModelArguments
-from modeling_karat_vit.attention import KArAtOperator
+from modeling_karat_vit.karat_operator import KArAtOperator
 
 
 @dataclass

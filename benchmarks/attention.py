@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from modeling_karat_vit import KArAtViTConfig
-from modeling_karat_vit.attention import KArAtOperator, eager_karat_attention
+from modeling_karat_vit.karat_operator import KArAtOperator, eager_karat_attention
 
 from .common import Table, measure, relative_error
 

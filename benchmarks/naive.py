@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from modeling_karat_vit.attention import KArAtOperator
+from modeling_karat_vit.karat_operator import KArAtOperator
 
 
 def naive_forward(self: KArAtOperator, query, key, value, scaling, way, keep=None, grids=None):

@@ -25,16 +25,17 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import (
+from .basis import EdgeFunctions
+from .configuration_karat_vit import STRUCTURAL_FIELDS, KArAtViTConfig
+from .conversion import load_deit_state_dict
+from .karat_operator import (
     KArAtOperator,
     eager_softmax_attention,
-    fused_attention,
+    fused_karat_attention,
     resample_tokens,
     why_not_fused,
 )
-from .basis import EdgeFunctions, is_traced
-from .configuration_karat_vit import STRUCTURAL_FIELDS, KArAtViTConfig
-from .conversion import load_deit_state_dict
+from .portable import is_traced
 
 
 logger = logging.get_logger(__name__)
@@ -331,7 +332,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         if requested_attention is None:
             fused = torch.cuda.is_available() and why_not_fused(self.config, "cuda") is None
             return "karat_triton" if fused else "karat_portable"
-        if requested_attention == "karat_triton" and fused_attention is None:
+        if requested_attention == "karat_triton" and fused_karat_attention is None:
             raise ValueError(
                 "`attn_implementation='karat_triton'` needs Triton, which is not installed. Install it (`pip install "
                 "triton`, on Linux), or use 'karat_portable'."

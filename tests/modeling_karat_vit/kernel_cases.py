@@ -11,8 +11,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, kernels
-from modeling_karat_vit.attention import KArAtOperator, eager_karat_attention
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, fused
+from modeling_karat_vit.karat_operator import KArAtOperator, eager_karat_attention
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,12 +174,12 @@ LINEAR_OR_NOT = [{"grid_size": 1}, {"basis_type": "wavelet", "wavelet_type": "do
 @pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
 def test_many_images_for_a_program_and_small_tiles_for_the_rest(monkeypatch, basis):
     """As where there are many images: 73 tokens are a full tile and a rest, and the backward pass sums over images."""
-    monkeypatch.setattr(kernels, "_chunk", lambda images, *_: min(images, 3))
-    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    monkeypatch.setattr(fused, "_chunk", lambda images, *_: min(images, 3))
+    monkeypatch.setattr(fused, "_PROGRAMS", 1)
     launched = []
-    launch = kernels._Launcher.__call__
+    launch = fused._Launcher.__call__
     monkeypatch.setattr(
-        kernels._Launcher, "__call__", lambda *args, name=None: launched.append(name) or launch(*args, name=name)
+        fused._Launcher, "__call__", lambda *args, name=None: launched.append(name) or launch(*args, name=name)
     )
     check(images=5, grid=(8, 9), heads=1, karat_rank=2, **basis)
     assert "_forward_rest" in launched and "_forward" in launched
@@ -189,7 +189,7 @@ def test_many_images_for_a_program_and_small_tiles_for_the_rest(monkeypatch, bas
 @pytest.mark.parametrize("basis", ["wavelet", "rational"])
 def test_images_keys_and_queries_of_a_program(monkeypatch, shares, basis):
     """Several images for a program, or several programs for the keys and for the queries of an image."""
-    monkeypatch.setattr(kernels, "_shares", lambda *_: shares)
+    monkeypatch.setattr(fused, "_shares", lambda *_: shares)
     check(images=5, grid=(8, 9), heads=1, karat_rank=2, basis_type=basis, base_fn="silu")
 
 
@@ -205,23 +205,23 @@ def test_images_keys_and_queries_of_a_program(monkeypatch, shares, basis):
     ],
 )
 def test_work_is_shared_out_to_as_many_programs_as_run_at_a_time(images, heads, tiles, shares):
-    assert kernels._shares(images, heads, tiles, 1584) == shares
+    assert fused._shares(images, heads, tiles, 1584) == shares
 
 
 @pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
 def test_many_tokens_of_few_images(monkeypatch, basis):
     """As where there are many tokens: U and dU are summed in parts."""
-    monkeypatch.setattr(kernels, "_BLOCKS", 1)
-    assert kernels._parts(2, 73) == 2
+    monkeypatch.setattr(fused, "_BLOCKS", 1)
+    assert fused._parts(2, 73) == 2
     check(images=2, grid=(8, 9), heads=1, karat_rank=2, **basis)
 
 
 def test_little_shared_memory(monkeypatch):
     """As on a smaller GPU, where coefficients are loaded again and again, and tiles of keys are smaller."""
-    monkeypatch.setattr(kernels, "_Plan", kernels._Plan.__wrapped__)
-    monkeypatch.setattr(kernels, "_loadable", lambda device: 5000)
-    form = kernels._form("fourier", "zero", 3)
-    plan = kernels._Plan(form, 12, 16, torch.float32, True, True, 73, torch.device("cpu"))
+    monkeypatch.setattr(fused, "_Plan", fused._Plan.__wrapped__)
+    monkeypatch.setattr(fused, "_loadable", lambda device: 5000)
+    form = fused._form("fourier", "zero", 3)
+    plan = fused._Plan(form, 12, 16, torch.float32, True, True, 73, torch.device("cpu"))
     tile = plan.tiles["_backward_keys"]
     assert not tile["KEPT"] and tile["BM"] == tile["BN"] == 16
     assert plan.options["_backward_hidden"]["num_stages"] == plan.options["_backward_values"]["num_stages"] == 1
@@ -232,8 +232,8 @@ def test_little_shared_memory(monkeypatch):
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("basis", ["fourier", "wavelet"])
 def test_every_token_is_in_one_tile(tokens, few, basis):
-    form = kernels._form(basis, "zero", 3 if basis == "fourier" else "dog")
-    plan = kernels._Plan(form, 12, 64, torch.float16, False, True, tokens, torch.device("cpu"))
+    form = fused._form(basis, "zero", 3 if basis == "fourier" else "dog")
+    plan = fused._Plan(form, 12, 64, torch.float16, False, True, tokens, torch.device("cpu"))
     kernels_in_tiles = [("_forward", "BM"), ("_backward_queries", "BM"), ("_backward_keys", "BN")]
     for name, side in kernels_in_tiles if basis == "fourier" else kernels_in_tiles[:1]:
         begin = 0
@@ -245,8 +245,8 @@ def test_every_token_is_in_one_tile(tokens, few, basis):
 
 def test_without_gradients_nothing_is_saved(monkeypatch):
     saved = []
-    run = kernels._run_forward
-    monkeypatch.setattr(kernels, "_run_forward", lambda *args: saved.append(args[-1]) or run(*args))
+    run = fused._run_forward
+    monkeypatch.setattr(fused, "_run_forward", lambda *args: saved.append(args[-1]) or run(*args))
     operator = make_operator(2, 2, 1, karat_rank=2, grid_size=1)
     inputs = [torch.randn(2, 1, 5, 16, device=DEVICE) for _ in range(3)]
     with_gradients, _, _ = operator(*inputs, 0.25, "karat_triton")
@@ -361,8 +361,8 @@ def test_the_operators_keep_their_promises(monkeypatch, basis):
     """They write to no argument and return none; shapes, strides and gradients are what they say."""
     monkeypatch.undo()  # NaN is not equal to itself.
     operator = make_operator(2, 3, 2, karat_rank=2, **basis)
-    calls, attention = [], kernels._attention
-    monkeypatch.setattr(kernels, "_attention", lambda *args: calls.append(args) or attention(*args))
+    calls, attention = [], fused._attention
+    monkeypatch.setattr(fused, "_attention", lambda *args: calls.append(args) or attention(*args))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     query, key, value = (torch.randn(2, 2, 7, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     keep = torch.rand(2, 7, device=DEVICE) > 0.3

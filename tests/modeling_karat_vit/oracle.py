@@ -14,7 +14,7 @@ import torch
 from scipy.interpolate import BSpline
 
 from modeling_karat_vit import KArAtViTConfig
-from modeling_karat_vit.attention import KArAtOperator
+from modeling_karat_vit.karat_operator import KArAtOperator
 
 
 BASE_FUNCTIONS = {

@@ -9,6 +9,7 @@ import torch
 from scipy.interpolate import BSpline
 
 from modeling_karat_vit.basis import Start, make_edges
+from modeling_karat_vit.portable import lean_features_of, lean_phi
 from tests.modeling_karat_vit import oracle
 
 
@@ -38,6 +39,8 @@ CASES = {
         for m, n in ((5, 4), (3, 0), (0, 2), (1, 1), (0, 0), (2, 5))
     },
 }
+WAYS = {"reference": lambda step, *args: step.activate(*args), "portable": lean_phi}
+ways = pytest.mark.parametrize("phi", WAYS.values(), ids=WAYS.keys())
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 HEADS, OUT, IN = 2, 2, 4
 
@@ -82,8 +85,8 @@ def test_the_base_function_is_added_with_its_own_scale(case, base_fn):
     expected = expected_edges(config, arrays, x.numpy())
     actual = step.edges(x.unsqueeze(-2), step(torch.float64)).detach().numpy()
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-11)
-    for lean in (False, True):
-        actual = step.activate(x, step(torch.float64), lean=lean).detach().numpy()
+    for phi in WAYS.values():
+        actual = phi(step, x, step(torch.float64)).detach().numpy()
         np.testing.assert_allclose(actual, expected.sum(-1), rtol=1e-9, atol=1e-11)
 
 
@@ -97,9 +100,9 @@ def test_a_zero_base_function_leaves_scale_base_out():
 
 
 @cases
-@pytest.mark.parametrize("lean", [False, True])
+@ways
 @pytest.mark.parametrize("masked", [False, True])
-def test_phi_is_the_sum_of_its_edges(case, lean, masked):
+def test_phi_is_the_sum_of_its_edges(case, phi, masked):
     config, step, arrays = make_step(case, base_fn="silu")
     x = inputs(-5, 5, rows=3)
     keep = torch.tensor([True, False, True, True]) if masked else None
@@ -107,7 +110,7 @@ def test_phi_is_the_sum_of_its_edges(case, lean, masked):
     expected = edges[..., [0, 2, 3]].sum(-1) if masked else edges.sum(-1)
     # A batch of two, the second image backwards.
     batch = torch.stack([x, x.flip(-2)])
-    actual = step.activate(batch, step(torch.float64), keep, lean).detach().numpy()
+    actual = phi(step, batch, step(torch.float64), keep).detach().numpy()
     np.testing.assert_allclose(actual[0], expected, rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(actual[1], expected[:, ::-1], rtol=1e-9, atol=1e-11)
 
@@ -127,15 +130,15 @@ def test_parameters_per_edge(case):
 
 def lean_basis(step, x):
     """The basis and its derivatives, (K, ...) in fp64, put together from the features of the portable path."""
-    count = len(step.features(x))
-    stack = step._lean_stack(torch.eye(count, dtype=torch.float64).view(1, count, count, 1))
-    features, derivatives = step.lean_features_and_derivatives(x)
+    lean, count = lean_features_of(step), len(step.features(x))
+    stack = lean.stack(torch.eye(count, dtype=torch.float64).view(1, count, count, 1))
+    features, derivatives = lean.features_and_derivatives(x)
 
     def combine(weights, values):
         values = torch.stack([*values, torch.zeros_like(x)]).double()  # constant functions have no derivatives
         return torch.einsum("kp,k...->p...", weights[0, ..., 0], values[:-1])
 
-    return combine(stack, features), combine(step.derivative_coefficients(stack), derivatives)
+    return combine(stack, features), combine(lean.derivative_coefficients(stack), derivatives)
 
 
 # ---------------------------------------------------------------------------------------------------------- splines
@@ -167,7 +170,7 @@ def test_splines_fade_to_zero_beyond_their_range(order):
     config, step, _ = make_step({"basis_type": "spline", "spline_order": order, "grid_size": 4, "grid_range": (-1, 1)})
     first, last = oracle.knots(config)[[0, -1]]
     outside = torch.tensor([first - 100.0, first - 1e-6, last + 1e-6, last + 100.0], dtype=torch.float64)
-    features, derivatives = step.lean_features_and_derivatives(outside)
+    features, derivatives = lean_features_of(step).features_and_derivatives(outside)
     assert all((x == 0).all() for x in (*features, *derivatives))
     if order > 0:
         just_beyond = torch.tensor([-1.01, 1.01], dtype=torch.float64)
@@ -227,17 +230,17 @@ def test_sinc_and_its_derivative_are_exact_near_zero():
 
 
 @cases
-@pytest.mark.parametrize("lean", [False, True])
-def test_gradients_are_those_of_finite_differences(case, lean):
+@ways
+def test_gradients_are_those_of_finite_differences(case, phi):
     _, step, _ = make_step(case, in_features=2, base_fn="tanh")
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(2, HEADS, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     keep = torch.tensor([[True, True], [True, False]]).view(2, 1, 1, 2)
 
-    def phi(*_):
-        return step.activate(x, step(torch.float64), keep, lean)
+    def output(*_):
+        return phi(step, x, step(torch.float64), keep)
 
-    assert torch.autograd.gradcheck(phi, (x, *step.parameters()))
+    assert torch.autograd.gradcheck(output, (x, *step.parameters()))
 
 
 @pytest.mark.parametrize("grid", [2, 3, 11, 32])
@@ -262,7 +265,7 @@ def test_sines_in_fp32_on_a_cpu(strength):
     x = torch.cat([x, math.pi / 2 * torch.arange(-9, 10), torch.zeros(1)]).float()
     _, step, _ = make_step({"basis_type": "fourier", "grid_size": 2})
     out = [torch.full_like(x, math.nan) for _ in range(4)]
-    cos, _, sin, _ = step.lean_features(x, out)
+    cos, _, sin, _ = lean_features_of(step).features(x, out)
     assert cos is out[0] and sin is out[2]
     assert (cos.double() - x.double().cos()).abs().max() < 1e-6
     assert (sin.double() - x.double().sin()).abs().max() < 1e-6
@@ -271,17 +274,17 @@ def test_sines_in_fp32_on_a_cpu(strength):
     assert (sin.double() - x.double().sin())[small].abs().max() < 1e-9
     # Beyond any use they are no longer right, but as small as ever.
     x = torch.tensor([1e8, -1e12, 1e30])
-    cos, _, sin, _ = step.lean_features(x, [torch.empty_like(x) for _ in range(4)])
+    cos, _, sin, _ = lean_features_of(step).features(x, [torch.empty_like(x) for _ in range(4)])
     assert cos.abs().max() < 1.00001 and sin.abs().max() < 1.00001
 
 
 @cases
-@pytest.mark.parametrize("lean", [False, True])
-def test_strong_scores_stay_finite(case, lean):
+@ways
+def test_strong_scores_stay_finite(case, phi):
     """In value and gradient: branches that are not taken must not leak infinities."""
     _, step, _ = make_step(case, dtype=torch.float32)
     x = torch.tensor([0.0, 1e-30, 1.0, -1.0, 0.5, 30.0, -1e3, 1e4] * HEADS * 2).view(HEADS, -1, IN).requires_grad_()
-    y = step.activate(x, step(torch.float32), None, lean)
+    y = phi(step, x, step(torch.float32))
     gradients = torch.autograd.grad(y.square().mean(), [x, *step.parameters()], allow_unused=True)
     assert torch.isfinite(y).all()
     assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, set_seed
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel
-from modeling_karat_vit.attention import KArAtOperator
+from modeling_karat_vit.karat_operator import KArAtOperator
 from modeling_karat_vit.modeling_karat_vit import AttentionMasks
 
 

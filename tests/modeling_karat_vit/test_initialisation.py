@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from modeling_karat_vit import KArAtViTModel
-from modeling_karat_vit.attention import KArAtOperator
+from modeling_karat_vit.karat_operator import KArAtOperator
 from tests.modeling_karat_vit import oracle
 
 

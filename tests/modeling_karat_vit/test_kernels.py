@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
-from modeling_karat_vit import attention as attention_module
+from modeling_karat_vit.karat_operator import KArAtOperator, why_not_fused
 
 
 pytest.importorskip("triton")
@@ -24,13 +24,13 @@ def model(**options):
 def ways(monkeypatch, model) -> set[str]:
     """The paths that the operators of one call take."""
     seen = set()
-    forward = attention_module.KArAtOperator.forward
+    forward = KArAtOperator.forward
 
     def spy(self, query, key, value, scaling, way, *args, **kwargs):
         seen.add(way)
         return forward(self, query, key, value, scaling, way, *args, **kwargs)
 
-    monkeypatch.setattr(attention_module.KArAtOperator, "forward", spy)
+    monkeypatch.setattr(KArAtOperator, "forward", spy)
     model(torch.randn(2, 3, 4, 4))
     return seen
 
@@ -67,7 +67,7 @@ def test_fused_falls_back_to_portable_and_says_so_once(monkeypatch, caplog):
 )
 def test_what_the_kernels_apply_to(monkeypatch, options, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    obstacle = attention_module.why_not_fused(KArAtViTConfig(**(TINY | options)), "cuda")
+    obstacle = why_not_fused(KArAtViTConfig(**(TINY | options)), "cuda")
     assert obstacle is None if reason is None else reason in obstacle
 
 
@@ -85,6 +85,6 @@ def test_what_was_found_out_about_the_kernels_holds_for_this_configuration_and_m
 
 
 def test_fused_without_triton_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("modeling_karat_vit.modeling_karat_vit.fused_attention", None)
+    monkeypatch.setattr("modeling_karat_vit.modeling_karat_vit.fused_karat_attention", None)
     with pytest.raises(ValueError, match=r"needs Triton.*karat_portable"):
         model().set_attn_implementation("karat_triton")

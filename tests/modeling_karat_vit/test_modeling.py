@@ -11,10 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, set_seed
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel
-from modeling_karat_vit import attention as attention_module
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel, karat_operator
 from modeling_karat_vit import modeling_karat_vit as modeling
-from modeling_karat_vit.attention import KArAtOperator
+from modeling_karat_vit.karat_operator import KArAtOperator
 from modeling_karat_vit.modeling_karat_vit import KArAtViTAttention
 
 
@@ -67,8 +66,8 @@ def calls(monkeypatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, wrapper)
 
-    spy(attention_module, "eager_karat_attention")
-    spy(attention_module, "portable_karat_attention")
+    spy(karat_operator, "eager_karat_attention")
+    spy(karat_operator, "portable_karat_attention")
     spy(modeling, "eager_softmax_attention")
     sdpa = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -791,7 +790,7 @@ def test_trainer_saves_and_resumes_with_every_weight(make_model, tmp_path, messa
     first.train()
     saved = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert {"config.json", "model.safetensors", "modeling_karat_vit.py", "configuration_karat_vit.py"} <= saved
-    assert {"basis.py", "attention.py", "conversion.py"} <= saved
+    assert {"basis.py", "karat_operator.py", "portable.py", "conversion.py"} <= saved
     # Resuming from the middle ends where the first run ended, from whatever weights the new model starts.
     second = trainer(make_model(sharing=sharing, seed=9), 4)
     second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))

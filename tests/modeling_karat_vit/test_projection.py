@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from modeling_karat_vit.attention import project_on_simplex
+from modeling_karat_vit.karat_operator import project_on_simplex
 from tests.modeling_karat_vit import oracle
 
 

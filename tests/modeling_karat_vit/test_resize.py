@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_karat_vit import KArAtViTForImageClassification
-from modeling_karat_vit.attention import eager_karat_attention
+from modeling_karat_vit.karat_operator import eager_karat_attention
 from tests.modeling_karat_vit import oracle
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_karat_vit import KArAtViTModel
-from modeling_karat_vit import attention as attention_module
+from modeling_karat_vit import KArAtViTModel, karat_operator
 from tests.modeling_karat_vit.conftest import BASES, VARIANTS
 
 
@@ -27,7 +26,7 @@ def _only_the_portable_path(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the reference ran")
 
-    monkeypatch.setattr(attention_module, "eager_karat_attention", refuse)
+    monkeypatch.setattr(karat_operator, "eager_karat_attention", refuse)
 
 
 def step(function, model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

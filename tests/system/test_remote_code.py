@@ -2,6 +2,8 @@
 """A saved folder is all that a stranger needs: `trust_remote_code=True` loads it without this package."""
 
 import json
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,10 @@ def test_the_folder_names_all_three_classes_and_holds_their_code(folders):
             assert f"class {name}(" in (folder / f"{module}.py").read_text()
         assert config["format_version"] == 1
         assert (folder / "model.safetensors").is_file()
+
+
+def test_no_file_is_taken_for_another_module_by_a_python_started_in_the_folder(folders):
+    """`operator.py` would stop it at `import json`, and `kernels.py` at `import transformers` beside that package."""
+    others = {*sys.stdlib_module_names, *packages_distributions(), "kernels"} - {"modeling_karat_vit"}
+    for folder in folders.iterdir():
+        assert not {path.stem for path in folder.glob("*.py")} & others

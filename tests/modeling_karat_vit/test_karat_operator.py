@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_karat_vit import KArAtViTConfig
-from modeling_karat_vit import attention as attention_module
-from modeling_karat_vit.attention import (
+from modeling_karat_vit import KArAtViTConfig, portable
+from modeling_karat_vit.karat_operator import (
     KArAtOperator,
     eager_karat_attention,
     eager_softmax_attention,
-    portable_karat_attention,
 )
 from modeling_karat_vit.modeling_karat_vit import AttentionMasks, KArAtViTAttention
+from modeling_karat_vit.portable import portable_karat_attention
 from tests.modeling_karat_vit import oracle
 from tests.modeling_karat_vit.conftest import BASES
 from tests.modeling_karat_vit.oracle import make_inputs, make_operator
@@ -223,7 +222,7 @@ def test_chunks_of_the_batch(form, monkeypatch, mask, use_threads):
     inputs = make_inputs(batch=5)
     keep = mask_of(mask, 5)
     sizes = []
-    chunks, maps_of = attention_module._chunks, attention_module._Maps.of
+    chunks, maps_of = portable._chunks, portable._Maps.of
 
     def spy(size, *args):
         for part in chunks(size, *args):
@@ -234,17 +233,17 @@ def test_chunks_of_the_batch(form, monkeypatch, mask, use_threads):
         sizes.append(maps)
         return maps_of(self, maps)
 
-    monkeypatch.setattr(attention_module, "_chunks", spy)
-    monkeypatch.setattr(attention_module._Maps, "of", spy_on_maps)
+    monkeypatch.setattr(portable, "_chunks", spy)
+    monkeypatch.setattr(portable._Maps, "of", spy_on_maps)
     expected = results(operator, inputs, keep)
     # Families that are linear in their coefficients go through the images of one head after the other.
     by_head = form in (BASES["fourier"], BASES["spline"])
     times = 2 if by_head else 1
     assert sizes == [5] * times * 2
-    floats_per_image = 5 * 5 * max(step.floats_per_score for step in operator.edges) * (1 if by_head else 2)
+    floats_per_image = 5 * 5 * max(map(portable.floats_per_score, operator.edges)) * (1 if by_head else 2)
     for budget, wanted in ((1, [1] * 5), (2 * floats_per_image, [2, 2, 1])):
         sizes.clear()
-        monkeypatch.setattr(attention_module, "_budget", lambda device, budget=budget: budget)
+        monkeypatch.setattr(portable, "_budget", lambda device, budget=budget: budget)
         assert_agree(results(operator, inputs, keep), expected, 1e-12)
         # Forwards and backwards.
         assert sizes == wanted * times * 2
@@ -260,10 +259,10 @@ def test_every_thread_gets_as_many_maps(threads, room, sizes, mask, monkeypatch,
     operator = make_operator(base_fn="silu")
     inputs, keep = make_inputs(batch=5), mask_of(mask, 5)
     expected = results(operator, inputs, keep, need_maps=True)
-    found, maps_of = [], attention_module._Maps.of
-    floats = inputs[0].shape[2] ** 2 * operator.edges[0].floats_per_score
-    monkeypatch.setattr(attention_module, "_budget", lambda device: room * floats)
-    monkeypatch.setattr(attention_module._Maps, "of", lambda self, maps: found.append(maps) or maps_of(self, maps))
+    found, maps_of = [], portable._Maps.of
+    floats = inputs[0].shape[2] ** 2 * portable.floats_per_score(operator.edges[0])
+    monkeypatch.setattr(portable, "_budget", lambda device: room * floats)
+    monkeypatch.setattr(portable._Maps, "of", lambda self, maps: found.append(maps) or maps_of(self, maps))
     use_threads(threads)
     assert_agree(results(operator, inputs, keep), expected, 1e-10)
     assert found == sizes * 2
@@ -285,18 +284,18 @@ class TestMemoryThatIsKept:
 
     @pytest.fixture(autouse=True)
     def none_yet(self, monkeypatch):
-        monkeypatch.setattr(attention_module._Maps, "spare", [])
+        monkeypatch.setattr(portable._Maps, "spare", [])
 
     def test_what_was_in_it_does_not_matter(self, use_threads):
         use_threads(1)
         operator, inputs, keep = make_operator(base_fn="silu"), make_inputs(batch=3), key_mask(3)
         expected = results(operator, inputs, keep)
-        (memory,) = attention_module._Maps.spare
+        (memory,) = portable._Maps.spare
         for content in (math.nan, math.inf):
             memory.fill_(content)
             found = results(operator, inputs, keep)
             assert all(torch.equal(found[name], expected[name]) for name in expected)
-            assert attention_module._Maps.spare[0] is memory
+            assert portable._Maps.spare[0] is memory
 
     def test_calls_of_all_modes_and_sizes_share_it(self):
         operator = make_operator(torch.float32, tokens=17)
@@ -308,19 +307,19 @@ class TestMemoryThatIsKept:
             # Memory of the inference mode could not be written to here.
             torch.testing.assert_close(results(operator, inputs)["output"], output)
             assert_agree(results(small, make_inputs()), results(small, make_inputs(), need_maps=True), 1e-10)
-            assert len(attention_module._Maps.spare) == 1
+            assert len(portable._Maps.spare) == 1
 
     def test_large_memory_is_given_back(self, monkeypatch):
-        monkeypatch.setattr(attention_module._Maps, "KEPT", 10)
-        monkeypatch.setattr(attention_module, "_budget", lambda device: 10)
+        monkeypatch.setattr(portable._Maps, "KEPT", 10)
+        monkeypatch.setattr(portable, "_budget", lambda device: 10)
         results(make_operator(), make_inputs())
-        assert attention_module._Maps.spare == []
+        assert portable._Maps.spare == []
 
     def test_what_looks_on_sees_new_memory(self):
         """Modes that count memory or products, and such that have neither."""
         operator, inputs = make_operator(), make_inputs()
         attend(operator, *inputs)
-        (memory,) = attention_module._Maps.spare
+        (memory,) = portable._Maps.spare
         memory.fill_(7.0)
         with FlopCounterMode(display=False) as counter:
             attend(operator, *inputs)
@@ -330,7 +329,7 @@ class TestMemoryThatIsKept:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = [mode.from_tensor(x) for x in inputs]
             assert attend(operator, *fake)[0].shape == inputs[0].shape
-        assert attention_module._Maps.spare[0] is memory
+        assert portable._Maps.spare[0] is memory
 
     def test_an_error_leaves_nothing_behind(self, monkeypatch):
         operator, inputs = make_operator(), make_inputs()
@@ -340,7 +339,7 @@ class TestMemoryThatIsKept:
             def interrupted(*_):
                 raise KeyboardInterrupt
 
-            patched.setattr(attention_module, "weighted_sum", interrupted)
+            patched.setattr(portable, "weighted_sum", interrupted)
             attend(operator, *inputs)
         found = results(operator, inputs)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -417,7 +416,7 @@ def test_a_universal_operator_is_the_same_operator_in_every_block(make_model, pi
 
 def test_gradients_are_those_of_finite_differences(form, monkeypatch):
     """Of the portable path, which has its own backward pass."""
-    monkeypatch.setattr(attention_module, "_budget", lambda device: 1)
+    monkeypatch.setattr(portable, "_budget", lambda device: 1)
     operator = make_operator(tokens=3, heads=1, karat_rank=2, grid_size=2, base_fn="tanh", **form)
     inputs = make_inputs(tokens=3, heads=1, size=2, seed=5)
     keep = torch.tensor([[True, True, True], [True, False, True]])
