@@ -283,8 +283,8 @@ class KArAtViTConfig(ViTConfig):
 
     def patch_grid(self, image_size: "int | list[int] | tuple[int, int] | None" = None) -> tuple[int, int]:
         """Patches along (height, width) of an image of `image_size` pixels (default: the model's own)."""
-        height, width = _height_width(self.image_size if image_size is None else image_size)
-        patch_height, patch_width = _height_width(self.patch_size)
+        height, width = height_and_width(self.image_size if image_size is None else image_size)
+        patch_height, patch_width = height_and_width(self.patch_size)
         return height // patch_height, width // patch_width
 
     @property
@@ -395,7 +395,8 @@ def _own_keys() -> set[str]:
     return {field.name for field in fields(KArAtViTConfig)} - {field.name for field in fields(ViTConfig.__mro__[1])}
 
 
-def _height_width(size) -> tuple[int, int]:
+def height_and_width(size) -> tuple[int, int]:
+    """A size in pixels, a number or a pair, as (height, width)."""
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     return (sides[0], sides[-1])
 

@@ -17,6 +17,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from .configuration_karat_vit import height_and_width
+
 
 _TIMM_RENAMINGS = (
     (r"^cls_token$", "vit.embeddings.cls_token"),
@@ -108,7 +110,7 @@ def _timm_config(state_dict, num_attention_heads, image_size, layer_norm_eps) ->
         if side * side != patches:
             raise ValueError(f"The positions are {patches} patches, which is no square: give `image_size`.")
         image_size = (side * patch_size[0], side * patch_size[1])
-    height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    height, width = height_and_width(image_size)
     if (height // patch_size[0]) * (width // patch_size[1]) != patches:
         raise ValueError(
             f"`image_size` {height}x{width} has not the {patches} patches of {patch_size[0]}x{patch_size[1]} pixels "

@@ -173,16 +173,10 @@ def _base(x, BASE: tl.constexpr):
 @triton.jit
 def _feature(
     m: tl.constexpr,
-    x,
-    state,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    ORDER: tl.constexpr,
-    LOW: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
-):
+    x, state,
+    FAMILY: tl.constexpr, K: tl.constexpr, ORDER: tl.constexpr, LOW: tl.constexpr, SLOPE: tl.constexpr,
+    BASE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """
     Feature m of M = K (+ 1 with a base function), in order, and what its derivative is made of: F_m, D_m, and the state
     for the next. D_m goes with the coefficients that `_pack` keeps for the derivative.
@@ -324,15 +318,10 @@ def _rational(x, ptr, step, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, 
 
 @triton.jit
 def _edge(
-    x,
-    ptr,
-    step,
-    FAMILY: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
+    x, ptr, step,
+    FAMILY: tl.constexpr, WAVELET: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr,
     FAST: tl.constexpr,
-):
+):  # fmt: skip
     """scale * basis(x) for one output of a family that is not linear in its parameters."""
     if FAMILY == 2:
         value, _ = _wavelet(x * tl.load(ptr + 2 * step) + tl.load(ptr + step), WAVELET, FAST)
@@ -365,20 +354,12 @@ def _visible(keep_ptr, b, keys, N):
 
 @triton.jit
 def _add_edges(
-    x,
-    gradient,
-    d_x,
-    sums,
+    x, gradient, d_x, sums,
     edges_ptr,
-    chosen,
-    step,
-    FAMILY: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    FAST: tl.constexpr,
-):
+    chosen, step,
+    FAMILY: tl.constexpr, WAVELET: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr,
+    EDGES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Add what output p has for dx, (BN, BM), and for the sums of its parameters, each (BN, RP)."""
     if FAMILY == 2:
         inverse = tl.load(edges_ptr + 2 * step)
@@ -403,14 +384,9 @@ def _add_edges(
 @triton.jit
 def _total(
     partial_ptr,
-    first,
-    step,
-    chunks,
-    most,
-    inside,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    first, step, chunks, most, inside,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """
     The sum over the chunks of what lies at `first`, `first + step`, ..., for each of a block of entries, which have
     their own steps and numbers of chunks, at most `most`.

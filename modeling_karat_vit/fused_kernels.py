@@ -37,52 +37,17 @@ from .fused_functions import (
 
 
 # Numbers that change from batch to batch are no reason to compile anew, as Triton would for 1 and for multiples of 16.
-_COUNTS = (
-    "B",
-    "H",
-    "N",
-    "PARTS",
-    "CHUNK",
-    "FIRST",
-    "TILES",
-    "END",
-    "AREA",
-    "CHUNKS",
-    "REST_CHUNKS",
-    "W_CHUNKS",
-    "REST",
-    "KEY_PARTS",
-    "QUERY_PARTS",
-    "SIZE",
-)
-_kernel = triton.jit(do_not_specialize=_COUNTS)
+_COUNTS = "B H N PARTS CHUNK FIRST TILES END AREA CHUNKS REST_CHUNKS W_CHUNKS REST KEY_PARTS QUERY_PARTS SIZE"
+_kernel = triton.jit(do_not_specialize=tuple(_COUNTS.split()))
 
 
 @triton.jit
 def _pack(
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    scale_ptr,
-    base_ptr,
-    w_ptr,
-    packed_ptr,
-    edges_ptr,
-    head,
-    m,
-    block,
-    N,
-    NP: tl.constexpr,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    R: tl.constexpr,
-    RP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    first_ptr, second_ptr, third_ptr, scale_ptr, base_ptr, w_ptr, packed_ptr, edges_ptr,
+    head, m, block, N,
+    NP: tl.constexpr, FAMILY: tl.constexpr, K: tl.constexpr, M: tl.constexpr, WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr, EDGES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Part m of the parameters of one head, for a block of tokens."""
     n = block * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RP)
@@ -134,39 +99,12 @@ def _pack(
 
 @_kernel
 def _prepare(
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    scale_ptr,
-    base_ptr,
-    w_ptr,
-    v_ptr,
-    keep_ptr,
-    packed_ptr,
-    edges_ptr,
-    u_ptr,
-    v_b,
-    v_h,
-    v_n,
-    B,
-    H,
-    N,
-    PARTS,
-    NP: tl.constexpr,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    R: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    first_ptr, second_ptr, third_ptr, scale_ptr, base_ptr, w_ptr, v_ptr, keep_ptr, packed_ptr, edges_ptr, u_ptr,
+    v_b, v_h, v_n, B, H, N, PARTS,
+    NP: tl.constexpr, FAMILY: tl.constexpr, K: tl.constexpr, M: tl.constexpr, WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, HAS_KEEP: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """
     U = W^T v of one image, head and part of the keys, (RP, DP), or, beyond the B x H x PARTS programs for that, the
     parameters as the other kernels read them, zero beyond N and R:
@@ -182,29 +120,10 @@ def _prepare(
         blocks: tl.constexpr = NP // BLOCK
         parts: tl.constexpr = M + 1 + EDGES
         _pack(
-            first_ptr,
-            second_ptr,
-            third_ptr,
-            scale_ptr,
-            base_ptr,
-            w_ptr,
-            packed_ptr,
-            edges_ptr,
-            pid // (parts * blocks),
-            (pid // blocks) % parts,
-            pid % blocks,
-            N,
-            NP,
-            FAMILY,
-            K,
-            M,
-            WAVELET,
-            NUMERATOR,
-            EDGES,
-            R,
-            RP,
-            BLOCK,
-        )
+            first_ptr, second_ptr, third_ptr, scale_ptr, base_ptr, w_ptr, packed_ptr, edges_ptr,
+            pid // (parts * blocks), (pid // blocks) % parts, pid % blocks, N, NP, FAMILY, K, M, WAVELET, NUMERATOR,
+            EDGES, R, RP, BLOCK,
+        )  # fmt: skip
     else:
         dtype = v_ptr.dtype.element_ty
         part = pid % PARTS
@@ -228,49 +147,14 @@ def _prepare(
 
 @_kernel
 def _forward(
-    q_ptr,
-    k_ptr,
-    packed_ptr,
-    edges_ptr,
-    keep_ptr,
-    u_ptr,
-    out_ptr,
-    hidden_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    B,
-    H,
-    N,
-    scaling,
-    FIRST,
-    TILES,
-    NP: tl.constexpr,
-    R: tl.constexpr,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ORDER: tl.constexpr,
-    LOW: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    SAVE: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q_ptr, k_ptr, packed_ptr, edges_ptr, keep_ptr, u_ptr, out_ptr, hidden_ptr,
+    q_b, q_h, q_n, k_b, k_h, k_n, B, H, N, scaling, FIRST, TILES,
+    NP: tl.constexpr, R: tl.constexpr, FAMILY: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ORDER: tl.constexpr,
+    LOW: tl.constexpr, WAVELET: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr,
+    EDGES: tl.constexpr, SLOPE: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEEP: tl.constexpr, SAVE: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """
     Output of BM queries of one image and head, of TILES tiles that begin with query FIRST; with SAVE also H, which the
     backward pass wants.
@@ -323,26 +207,11 @@ def _forward(
 
 @_kernel
 def _backward_hidden(
-    d_out_ptr,
-    hidden_ptr,
-    u_ptr,
-    d_hidden_ptr,
-    d_u_ptr,
-    o_b,
-    o_h,
-    o_n,
-    B,
-    H,
-    N,
-    PARTS,
-    NP: tl.constexpr,
-    EDGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    d_out_ptr, hidden_ptr, u_ptr, d_hidden_ptr, d_u_ptr,
+    o_b, o_h, o_n, B, H, N, PARTS,
+    NP: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, RP: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """
     dH = d_out U^T, and dU = H^T d_out, of a part of the queries of one image and head. dH is (B, h, N, RP), or, for
     families whose functions are taken one by one, (B, h, RP, NP).
@@ -375,41 +244,12 @@ def _backward_hidden(
 
 @_kernel
 def _backward_queries(
-    q_ptr,
-    k_ptr,
-    packed_ptr,
-    keep_ptr,
-    d_hidden_ptr,
-    d_q_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    B,
-    H,
-    N,
-    scaling,
-    FIRST,
-    TILES,
-    NP: tl.constexpr,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ORDER: tl.constexpr,
-    LOW: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q_ptr, k_ptr, packed_ptr, keep_ptr, d_hidden_ptr, d_q_ptr,
+    q_b, q_h, q_n, k_b, k_h, k_n, B, H, N, scaling, FIRST, TILES,
+    NP: tl.constexpr, FAMILY: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ORDER: tl.constexpr,
+    LOW: tl.constexpr, SLOPE: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEEP: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """dq of BM queries, as in `_forward`, of a family that is linear in its coefficients."""
     dtype = q_ptr.dtype.element_ty
     scaling = tl.cast(scaling, tl.float32)  # inductor may pass it in fp64
@@ -448,46 +288,13 @@ def _backward_queries(
 
 @_kernel
 def _backward_keys(
-    q_ptr,
-    k_ptr,
-    packed_ptr,
-    keep_ptr,
-    d_hidden_ptr,
-    d_k_ptr,
-    partial_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    B,
-    H,
-    N,
-    scaling,
-    CHUNK,
-    FIRST,
-    TILES,
-    END,
-    AREA,
-    NP: tl.constexpr,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    ORDER: tl.constexpr,
-    LOW: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    q_ptr, k_ptr, packed_ptr, keep_ptr, d_hidden_ptr, d_k_ptr, partial_ptr,
+    q_b, q_h, q_n, k_b, k_h, k_n, B, H, N, scaling, CHUNK, FIRST, TILES, END, AREA,
+    NP: tl.constexpr, FAMILY: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ORDER: tl.constexpr,
+    LOW: tl.constexpr, SLOPE: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEEP: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     KEPT: tl.constexpr,
-):
+):  # fmt: skip
     """
     dk of BN keys, of TILES tiles from key FIRST to END, in a chunk of images, and the chunk's sums for the coefficients
     of these keys: `partial` is (chunks, H, M, END - FIRST, RP), from its row AREA of RP on.
@@ -549,46 +356,13 @@ def _backward_keys(
 
 @_kernel
 def _backward_edges(
-    q_ptr,
-    k_ptr,
-    packed_ptr,
-    edges_ptr,
-    keep_ptr,
-    d_hidden_ptr,
-    d_q_ptr,
-    d_k_ptr,
-    partial_ptr,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    B,
-    H,
-    N,
-    scaling,
-    CHUNK,
-    KEY_PARTS,
-    QUERY_PARTS,
-    NP: tl.constexpr,
-    R: tl.constexpr,
-    FAMILY: tl.constexpr,
-    M: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q_ptr, k_ptr, packed_ptr, edges_ptr, keep_ptr, d_hidden_ptr, d_q_ptr, d_k_ptr, partial_ptr,
+    q_b, q_h, q_n, k_b, k_h, k_n, B, H, N, scaling, CHUNK, KEY_PARTS, QUERY_PARTS,
+    NP: tl.constexpr, R: tl.constexpr, FAMILY: tl.constexpr, M: tl.constexpr, WAVELET: tl.constexpr,
+    NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, EDGES: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_KEEP: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """
     dq, dk and the sums for the parameters of a family whose functions are taken one by one, of a chunk of images, a
     part of the keys and a part of the queries: `d_q` (KEY_PARTS, B, N, H, D), fp32, `d_k` (QUERY_PARTS, B, N, H, D),
@@ -653,20 +427,9 @@ def _backward_edges(
                         gradient = tl.where(visible[:, None], gradient, 0.0)
                     chosen = tl.where(r[None, :] == p, 1.0, 0.0)
                     d_x, edge_sums = _add_edges(
-                        x,
-                        gradient,
-                        d_x,
-                        edge_sums,
-                        own_edges + p * NP,
-                        chosen,
-                        R * NP,
-                        FAMILY,
-                        WAVELET,
-                        NUMERATOR,
-                        DENOMINATOR,
-                        EDGES,
-                        FAST,
-                    )
+                        x, gradient, d_x, edge_sums, own_edges + p * NP, chosen, R * NP, FAMILY, WAVELET, NUMERATOR,
+                        DENOMINATOR, EDGES, FAST,
+                    )  # fmt: skip
                 sums = new + edge_sums
                 half_d_x = d_x.to(dtype)
                 d_k = tl.dot(half_d_x, q, d_k, input_precision=PRECISION)
@@ -699,28 +462,11 @@ def _add_parts(parts_ptr, out_ptr, PARTS, SIZE, BLOCK: tl.constexpr):
 
 @_kernel
 def _backward_values(
-    v_ptr,
-    packed_ptr,
-    keep_ptr,
-    d_u_ptr,
-    d_v_ptr,
-    partial_ptr,
-    v_b,
-    v_h,
-    v_n,
-    B,
-    H,
-    N,
-    CHUNK,
-    NP: tl.constexpr,
-    M: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    RP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    v_ptr, packed_ptr, keep_ptr, d_u_ptr, d_v_ptr, partial_ptr,
+    v_b, v_h, v_n, B, H, N, CHUNK,
+    NP: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr, HAS_KEEP: tl.constexpr, RP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """dv = W dU of a block of keys in a chunk of images, and the chunk's sum dW = v dU^T: (chunks, H, N, RP)."""
     dtype = v_ptr.dtype.element_ty
     tiles = tl.cdiv(N, BLOCK)
@@ -754,36 +500,13 @@ def _backward_values(
 
 @_kernel
 def _reduce(
-    partial_ptr,
-    w_partial_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    scale_ptr,
-    d_first_ptr,
-    d_second_ptr,
-    d_third_ptr,
-    d_scale_ptr,
-    d_base_ptr,
-    d_w_ptr,
-    CHUNKS,
-    REST_CHUNKS,
-    W_CHUNKS,
-    REST,
-    H,
-    N,
-    FAMILY: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    WAVELET: tl.constexpr,
-    NUMERATOR: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    R: tl.constexpr,
-    RP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial_ptr, w_partial_ptr, first_ptr, second_ptr, third_ptr, scale_ptr, d_first_ptr, d_second_ptr, d_third_ptr,
+    d_scale_ptr, d_base_ptr, d_w_ptr,
+    CHUNKS, REST_CHUNKS, W_CHUNKS, REST, H, N,
+    FAMILY: tl.constexpr, K: tl.constexpr, M: tl.constexpr, WAVELET: tl.constexpr, NUMERATOR: tl.constexpr,
+    DENOMINATOR: tl.constexpr, EDGES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """
     Sum the chunks, and hand the gradient on to coefficients, scales and W. `partial` holds the sums of the keys below
     REST, and behind them those of the other keys, which have a number of chunks of their own.

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .basis import EdgeFunctions
-from .configuration_karat_vit import STRUCTURAL_FIELDS, KArAtViTConfig
+from .configuration_karat_vit import STRUCTURAL_FIELDS, KArAtViTConfig, height_and_width
 from .conversion import load_deit_state_dict
 from .karat_operator import (
     KArAtOperator,
@@ -427,7 +427,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         for module in self.modules():
             if isinstance(module, KArAtViTEmbeddings):
                 patches = module.patch_embeddings
-                patches.image_size = module.image_size = _pair(new.image_size)
+                patches.image_size = module.image_size = height_and_width(new.image_size)
                 patches.num_patches = new_grid[0] * new_grid[1]
             if grid == new_grid:
                 continue  # The parameters stay the same objects, which an optimiser may hold.
@@ -659,10 +659,6 @@ def _join(parts):
     return None if any(part is None for part in parts) else torch.cat(parts, dim=1)
 
 
-def _pair(size) -> tuple[int, int]:
-    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-
-
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -689,7 +685,8 @@ def _check_same_structure(name, source: dict, wanted: dict) -> None:
     asked = KArAtViTConfig.from_dict({**source, **wanted})
     for key in wanted:
         have, want = getattr(stored, key), getattr(asked, key)
-        same = _pair(have) == _pair(want) if key in ("image_size", "patch_size") else have == want
+        sizes = key in ("image_size", "patch_size")
+        same = height_and_width(have) == height_and_width(want) if sizes else have == want
         if not same:
             advice = (
                 "Load it as it is, then call `model.resize(...)`."
