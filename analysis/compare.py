@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from image_classification.errors import InputError
-from image_classification.models.loading import height_and_width
 from image_classification.reports.curves import history
 from image_classification.reports.summary import RESULTS
 from image_classification.runs import checkpoints as saved
+from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from . import options, style
 from .models import Checkpoint, by_default, load_checkpoint, read_state, run_folder

@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from image_classification.errors import InputError
-from image_classification.models.loading import height_and_width
+from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from . import options, style
 from .annotations import BOX_FORMATS, as_seen, find_annotated

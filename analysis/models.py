@@ -15,10 +15,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from image_classification.errors import InputError
 from image_classification.models import transfer
 from image_classification.models.building import build_model, sum_of_weights
-from image_classification.models.loading import height_and_width, load_config, load_image_processor, load_model
+from image_classification.models.loading import load_config, load_image_processor, load_model
 from image_classification.runs import checkpoints as saved
 from image_classification.runs.run_folder import RECORD, read_record
 from image_classification.settings.arguments import ModelArguments
+from modeling_karat_vit.configuration_karat_vit import height_and_width
 from modeling_karat_vit.karat_operator import KArAtOperator
 
 

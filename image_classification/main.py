@@ -19,6 +19,8 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from modeling_karat_vit.configuration_karat_vit import height_and_width
+
 from .data.augmentation import check_cutmix, collate, make_collate
 from .data.sources import ImageData, load_data
 from .data.streaming import StreamedImageDataset, load_streamed
@@ -37,7 +39,7 @@ from .models.building import (
     load_trained,
     sum_of_weights,
 )
-from .models.loading import find_file, height_and_width, load_config, load_image_processor
+from .models.loading import find_file, load_config, load_image_processor
 from .publishing.destination import Destination, prepare
 from .publishing.publisher import PUSHED, Publisher
 from .reports import trackers

@@ -398,7 +398,7 @@ def _own_keys() -> set[str]:
 def height_and_width(size) -> tuple[int, int]:
     """A size in pixels, a number or a pair, as (height, width)."""
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return (sides[0], sides[-1])
+    return int(sides[0]), int(sides[-1])
 
 
 def _integer(name: str, value, minimum: int) -> int:

@@ -14,8 +14,9 @@ from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
+from modeling_karat_vit.configuration_karat_vit import height_and_width
+
 from ..errors import InputError
-from ..models.loading import height_and_width
 from ..settings.arguments import DataArguments
 from .augmentation import REPEATS, auto_augment, own_generators, random_erasing, seed_generators
 from .images import decode

@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
-from modeling_karat_vit.configuration_karat_vit import STRUCTURAL_FIELDS
+from modeling_karat_vit.configuration_karat_vit import STRUCTURAL_FIELDS, height_and_width
 from modeling_karat_vit.modeling_karat_vit import drop_path
 
 from ..errors import InputError, did_you_mean, more
 from ..paths import CONFIGURATION
 from ..settings.arguments import NOT_OF_THE_CONFIG, ModelArguments
-from .loading import HEAD, HEAD_OR_OPERATOR, UNUSED, height_and_width, load_config, load_model, load_weights
+from .loading import HEAD, HEAD_OR_OPERATOR, UNUSED, load_config, load_model, load_weights
 from .softmax_attention import UNMASKED
 
 

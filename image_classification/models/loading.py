@@ -29,6 +29,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
+from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from .. import hub
 from ..errors import InputError, more, reason_of
@@ -44,12 +45,6 @@ UNUSED = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$)|decoder\.|disti
 LARGEST_SIDE = 2**14
 # Nor are more classes a data set's: Transformers makes a name for each of those that have none.
 MOST_CLASSES = 1_000_000
-
-
-def height_and_width(size) -> tuple[int, int]:
-    """A configuration's `image_size` (a number, or a pair) as (height, width)."""
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return int(sides[0]), int(sides[-1])
 
 
 def device_of(name: str | None) -> torch.device:

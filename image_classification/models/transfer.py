@@ -17,10 +17,12 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from modeling_karat_vit.configuration_karat_vit import height_and_width
+
 from ..errors import InputError
 from ..settings.arguments import Settings
 from .building import build_config
-from .loading import height_and_width, load_config, load_image_processor, load_model
+from .loading import load_config, load_image_processor, load_model
 
 
 logger = logging.getLogger(__name__)
