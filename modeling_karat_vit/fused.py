@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cache, wraps
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 
@@ -87,7 +88,7 @@ class Form:
 
     @classmethod
     def from_list(cls, values: list[float]) -> "Form":
-        return cls(*(field.type(value) for field, value in zip(fields(cls), values)))
+        return cls(*(kind(value) for kind, value in zip(get_type_hints(cls).values(), values)))
 
 
 _FORM_FIELDS = tuple(field.name for field in fields(Form))
@@ -121,8 +122,9 @@ def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
         elif form.features <= 2:
             tiles |= {"_forward": (64, 32, 4, 4), "_backward_queries": (64, 32, 4, 4), "_backward_keys": (16, 64, 4, 4)}
             programs["_backward_keys"] = 396
-    tiles = {name: dict(zip(("BM", "BN", "num_warps", "num_stages"), tile)) for name, tile in tiles.items()}
-    return tiles | {
+    names = ("BM", "BN", "num_warps", "num_stages")
+    options: dict[str, dict[str, int]] = {name: dict(zip(names, tile)) for name, tile in tiles.items()}
+    return options | {
         "_backward_hidden": {"BLOCK": _PADDING, "num_stages": 3},
         "_backward_values": {"BLOCK": 32, "num_warps": 2, "num_stages": 3},
         "_add_parts": {"BLOCK": 2048},
@@ -222,7 +224,7 @@ class _Plan:
                 tile["num_stages"] -= 1
             if not tile.get("KEPT", True):
                 while max(tile["BM"], tile["BN"]) > 16 and self._moved(name, tile) * itemsize > room:
-                    tile[max(("BN", "BM"), key=tile.get)] //= 2
+                    tile[max(("BN", "BM"), key=tile.__getitem__)] //= 2
 
 
 _compiled: dict[tuple, dict[str, tuple]] = {}
@@ -262,12 +264,12 @@ class _Launcher:
             return
         binary, constants = self.compiled[name]
         # Addresses, for Triton asks the driver about each tensor.
-        arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
         if self.watched:
-            binary[grid](*arguments, *constants)
+            binary[grid](*values, *constants)
         else:
             none = None, None, None  # Nothing for hooks, and no hooks.
-            binary.run(*grid, self.stream, binary.function, binary.packed_metadata, *none, *arguments, *constants)
+            binary.run(*grid, self.stream, binary.function, binary.packed_metadata, *none, *values, *constants)
 
 
 class _TracedLauncher:
@@ -424,7 +426,7 @@ def _run_backward(
     strides = (batch_stride, head_stride, row_stride)
     parts = _parts(images * heads, tokens)
     d_u = _new_square(q, plan, parts)
-    tensors = (d_out, hidden, u, d_hidden, d_u)
+    tensors: tuple[Any, ...] = (d_out, hidden, u, d_hidden, d_u)
     launch(_backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
     d_u = _sum_of_parts(d_u, q.dtype)
     numbers = (*q.stride()[:3], *k.stride()[:3], *sizes, scaling)
@@ -437,7 +439,7 @@ def _run_backward(
         grown_k = d_k if query_parts == 1 else q.new_empty(query_parts, *d_k.shape, dtype=torch.float32)
         partial = q.new_empty(chunks[0] * sums * tokens * rp, dtype=torch.float32)
         tensors = (q, k, packed, edges, visible, d_hidden, grown_q, grown_k, partial)
-        ranges = (size, key_parts, query_parts)
+        ranges: tuple[int, ...] = (size, key_parts, query_parts)
         launch(_backward_edges, heads * chunks[0] * key_parts, *tensors, *numbers, *ranges)
         programs = _cdiv(d_q.numel(), plan.options["_add_parts"]["BLOCK"])
         launch(_add_parts, programs, grown_q, d_q, key_parts, d_q.numel())

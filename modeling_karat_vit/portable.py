@@ -160,10 +160,13 @@ class LeanFeatures:
     Subclasses say what those of the basis are. `out` is memory that features are written to.
     """
 
-    floats_per_score: int
-
     def __init__(self, step):
         self.step = step
+
+    @property
+    def floats_per_score(self) -> int:
+        """Floats that evaluating the step keeps per score."""
+        raise NotImplementedError
 
     def of_basis(self, x: torch.Tensor, out: list[torch.Tensor] | None) -> tuple[list, list]:
         """The L_k(x) and D_j(x) of the basis; the L_k are in the first tensors of `out`, or in new ones."""
@@ -286,7 +289,8 @@ def lean_phi(step, x, tensors, keep=None) -> torch.Tensor:
     coefficients = lean.coefficients(tensors)
     if is_traced():
         features = (feature if keep is None else feature * keep for feature in lean.features(x))
-        return sum(feature @ coefficients[:, index].transpose(1, 2) for index, feature in enumerate(features))
+        first, *rest = (feature @ coefficients[:, k].transpose(1, 2) for k, feature in enumerate(features))
+        return sum(rest, first)
     return _FeatureProduct.apply(lean, x, keep, coefficients)
 
 
@@ -519,7 +523,7 @@ class _Maps:
         self.memory = self.take(math.prod(shape), query)
         memory = self.memory[: math.prod(shape)].view(shape)
         self.scores, self.features = memory[:count], memory[count:].view(most, features, *shape[2:])
-        self.size = None
+        self.size: int | None = None
 
     @classmethod
     def take(cls, floats: int, like: torch.Tensor) -> torch.Tensor:
