@@ -39,6 +39,8 @@ CSV or NPZ.
 
 def main(argv: list[str] | None = None) -> int:
     """
+    Run the command that the words name.
+
     Args:
         argv: the words after `python -m analysis`; default the process's.
 

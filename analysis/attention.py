@@ -38,7 +38,8 @@ HEADS_PER_ROW = 6
 @dataclass(kw_only=True)
 class Maps:
     """
-    What one query sees, in one block of one model. B images, h heads, N tokens ([CLS] first), rows x columns patches.
+    The attention of one query, in one block of one model. B images, h heads, N tokens ([CLS] first), rows x columns
+    patches.
 
     Args:
         name: what figures call the model.
@@ -65,6 +66,8 @@ class Maps:
 
 def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, query: int = 0, batch_size: int = 8) -> Maps:
     """
+    Compute what one query of one block sees.
+
     Args:
         checkpoint: the model.
         pixels: (B, 3, height, width).
@@ -242,7 +245,7 @@ def draw_strongest(heads: np.ndarray, count: int, axes: Axes):
 
 def draw_overview(rows: np.ndarray, grid: tuple[int, int], axes: Axes) -> Axes:
     """
-    Every head of every block as a small signed map, side by side: blocks to the right, heads downwards.
+    Draw each head of each block as a small signed map, side by side: blocks to the right, heads downwards.
 
     Each map has its own scale, so that those of all blocks can be seen. On the axes, head k of block b is the square
     about (b, k).
@@ -269,7 +272,7 @@ def draw_overview(rows: np.ndarray, grid: tuple[int, int], axes: Axes) -> Axes:
 
 def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure) -> Figure:
     """
-    One image, every head before and after the activation: one row of heads for each model and stage.
+    Draw every head before and after the activation, for one image: a row of heads for each model and stage.
 
     Args:
         maps: of one model or several.

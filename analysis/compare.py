@@ -33,11 +33,11 @@ from tqdm.auto import tqdm
 from image_classification.errors import InputError
 from image_classification.reports.curves import history
 from image_classification.reports.summary import RESULTS
-from image_classification.runs import checkpoints as saved
+from image_classification.runs import checkpoints
 from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from . import options, style
-from .models import Checkpoint, by_default, load_checkpoint, read_state, run_folder
+from .models import Checkpoint, load_checkpoint, read_state, run_folder, use_default_attention
 from .output import Output, figure_names
 
 
@@ -159,10 +159,10 @@ class PeakMemory(TorchDispatchMode):
 
 def real_count(checkpoint: Checkpoint) -> tuple[int, int]:
     """
-    Of a forward pass of one image, by the implementation that runs by default (without fused kernels, which PyTorch
+    Count a forward pass of one image, by the implementation that runs by default (without fused kernels, which PyTorch
     cannot see into): multiply-adds of matrix products, and elementwise operations.
     """
-    model = by_default(checkpoint, "karat_portable")
+    model = use_default_attention(checkpoint, "karat_portable")
     pixels = _pixels(checkpoint, 1)
     with torch.no_grad():
         model(pixels)  # what is done only once is not counted
@@ -180,7 +180,7 @@ def training_memory(checkpoint: Checkpoint, batch_size: int) -> int | None:
     """
     if checkpoint.model.device.type not in ("cpu", "cuda"):
         return None
-    model = by_default(checkpoint).train()
+    model = use_default_attention(checkpoint).train()
     device = model.device
     step = _training_step(checkpoint, model, batch_size)
     if device.type == "cuda":
@@ -202,7 +202,7 @@ def training_memory(checkpoint: Checkpoint, batch_size: int) -> int | None:
 
 def speed(checkpoint: Checkpoint, batch_size: int, train: bool, repeats: int = 5) -> float:
     """Images per second: median of `repeats` passes after one to warm up."""
-    model = by_default(checkpoint)
+    model = use_default_attention(checkpoint)
     if train:
         step = _training_step(checkpoint, model.train(), batch_size)
     else:
@@ -259,8 +259,8 @@ def accuracy(source: str) -> dict[str, float]:
         return {}
     row, results = {}, folder / RESULTS
     if Path(source).resolve() == folder:
-        row = saved.read_json(results) if results.is_file() else {}
-    elif saved.is_checkpoint(Path(source)):
+        row = checkpoints.read_json(results) if results.is_file() else {}
+    elif checkpoints.is_checkpoint(Path(source)):
         state = read_state(Path(source))
         rows = [row for row in history(state["log_history"]) if row["step"] == state["global_step"]]
         row = rows[-1] if rows else {}
@@ -273,7 +273,7 @@ def accuracy(source: str) -> dict[str, float]:
 
 def compute(checkpoint: Checkpoint, name: str, batch_size: int | None = 32) -> dict:
     """
-    One row of the table, in plain units: counts, bytes, images per second, accuracies from 0 to 1.
+    Measure one row of the table, in plain units: counts, bytes, images per second, accuracies from 0 to 1.
 
     Args:
         checkpoint: the model.
@@ -332,7 +332,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], key: str, axes: Axes) -> Axes:
-    """One column of the table as bars, with their values; the first model on top."""
+    """Draw one column of the table as bars, with their values; the first model on top."""
     title, unit, cells = scaled(rows, key)
     values = np.array([row.get(key, 0.0) for row in rows])
     places = np.arange(len(rows))

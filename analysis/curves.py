@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from image_classification.errors import InputError, reason_of
 from image_classification.reports.curves import HISTORY, history
-from image_classification.runs import checkpoints as saved
+from image_classification.runs import checkpoints
 from image_classification.runs.run_folder import RECORD
 
 from . import options, style
@@ -34,7 +34,7 @@ METRICS = {
 @dataclass
 class Curves:
     """
-    One run.
+    The curves of one run.
 
     Args:
         name: what figures call it.
@@ -63,8 +63,8 @@ def read(source: str, name: str | None = None) -> Curves:
         )
     rows = []
     if (folder / HISTORY).is_file():
-        rows = saved.read_json(folder / HISTORY)
-    elif (last := saved.newest(folder)[0]) is not None:
+        rows = checkpoints.read_json(folder / HISTORY)
+    elif (last := checkpoints.newest(folder)[0]) is not None:
         rows = history(read_state(last)["log_history"])
     if not rows:
         raise InputError(f"{folder} holds no evaluation yet: expected {HISTORY}, or a checkpoint with a log.")

@@ -42,7 +42,7 @@ from .annotations import BOX_FORMATS, as_seen, find_annotated
 from .attention import Maps, dominant_head, on_grid, region
 from .attention import compute as attention_maps
 from .images import find_images, prepare
-from .models import Checkpoint, by_default
+from .models import Checkpoint, use_default_attention
 from .output import Output, figure_names
 
 
@@ -63,8 +63,8 @@ LEVEL = 0.95
 @dataclass(kw_only=True)
 class Faithfulness:
     """
-    Of one model; B images, steps + 1 points of the curves. The first axis of the arrays is `SOURCES`: the model's map,
-    a random one, one that is strongest at the centre.
+    The measures of one model; B images, steps + 1 points of the curves. The first axis of the arrays is `SOURCES`: the
+    model's map, a random one, one that is strongest at the centre.
 
     Args:
         name: what tables and figures call the model.
@@ -88,7 +88,7 @@ class Faithfulness:
 
     @property
     def measures(self) -> dict[str, np.ndarray]:
-        """Each measure of every image, (3, B)."""
+        """The measures of every image, (3, B)."""
         areas = {
             "deletion": area(self.shares, self.deletion_curves),
             "insertion": area(self.shares, self.insertion_curves),
@@ -110,6 +110,8 @@ def compute(
     batch_size: int = 8,
 ) -> Faithfulness:
     """
+    Measure the map of one block on images.
+
     Args:
         checkpoint: the model, with a classifier.
         pixels: (B, 3, height, width), as the model takes them.
@@ -178,7 +180,7 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def importance(maps: Maps, kind: str) -> np.ndarray:
-    """How strong a map is at every patch, 0 or more: (B, patches). `kind` is one of `KINDS`."""
+    """The strength of a map at every patch, 0 or more: (B, patches). `kind` is one of `KINDS`."""
     if kind == "rollout":
         values = maps.rollout
     elif kind == "mean":
@@ -312,8 +314,8 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple
 
 def table(data: list[Faithfulness], resamples: int = 2000, seed: int = 0) -> list[dict]:
     """
-    Every measure of every model and map, `attention - random` of every model, and for two models the difference of
-    each map's measures, image by image: `model`, `map`, `measure`, `mean`, `low`, `high`, `images`.
+    Tabulate every measure of every model and map, `attention - random` of every model, and for two models the
+    difference of each map's measures, image by image: `model`, `map`, `measure`, `mean`, `low`, `high`, `images`.
     """
     measured = []
     for each in data:
@@ -387,7 +389,7 @@ def draw_measure(data: list[Faithfulness], rows: list[dict], measure: str, axes:
 
 
 def draw_all(data: list[Faithfulness], rows: list[dict], figure: Figure) -> Figure:
-    """Both curves, and where there are objects the two other measures; one legend."""
+    """Draw both curves, and where there are objects the two other measures; one legend."""
     measures = list(data[0].measures)
     panels = dict(zip(measures, figure.subplots(1, len(measures))))
     for measure, axes in panels.items():
@@ -425,7 +427,7 @@ def _by_patch(objects: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 def _probability(checkpoint: Checkpoint, pixels: torch.Tensor, batch_size: int):
     """A function for `perturb` (the probability of the class predicted of the whole image), and those classes, (B,)."""
-    model = by_default(checkpoint)
+    model = use_default_attention(checkpoint)
 
     @torch.inference_mode()
     def logits(images: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class Functions:
 @torch.inference_mode()
 def inputs_of(operator, scores: torch.Tensor, step: int = 0) -> torch.Tensor:
     """
-    What the functions of a step are applied to.
+    The inputs that the functions of a step are applied to.
 
     Args:
         operator: the `KArAtOperator`.
@@ -82,7 +82,7 @@ def inputs_of(operator, scores: torch.Tensor, step: int = 0) -> torch.Tensor:
 
 
 def input_name(operator, step: int = 0) -> str:
-    """What figures call the inputs of a step: scores, or what an earlier step made of them."""
+    """The name in figures of the inputs of a step: scores, or what an earlier step made of them."""
     return "input $x$" if operator.mode == "w1_phi2" or step > 0 else "score $x$"
 
 
@@ -111,8 +111,8 @@ def evaluate(operator, head: int, x: torch.Tensor, step: int = 0) -> torch.Tenso
 @torch.inference_mode()
 def strength_of(operator, head: int, inputs: torch.Tensor, step: int = 0) -> torch.Tensor:
     """
-    How much each edge moves the activated row: the standard deviation of phi_pq over the inputs that occur, times the
-    length of column p of W where W follows (phi1_w2).
+    The strength of each edge, by how far it moves the activated row: the standard deviation of phi_pq over the inputs
+    that occur, times the length of column p of W where W follows (phi1_w2).
 
     Args:
         inputs: (rows, Q).
@@ -220,7 +220,7 @@ def compute(
 
 def draw(data: Functions, axes: Axes, edge: tuple[int, int] | None = None) -> Axes:
     """
-    One head's functions.
+    Draw one head's functions.
 
     Args:
         data: what to draw.
@@ -250,7 +250,7 @@ def draw(data: Functions, axes: Axes, edge: tuple[int, int] | None = None) -> Ax
 def draw_all(
     after: list[Functions], figure: Figure, before: list[Functions] | None = None, edge=None, inputs: str = "score $x$"
 ) -> Figure:
-    """All heads of a block; with `before`, two panels a head, on one scale: see `layout`."""
+    """Draw all heads of a block; with `before`, two panels a head, on one scale: see `layout`."""
     stages = [(after, "")] if before is None else [(before, ", before training"), (after, ", after training")]
     rows, columns, places = layout(len(after), len(stages))
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -276,7 +276,7 @@ def draw_all(
 
 def layout(heads: int, stages: int) -> tuple[int, int, list[list[tuple[int, int]]]]:
     """
-    Where the panels go: the stages of one or two heads side by side in one row, of more heads beneath each other.
+    Places of the panels: the stages of one or two heads side by side in one row, of more heads beneath each other.
 
     Returns:
         Rows, columns, and for each head the (row, column) of its stages.

@@ -45,7 +45,7 @@ LANDSCAPE = {
 @dataclass
 class Picture:
     """
-    One command of the gallery.
+    A picture of the gallery and the command that makes it.
 
     Args:
         name: of the picture in the gallery.
@@ -219,7 +219,7 @@ def train_both(name: str, work: Path, data_path: str | None = None) -> tuple[str
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """One line on a model: what it is, and for that of a run how it was trained and how good it is."""
+    """Describe a model in one line: what it is, and for that of a run how it was trained and how good it is."""
     said = f"{style.KIND_NAMES[checkpoint.kind]}: {describe_model(checkpoint.model)}"
     if checkpoint.run is not None:
         settings, finished = checkpoint.run["settings"], checkpoint.run.get("finished") or {}

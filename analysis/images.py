@@ -25,6 +25,8 @@ Found = tuple[Image.Image, str, str | None]
 @dataclass
 class Images:
     """
+    Images as a model takes them, and as people see them.
+
     Args:
         pixels: (B, 3, height, width), as the model takes them.
         pictures: (B, height, width, 3), from 0 to 1: what the model sees, that is, after resizing and cropping.

@@ -16,7 +16,7 @@ from image_classification.errors import InputError
 from image_classification.models import transfer
 from image_classification.models.building import build_model, sum_of_weights
 from image_classification.models.loading import load_config, load_image_processor, load_model
-from image_classification.runs import checkpoints as saved
+from image_classification.runs import checkpoints
 from image_classification.runs.run_folder import RECORD, read_record
 from image_classification.settings.arguments import ModelArguments
 from modeling_karat_vit.configuration_karat_vit import height_and_width
@@ -119,7 +119,7 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         # A run that was stopped has weights in its checkpoints only.
-        source = str(saved.newest(folder)[0] or source)
+        source = str(checkpoints.newest(folder)[0] or source)
     config = load_config(source, flag)
     if teacher := transfer.needs(config):
         raise InputError(
@@ -137,7 +137,7 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
     )
 
 
-def by_default(checkpoint: Checkpoint, karat: str | None = None):
+def use_default_attention(checkpoint: Checkpoint, karat: str | None = None):
     """The model with attention as it runs by default, or KArAt heads by the implementation named."""
     model = checkpoint.model
     model.set_attn_implementation(
@@ -156,7 +156,7 @@ def run_folder(source: str | Path) -> Path | None:
 
 
 def read_run(source: str | Path) -> dict[str, Any] | None:
-    """What run.json says of the run that a checkpoint belongs to; `None` if it is of no run."""
+    """Read what run.json says of the run that a checkpoint belongs to; `None` if it is of no run."""
     folder = run_folder(source)
     record = None if folder is None else read_record(folder)
     if record is not None:
@@ -171,8 +171,8 @@ def read_run(source: str | Path) -> dict[str, Any] | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state in a checkpoint-* folder: `epoch`, `global_step`, `log_history`."""
-    saved.check_progress(checkpoint)
-    return saved.read_json(checkpoint / saved.STATE)
+    checkpoints.check_progress(checkpoint)
+    return checkpoints.read_json(checkpoint / checkpoints.STATE)
 
 
 @dataclass
@@ -200,7 +200,7 @@ def moments(source: str) -> list[Moment]:
     folder = run_folder(source)
     if folder is None:
         raise InputError(f"{source} is no folder of a run of run_image_classification.py: it holds no {RECORD}.")
-    found = [Moment(entry, read_state(entry)["epoch"], step) for step, entry in saved.checkpoints(folder).items()]
+    found = [Moment(entry, read_state(entry)["epoch"], step) for step, entry in checkpoints.checkpoints(folder).items()]
     if not found:
         raise InputError(f"{folder} keeps no checkpoints. Train with --save_total_limit 0 to keep one of every epoch.")
     return found if found[0].step == 0 else [Moment(None, 0.0, 0), *found]
@@ -225,7 +225,7 @@ def load_start(source: str, device: torch.device | str = "cpu") -> Checkpoint:
     run, folder = read_run(source), run_folder(source)
     if run is None:
         raise InputError(f"{source} is no folder of a run: it holds no {RECORD} to rebuild the start from.")
-    if (first := saved.checkpoints(folder).get(0)) is not None:
+    if (first := checkpoints.checkpoints(folder).get(0)) is not None:
         return dataclasses.replace(load_checkpoint(str(first), device=device), source=str(folder), name="start")
     final = load_checkpoint(source, device=device)
     fields = {field.name for field in dataclasses.fields(ModelArguments)}

@@ -103,7 +103,7 @@ def blocks(number: int, checkpoints: list[Checkpoint]) -> list[int]:
 
 
 def names(given: list[str] | None, sources: list[str]) -> list[str]:
-    """What to call several models: `--names`, or their folders' names; the folder above tells equal ones apart."""
+    """Names for several models: `--names`, or their folders' names; the folder above tells equal ones apart."""
     if given is not None:
         if len(given) != len(sources) or len(set(given)) != len(given):
             raise InputError(f"`--names` gives {' '.join(given)}, expected {len(sources)} different names.")

@@ -20,6 +20,8 @@ from image_classification.files import written_whole
 
 class Output:
     """
+    The files of one command.
+
     Args:
         folder: where the files go; made when the first is written.
         names: of all files, with their endings; `figure_names` gives those of a figure.

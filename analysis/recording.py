@@ -13,7 +13,7 @@ from .models import Checkpoint
 @dataclass
 class Attention:
     """
-    One block's attention. Token 0 is [CLS]; patch (row, column) of the grid is token 1 + row * columns + column.
+    The attention of one block. Token 0 is [CLS]; patch (row, column) of the grid is token 1 + row * columns + column.
 
     Args:
         scores: before the activation, Q K^T / sqrt(d), (B, heads, N, N), on the CPU.

@@ -28,7 +28,7 @@ from .recording import record
 @dataclass(kw_only=True)
 class Spectrum:
     """
-    Of one model; B images, h heads, N tokens, L blocks.
+    The singular values of one model; B images, h heads, N tokens, L blocks.
 
     Args:
         name: what figures call the model.
@@ -57,6 +57,8 @@ class Spectrum:
 
 def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size: int = 8) -> Spectrum:
     """
+    Compute the singular values of one block's attention, and the effective ranks of all blocks.
+
     Args:
         checkpoint: the model.
         pixels: (B, 3, height, width).
@@ -113,7 +115,7 @@ def effective_rank(values: np.ndarray) -> np.ndarray:
 
 
 def series(data: Spectrum, block: int) -> list[tuple[str, str, str, list[int]]]:
-    """What is drawn of a block: (stage, label, colour, heads), the kinds of heads apart after the activation."""
+    """The lines drawn of a block: (stage, label, colour, heads), the kinds of heads apart after the activation."""
     kinds = data.head_kinds[block]
     found = [("before", "before (scores)", style.GREY, list(range(len(kinds))))]
     for kind in ("karat", "softmax"):

@@ -111,7 +111,7 @@ def blank(axes: Axes) -> Axes:
 
 
 def tell_apart(data: list) -> list[str]:
-    """What to call models side by side (each with `name` and `kind`): KArAt and softmax where that tells them apart."""
+    """Name models side by side (each has `name` and `kind`): KArAt and softmax where that tells them apart."""
     kinds = [each.kind for each in data]
     return [KIND_NAMES[kind] for kind in kinds] if len(set(kinds)) == len(kinds) > 1 else [each.name for each in data]
 
@@ -135,7 +135,7 @@ def shades(count: int) -> list:
 
 
 def columns_of(panels: int) -> int:
-    """How many panels to put in a row of a page."""
+    """The number of panels to put in a row of a page."""
     return 3 if panels > 4 and panels % 4 in (1, 2) else min(panels, 4)
 
 

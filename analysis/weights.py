@@ -30,7 +30,7 @@ BINS = 80
 @dataclass
 class Distributions:
     """
-    One group of weights at M moments of a run.
+    A group of weights at M moments of a run.
 
     Args:
         title: what they are.
@@ -138,7 +138,7 @@ def compute(values: list[dict[str, np.ndarray]]) -> list[Distributions]:
 
 
 def draw(data: Distributions, axes: Axes, labels: list[str]) -> Axes:
-    """One group: its density at each moment, early ones light and late ones dark, on a logarithmic axis."""
+    """Draw the density of one group at each moment, early ones light and late ones dark, on a logarithmic axis."""
     widths = np.diff(data.edges)
     density = data.counts / data.counts.sum(1, keepdims=True) / widths
     for values, colour, label in zip(density, style.shades(len(labels)), labels):

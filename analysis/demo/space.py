@@ -111,7 +111,7 @@ def files(viewers: list[Viewer], examples: list[str]) -> dict[str, Path | bytes]
 
 
 def requirements() -> str:
-    """What the page needs, by setup.cfg, in the versions that are installed here. Gradio comes with the Space."""
+    """Pin what the page needs, by setup.cfg, to the versions that are installed here. Gradio comes with the Space."""
     setup = configparser.ConfigParser()
     setup.read(PROJECT / "setup.cfg")
     asked = f"{setup['options']['install_requires']}\n{setup['options.extras_require']['demo']}"

@@ -34,7 +34,7 @@ STAGES = {"What the model uses": "after", "Scores, before the activation": "befo
 @dataclass
 class Seen:
     """
-    One image, as one model sees it.
+    An image as one model sees it.
 
     Args:
         pixels: as the model takes them, (1, 3, height, width).
@@ -53,7 +53,7 @@ class Seen:
 
 class Viewer:
     """
-    One model, ready to be shown images; safe to share between threads. Pictures are (height, width, 3) bytes.
+    A model that is ready to be shown images; safe to share between threads. Pictures are (height, width, 3) bytes.
 
     Args:
         checkpoint: the model.
@@ -91,7 +91,7 @@ class Viewer:
         self, path: str, block: int, head: int, view: str = VIEWS[0], stage: str = "after", opacity: float = 0.85
     ) -> tuple[np.ndarray | None, str]:
         """
-        Where the model looks: a veil over the image, of what is positive.
+        Show where the model looks: a veil over the image, of what is positive.
 
         Args:
             path: of the image.
@@ -125,7 +125,7 @@ class Viewer:
             return _pixels(figure), what
 
     def draw_overview(self, path: str, stage: str = "after", chosen: tuple[int, int] | None = None) -> np.ndarray:
-        """All heads of all blocks as small signed maps; the `chosen` (block, head) is framed, if there is such."""
+        """Draw all heads of all blocks as small signed maps; the `chosen` (block, head) is framed, if there is such."""
         with self._lock, style.context():
             rows = np.stack([getattr(maps, stage)[0] for maps in self._seen(path).maps])
             size, box = self._overview_layout()

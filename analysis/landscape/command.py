@@ -250,7 +250,7 @@ def _arrays(prefix: str, data: Landscape):
 
 
 def numbers_of(source: str, data: Landscape) -> dict:
-    """What landscape.json says of one model."""
+    """The entry of one model in landscape.json."""
     explained = None if data.plane.explained is None else data.plane.explained.tolist()
     return {
         "source": source,

@@ -69,7 +69,7 @@ def draw(data: Landscape, axes: Axes, levels: np.ndarray, log: bool = False) -> 
 
 
 def _within(loss: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """What is not finite is drawn as high as the highest."""
+    """The heights to draw: what is not finite is as high as the highest."""
     return np.clip(np.where(np.isfinite(loss), loss, levels[-1]), levels[0], levels[-1])
 
 

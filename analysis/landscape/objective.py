@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a landscape is of: the loss of labelled images, as one model takes them."""
+"""The objective of a landscape: the loss of labelled images, as one model takes them."""
 
 import contextlib
 from collections.abc import Iterator

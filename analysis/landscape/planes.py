@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from image_classification.errors import InputError
-from image_classification.runs import checkpoints as saved
+from image_classification.runs import checkpoints
 
 
 NORMALISE = ("none", "tensor", "filter")
@@ -221,16 +221,16 @@ def file_reader(folder: Path) -> Reader:
     Raises:
         InputError: (when it is called) the checkpoint is damaged, or lacks the parameter.
     """
-    index = folder / saved.WEIGHTS_INDEX
+    index = folder / checkpoints.WEIGHTS_INDEX
     if index.is_file():
-        saved.weight_files(folder)  # Refuses a list that is damaged.
-        files = saved.read_json(index)["weight_map"]
+        checkpoints.weight_files(folder)  # Refuses a list that is damaged.
+        files = checkpoints.read_json(index)["weight_map"]
     else:
         files = None
     opened = {}
 
     def read(name: str, part: slice) -> torch.Tensor:
-        file = files.get(name, saved.WEIGHTS) if files else saved.WEIGHTS
+        file = files.get(name, checkpoints.WEIGHTS) if files else checkpoints.WEIGHTS
         try:
             if file not in opened:
                 opened[file] = safe_open(folder / file, framework="pt")

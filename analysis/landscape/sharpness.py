@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the loss curves at the trained weights: the largest eigenvalue of its Hessian."""
+"""How sharply the loss curves at the trained weights: the largest eigenvalue of its Hessian."""
 
 import itertools
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from .planes import trainable
 @dataclass
 class Eigenvalue:
     """
+    The largest eigenvalue of a Hessian, and how well it was found.
+
     Args:
         value: the largest eigenvalue of the loss's Hessian.
         dominant: the one of largest magnitude: the same, unless a negative one is larger.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was computed of a landscape, kept in a file."""
+"""The points of a landscape, kept in a file."""
 
 import json
 import sqlite3
@@ -7,12 +7,12 @@ from collections import UserDict
 from pathlib import Path
 
 from image_classification.errors import InputError
-from image_classification.runs import checkpoints as saved
+from image_classification.runs import checkpoints
 
 
 class Points(UserDict):
     """
-    What was computed, in an SQLite file with its settings: each entry is on the disk when it is set, and a command that
+    Results in an SQLite file, with their settings: each entry is on the disk when it is set, and a command that
     was stopped goes on from there.
 
     Args:
@@ -77,7 +77,7 @@ class Points(UserDict):
         self.data = {key: json.loads(value) for key, value in self._database.execute("SELECT * FROM points")}
 
     def __setitem__(self, key: str, value: dict) -> None:
-        with saved.writing("A point", self.path, "Free some space, then give the same command again: it goes on."):
+        with checkpoints.writing("A point", self.path, "Free some space; the same command goes on from here."):
             self._database.execute("INSERT OR REPLACE INTO points VALUES (?, ?)", [key, json.dumps(value)])
         super().__setitem__(key, value)
 

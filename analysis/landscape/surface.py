@@ -22,9 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from image_classification.errors import InputError
-from image_classification.runs import checkpoints as saved
+from image_classification.runs import checkpoints
 
-from ..models import Checkpoint, by_default
+from ..models import Checkpoint, use_default_attention
 from .objective import Objective, memory_errors
 from .planes import Plane, flatten, trainable
 from .sharpness import Eigenvalue, largest_eigenvalue
@@ -37,7 +37,7 @@ _STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 @dataclass(kw_only=True)
 class Landscape:
     """
-    Of one model; the grid has C columns and R rows.
+    The landscape of one model; the grid has C columns and R rows.
 
     Args:
         name: what figures call the model.
@@ -82,7 +82,7 @@ class Landscape:
 
 
 def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where values are on an even grid, in steps from its start, and whether they are on it at all."""
+    """Places of values on an even grid, in steps from its start, and whether they are on it at all."""
     place = (values - grid[0]) / (grid[1] - grid[0])
     inside = (place >= -1e-9) & (place <= len(grid) - 1 + 1e-9)
     return np.clip(place, 0, np.nextafter(len(grid) - 1, 0)), inside
@@ -102,6 +102,8 @@ def compute(
     prefix: str = "model",
 ) -> Landscape:
     """
+    Compute the loss on a grid of a plane, and how sharp it is at the trained weights.
+
     Args:
         checkpoint: the model; it is left as it is.
         objective: labelled images.
@@ -120,7 +122,7 @@ def compute(
         f"{prefix}/square {epsilon!r}/{a:g}/{b:g}": (a * epsilon, b * epsilon) for a in _STEPS for b in _STEPS if a or b
     }
     points = {f"{prefix}/trained": (0.0, 0.0)} | square | grid
-    model = by_default(dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model)))
+    model = use_default_attention(dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model)))
     evaluate(
         model,
         plane.directions,
@@ -250,7 +252,7 @@ def _spread(model, directions, objective, points, devices) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         # By a file, which all of them map: shared memory is short in containers, and open files are anywhere.
         handed = Path(folder) / "handed.pt"
-        with saved.writing("What the workers read", handed.parent, "Set TMPDIR to a folder with more space."):
+        with checkpoints.writing("What the workers read", handed.parent, "Set TMPDIR to a folder with more space."):
             torch.save((copy.deepcopy(model).cpu(), directions, objective), handed)
         pool = ProcessPoolExecutor(len(devices), context, _begin_worker, (str(handed), queue))
         try:
