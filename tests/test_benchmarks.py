@@ -88,6 +88,7 @@ def test_a_recorded_run_starts_twice(monkeypatch):
     ]
 
 
+@pytest.mark.system
 def test_a_command_has_caches_of_its_own_and_says_why_it_failed(tmp_path):
     code = "import os, sys; print(os.environ['TRITON_CACHE_DIR']); sys.exit('no luck')"
     printed, found = runs.execute([sys.executable, "-c", code], tmp_path)

@@ -1,128 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The documents say what is true: their snippets run, in order, and their tables are what code, recipes and rows say.
-
-A comment before a snippet says how it is tested: `<!-- test: reduced -->` runs it with small local data in place of
-what needs a network, a large data set or hours; `make` and `pip` only check that what they name exists; `official` is
-run by `test_official_commands.py`. Without a comment a bash or python snippet runs as it stands, and `text` is not run.
-The README's snippets are those of the pages, where they run.
-"""
+"""The documents say what is true: their tables are what code, recipes and rows say, and their links lead somewhere."""
 
 import configparser
 import importlib
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from PIL import Image
-from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig
 
 from benchmarks import plots
 from benchmarks.table import read as benchmark_rows
 from image_classification.settings import official_flags
 from modeling_karat_vit import KArAtViTConfig
 from results.page import PAGE, TABLES, regenerate
-from tests.test_official_commands import OFFICIAL
-
-
-PROJECT = Path(__file__).parents[1]
-DOCS = PROJECT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
-DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *PAGES]
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(PROJECT).as_posix()
+from tests.documents import DOCS, DOCUMENTS, PAGES, PROJECT, RUNNABLE, WRITTEN, commands, name_of, snippets
 
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-LINKED = (
-    "analysis",
-    "configuration",
-    "image_classification",
-    "modeling_karat_vit",
-    "predict.py",
-    "run_image_classification.py",
-)
-
-# What a reduced snippet has in place of the real thing.
-REPLACED = {
-    "path/to/imagenet": "data/photos",
-    "path/to/images": "data/photos",
-    "--data_set CIFAR10": "--data_path data/photos",
-    "facebook/deit-tiny-patch16-224": "checkpoints/deit",
-    "pretrained=True": "pretrained=False",
-    "USER/NAME": "me/readme",
-    "--epochs 100": "--epochs 1",
-    "--num_workers 8": "--num_workers 0",
-}
-SIZES = {
-    "image_size": 32,
-    "hidden_size": 24,
-    "num_attention_heads": 3,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-}
-SHORT = {"num_train_epochs": 1, "dataloader_num_workers": 0}
-TRAIN = "python run_image_classification.py"
-
-
-@dataclass
-class Snippet:
-    line: int
-    language: str
-    test: str
-    code: str
-
-    def commands(self) -> list[str]:
-        """The commands of a bash snippet, without comments."""
-        lines = self.code.replace("\\\n", " ").splitlines()
-        return [command for line in lines if (command := re.sub(r"(^|\s)#.*", "", line).strip())]
-
-    def reduced(self) -> str:
-        code = self.code
-        for real, small in REPLACED.items():
-            code = code.replace(real, small)
-        if self.language == "python":
-            return code
-        commands = Snippet(self.line, self.language, self.test, code).commands()
-        return "\n".join(command + self._extra(command) for command in commands)
-
-    @staticmethod
-    def _extra(command: str) -> str:
-        flags = {} if not command.startswith(TRAIN) else SHORT | (SIZES if "--model " in command else {})
-        return "".join(f" --{name} {value}" for name, value in flags.items())
-
-
-def snippets(path: Path) -> list[Snippet]:
-    pattern = r"(?:^<!-- test: (?P<test>\w+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$"
-    text = path.read_text(encoding="utf-8")
-    return [
-        Snippet(text[: match.start("code")].count("\n") + 1, match["language"], match["test"] or "", match["code"])
-        for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL)
-    ]
-
-
-def snippets_to_run(path: Path) -> list[Snippet]:
-    return [
-        snippet
-        for snippet in snippets(path)
-        if snippet.language in ("bash", "python") and snippet.test not in ("make", "pip", "official")
-    ]
-
-
-# The galleries are made by a command, with commands for any checkpoint; test_gallery.py tests them.
-WRITTEN = [path for path in PAGES if "gallery" not in path.parts]
-RUNNABLE = [path for path in WRITTEN if snippets_to_run(path)]
 
 
 def prose(path: Path) -> str:
@@ -152,56 +51,6 @@ def table(path: Path, title: str) -> list[list[str]]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """What a short default run leaves."""
-    folder = tmp_path_factory.mktemp("trained")
-    run(f"{shlex.quote(sys.executable)} {PROJECT}/run_image_classification.py --num_train_epochs 1", folder)
-    return folder / "outputs"
-
-
-@pytest.fixture
-def workspace(tmp_path, monkeypatch, hub, trained):
-    """A folder that looks like the clone, with small data, a small DeiT, and a short default run in it; and a Hub."""
-    for name in LINKED:
-        (tmp_path / name).symlink_to(PROJECT / name)
-    shutil.copytree(trained, tmp_path / "outputs")
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    for split, count in (("train", 4), ("validation", 2)):
-        for label, color in (("cat", (200, 80, 40)), ("dog", (40, 80, 200))):
-            folder = tmp_path / "data" / "photos" / split / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                Image.new("RGB", (40, 36), tuple(c + 3 * index for c in color)).save(folder / f"{index}.png")
-    deit = ViTForImageClassification(ViTConfig(**SIZES, patch_size=16, layer_norm_eps=1e-6, num_labels=10))
-    deit.save_pretrained(tmp_path / "checkpoints" / "deit")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{python.parent}{os.pathsep}{os.environ['PATH']}")
-    return tmp_path
-
-
-def run(script: str, folder: Path | None = None) -> None:
-    result = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
-
-
-@pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
-def test_every_snippet_runs_in_order(path, workspace):
-    for snippet in snippets_to_run(path):
-        code = snippet.reduced() if snippet.test == "reduced" else snippet.code
-        try:
-            if snippet.language == "bash":
-                run(code)
-            else:
-                # Each on its own, since that is how they are copied.
-                exec(compile(code, f"{path.name}, line {snippet.line}", "exec"), {"__name__": "snippet"})
-        except Exception as error:
-            raise AssertionError(f"{name_of(path)}, line {snippet.line}: {error}") from error
-
-
 def test_what_runs():
     assert {"getting-started", "model", "training", "data", "hub", "analysis"} <= {path.stem for path in RUNNABLE}
     elsewhere = [(snippet.test, snippet.code) for path in WRITTEN for snippet in snippets(path)]
@@ -221,16 +70,6 @@ def test_every_snippet_says_how_it_is_tested(path):
     assert path.read_text(encoding="utf-8").count("<!-- test: ") == sum(1 for snippet in found if snippet.test)
 
 
-def commands(test: str) -> list[str]:
-    return [
-        command
-        for path in (*DOCUMENTS[:2], *WRITTEN)
-        for snippet in snippets(path)
-        if snippet.test == test
-        for command in snippet.commands()
-    ]
-
-
 def test_the_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
     used = {shlex.split(command)[1] for command in commands("make")}
@@ -246,12 +85,6 @@ def test_the_extras_exist():
     )
     described = re.search(r"to load and predict: (.*)", (DOCS / "getting-started.md").read_text())[1].split(", ")
     assert described == re.findall(r"^([\w-]+)", setup["options"]["install_requires"].strip(), re.MULTILINE)
-
-
-def test_the_official_commands():
-    words = [" ".join(command.split()) for command in commands("official")]
-    names = {"G3B": "--blockwise", "G3U": "--universal"}
-    assert words == [OFFICIAL.format(name=name, sharing=sharing) for name, sharing in names.items()]
 
 
 def test_the_tables_of_presets():

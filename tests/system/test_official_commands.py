@@ -5,25 +5,19 @@ import json
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForImageClassification
 
 from image_classification import main as script
+from image_classification.arguments import parse_settings
+from image_classification.models import build_config
+from tests.documents import PROJECT, commands
 from tests.images import make_image_folder, own_library_settings  # noqa: F401
 
 
 pytestmark = pytest.mark.usefixtures("own_library_settings")
 
-PROJECT = Path(__file__).parents[1]
-
-OFFICIAL = (
-    "python run_image_classification.py --model vit_tiny_patch16_224_karat --batch-size 128 "
-    "--data-path path/to/imagenet --data-set IMNET --output_dir ./output/vit_tiny_patch16_224_FourierKArAt_{name} "
-    "--epochs 100 --num_workers 8 --grid 3 --hidden_dim 12 --basis_type FourierBasis --base_fn ZeroModule "
-    "--base_not_trainable --modular_attn --modular_mode phi1_w2 {sharing}"
-)
 # Contradictory values are errors, so what a test needs smaller is replaced, not repeated.
 FASTER = {"--epochs 100": "--epochs 1", "--num_workers 8": "--num_workers 0"}
 EXTRA = "--input-size 32 --warmup-epochs 0 --device cpu"
@@ -34,8 +28,8 @@ def imagenet(tmp_path_factory):
     return make_image_folder(tmp_path_factory.mktemp("imagenet"), classes=("n01440764", "n01443537", "n01484850"))
 
 
-def official(name, sharing, imagenet, output):
-    command = OFFICIAL.format(name=name, sharing=sharing)
+def official(name, imagenet, output):
+    (command,) = [command for command in commands("official") if name in command]
     for old, new in {**FASTER, "path/to/imagenet": str(imagenet), "./output": str(output)}.items():
         assert old in command
         command = command.replace(old, new)
@@ -46,7 +40,7 @@ def official(name, sharing, imagenet, output):
 def trained(imagenet, tmp_path_factory):
     """The blockwise command, as a process of its own: its output folder, and what it printed."""
     output = tmp_path_factory.mktemp("output")
-    words = official("G3B", "--blockwise", imagenet, output)
+    words = official("G3B", imagenet, output)
     command = [sys.executable, "run_image_classification.py", *words]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -63,7 +57,7 @@ def test_blockwise_command(trained):
 
 
 def test_universal_command(imagenet, tmp_path, capsys):
-    words = official("G3U", "--universal", imagenet, tmp_path)
+    words = official("G3U", imagenet, tmp_path)
     assert script.main(words) == 0
     assert "universal" in capsys.readouterr().out
     folder = tmp_path / "vit_tiny_patch16_224_FourierKArAt_G3U"
@@ -79,22 +73,6 @@ def test_evaluation(trained, imagenet, capsys):
     )
     accuracy = json.loads((folder / "all_results.json").read_text())["eval_accuracy"]
     assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
-
-
-def test_evaluation_as_another_model_is_refused(trained, imagenet, capsys):
-    words = [
-        "--eval",
-        "--resume",
-        str(trained[0]),
-        "--data-path",
-        str(imagenet),
-        "--device",
-        "cpu",
-        "--input-size",
-        "32",
-    ]
-    assert script.main([*words, "--model", "vit_tiny_patch16_224_karat", "--universal", "--base_not_trainable"]) == 2
-    assert "`sharing` 'blockwise', not 'universal'" in capsys.readouterr().err
 
 
 def test_finetuning_at_another_size_on_other_classes(trained, tmp_path, capsys):
@@ -126,15 +104,6 @@ def test_finetuning_at_another_size_on_other_classes(trained, tmp_path, capsys):
         ("--mixed_head --drop-path 0.1", "1 of 3 heads"),
     ],
 )
-def test_the_log_says_which_operator_runs(imagenet, tmp_path, capsys, flags, operator):
-    words = (
-        f"--model vit_tiny_patch16_224_karat --data-path {imagenet} --output_dir {tmp_path / 'out'} --epochs 1 {flags} "
-    )
-    words += "--input-size 32 --num_hidden_layers 1 --warmup-epochs 0 --num_workers 0 --device cpu"
-    assert script.main(words.split()) == 0
-    assert operator in capsys.readouterr().out
-
-
-def test_contradiction(capsys):
-    assert script.main(["--model", "vit_tiny_patch16_224_karat", "--blockwise", "--universal"]) == 2
-    assert "--blockwise and --universal contradict each other" in capsys.readouterr().err
+def test_the_operator_is_the_one_of_the_flags(flags, operator):
+    words = f"--model vit_tiny_patch16_224_karat --device cpu {flags}"
+    assert operator in build_config(parse_settings(words.split()).model).describe_operator()
