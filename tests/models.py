@@ -40,6 +40,7 @@ def with_scores(model):
 def save_checkpoint(model, folder, **processor) -> str:
     """A folder with the model and an image processor of its size."""
     side = model.config.image_size
+    height, width = (side, side) if isinstance(side, int) else side
     model.save_pretrained(folder, save_original_format=False)
-    ViTImageProcessorPil(size={"height": side, "width": side}, **processor).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": height, "width": width}, **processor).save_pretrained(folder)
     return str(folder)

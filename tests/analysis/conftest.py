@@ -3,14 +3,14 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTForImageClassification
 
 from analysis import style
 from analysis.__main__ import main
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from modeling_karat_vit import KArAtViTForImageClassification
 from tests.images import own_library_settings  # noqa: F401
+from tests.models import make_model, save_checkpoint, with_scores
 
 
 @pytest.fixture(autouse=True)
@@ -39,30 +39,15 @@ SIZES = {
 
 def karat_model(**fields) -> KArAtViTForImageClassification:
     """2 blocks, 2 heads, 3 x 3 patches (N = 10), r = 4; queries and keys large enough for scores of about 1."""
-    torch.manual_seed(0)
-    model = KArAtViTForImageClassification(KArAtViTConfig(**{**SIZES, "karat_rank": 4, **fields}))
-    return _with_scores(model)
+    return with_scores(make_model("karat", **{**SIZES, "karat_rank": 4, **fields}))
 
 
 def softmax_model() -> ViTForImageClassification:
-    torch.manual_seed(1)
-    return _with_scores(ViTForImageClassification(ViTConfig(**SIZES)))
+    return with_scores(make_model("softmax", seed=1, **SIZES))
 
 
-def _with_scores(model):
-    with torch.no_grad():
-        for layer in model.vit.layers:
-            for projection in (layer.attention.q_proj, layer.attention.k_proj):
-                projection.weight.normal_(std=0.3)
-    return model
-
-
-def save(model, folder, side: int = 12) -> str:
-    model.save_pretrained(folder, save_original_format=False)
-    ViTImageProcessorPil(
-        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.25] * 3
-    ).save_pretrained(folder)
-    return str(folder)
+def save(model, folder) -> str:
+    return save_checkpoint(model, folder, image_mean=[0.5] * 3, image_std=[0.25] * 3)
 
 
 @pytest.fixture

@@ -301,5 +301,5 @@ def test_what_cannot_be_measured(karat, photos, marked, refusal, tmp_path):
     headless = karat_model().vit
     kept = save(headless, tmp_path / "headless")
     assert "no classifier" in refusal("faithfulness", "--model", kept, "--images", photos)
-    uncovered = save(karat_model(image_size=14), tmp_path / "uncovered", side=14)
+    uncovered = save(karat_model(image_size=14), tmp_path / "uncovered")
     assert "14 x 14 pixels to no patch of 4 x 4" in refusal("faithfulness", "--model", uncovered, "--images", photos)
