@@ -240,8 +240,8 @@ def test_a_backend_can_be_chosen_in_every_way(make_config, make_model, pixels, c
     assert KArAtViTForImageClassification.from_pretrained(tmp_path).config._attn_implementation == "karat_portable"
 
 
-@pytest.mark.parametrize("name", ["karat_tritno", "karat_", "karat_eager"])
-def test_an_unknown_karat_backend_raises_and_lists_those_that_exist(make_config, make_model, tmp_path, name):
+def test_an_unknown_karat_backend_raises_and_lists_those_that_exist(make_config, make_model, tmp_path):
+    name = "karat_tritno"
     make_model().save_pretrained(tmp_path)
     for choose in (
         lambda: KArAtViTModel(make_config(attn_implementation=name)),
@@ -295,22 +295,6 @@ def test_a_block_without_karat_heads_is_transformers_vit_block(make_model, sizes
         actual = layer.train()(hidden)
         torch.manual_seed(3)
         assert torch.allclose(actual, reference.train()(hidden), atol=1e-6)
-
-
-def test_the_first_heads_are_karat_and_the_others_softmax(make_model, pixels):
-    """Changing the operator changes what the first head gives, and nothing of the others."""
-    model = make_model(num_karat_heads=1, num_hidden_layers=1)
-    seen = []
-    model.vit.layers[0].attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    for backend in BACKENDS:
-        model.set_attn_implementation(backend)
-        seen.clear()
-        model(pixels)
-        with torch.no_grad():
-            model.vit.layers[0].attention.operator.projector += 1.0
-        model(pixels)
-        assert not torch.allclose(seen[0][..., :8], seen[1][..., :8])
-        assert torch.equal(seen[0][..., 8:], seen[1][..., 8:])
 
 
 # ------------------------------------------------------------------------------------------------------------ masks
