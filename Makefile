@@ -44,14 +44,16 @@ test-pinned: $(VENV)/.installed-test ## Run the tests with the versions of const
 	$(python) -m pytest -n $(JOBS) $(ARGS)
 
 # Not the arithmetic of the operator, which Transformers has no part in.
-arithmetic := attention basis initialisation karat_operator kernels portable projection
+arithmetic := basis initialisation karat_operator kernels projection
+export := tests/system/test_compile_and_export.py
 
 test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version with the lowest
 	PYTHONPATH=$(lowest) $(python) -m pytest -n $(JOBS) \
 		tests/modeling_karat_vit $(arithmetic:%=--ignore=tests/modeling_karat_vit/test_%.py) \
-		tests/test_presets.py tests/system/test_compile_and_export.py \
-		tests/system/test_remote_code.py tests/system/test_optional_packages.py \
-		tests/image_classification/publishing/test_publisher.py::test_from_the_shell_to_a_stranger
+		$(export) --deselect=$(export)::test_operators_export \
+		--deselect=$(export)::test_onnx_by_the_exporter_of_torchscript \
+		tests/test_presets.py tests/system/test_remote_code.py tests/system/test_optional_packages.py \
+		tests/system/test_publisher.py::test_from_the_shell_to_a_stranger
 
 lint: $(VENV)/.installed-test ## Check style and formatting
 	$(python) -m ruff check .

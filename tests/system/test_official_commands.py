@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from image_classification import main as script
-from image_classification.arguments import parse_settings
-from image_classification.models import build_config
+from image_classification.models.building import build_config
+from image_classification.settings.parser import parse_settings
 from tests.documents import PROJECT, commands
 from tests.images import make_image_folder, own_library_settings  # noqa: F401
 

@@ -77,6 +77,7 @@ def batches(dataset, workers: int, epoch: int):
     return list(DataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=mix))
 
 
+@pytest.mark.system
 def test_batches_do_not_depend_on_workers_and_change_with_the_epoch():
     dataset = make_dataset()
     alone, shared, later = batches(dataset, 0, 1), batches(dataset, 2, 1), batches(dataset, 0, 2)

@@ -304,12 +304,6 @@ def test_links_to_folders_elsewhere_count_once(tmp_path, image_folder):
     assert len(data.validation) == len(data.train)
 
 
-def test_two_classes_that_are_one_folder(image_folder):
-    (image_folder / "train" / "crimson").symlink_to("red")
-    with pytest.raises(InputError, match=r"crimson.*same folder"):
-        load(data_path=str(image_folder))
-
-
 def test_hidden_parquet_files_are_nothing(tmp_path):
     for split, count in (("train", 9), ("test", 6)):
         rows(count).to_parquet(tmp_path / f"{split}.parquet")
@@ -370,10 +364,6 @@ def test_data_files_of_garbage_name_the_file(tmp_path, kind, content):
         assert "\n" not in str(raised.value)
 
 
-def halve(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 @pytest.mark.parametrize(
     "name, change",
     [
@@ -381,7 +371,7 @@ def halve(path):
         ("dataset_dict.json", lambda path: path.write_text('{"splits": ["train", "nowhere"]}')),
         ("train/state.json", lambda path: path.unlink()),
         ("train/dataset_info.json", lambda path: path.write_text("[]")),
-        ("train/data-00000-of-00001.arrow", halve),
+        ("train/data-00000-of-00001.arrow", truncate),
         ("train/data-00000-of-00001.arrow", lambda path: path.write_bytes(b"")),
         ("train/data-00000-of-00001.arrow", lambda path: path.unlink()),
     ],
@@ -392,23 +382,6 @@ def test_damaged_folder_of_save_to_disk(tmp_path, name, change):
     with pytest.raises(InputError, match="saved") as raised:
         load(data_path=str(tmp_path / "saved"))
     assert "\n" not in str(raised.value)
-
-
-def test_truncated_parquet(tmp_path):
-    for split in ("train", "test"):
-        rows(30).to_parquet(tmp_path / f"{split}.parquet")
-    halve(tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=r"train\.parquet cannot be read"):
-        load(data_path=str(tmp_path))
-
-
-@pytest.mark.parametrize("label", [2_000_000_000, 100_000])
-def test_labels_that_number_more_classes_than_there_can_be(tmp_path, label):
-    split = rows(6).remove_columns("label").add_column("label", [0, 1, 2, 0, 1, label])
-    for name in ("train", "test"):
-        split.to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(InputError, match=f"largest label is {label:,}"):
-        load(data_path=str(tmp_path))
 
 
 def test_classes_without_a_training_image_are_named(tmp_path):
@@ -429,31 +402,10 @@ def test_rows_without_an_image(tmp_path):
             load(data_path=str(tmp_path))
 
 
-def test_one_column_for_both(tmp_path):
-    rows(6).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=r"`image_column` and `label_column` .* one column"):
-        load(data_path=str(tmp_path), label_column="image")
-
-
 def test_data_path_that_is_a_file(tmp_path):
     rows(6).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"is the file .*train\.parquet"):
         load(data_path=str(tmp_path / "train.parquet"))
-
-
-def test_no_data_named():
-    with pytest.raises(InputError, match=r"--data_path.*digits, CIFAR10"):
-        load()
-
-
-def test_unknown_data_set_suggests():
-    with pytest.raises(InputError, match="CIFAR100"):
-        load(data_set="CIFAR1000")
-
-
-def test_missing_network_names_data_set_and_alternatives():
-    with pytest.raises(InputError, match=r"(?s)uoft-cs/cifar10 .*--data_path.*digits"):
-        load(data_set="CIFAR10")
 
 
 def test_folders_that_hold_no_data_set(tmp_path, image_folder):
@@ -466,52 +418,92 @@ def test_folders_that_hold_no_data_set(tmp_path, image_folder):
         load(data_path=str(image_folder / "train"))
 
 
-def test_class_folder_without_images(image_folder):
-    (image_folder / "train" / "yellow").mkdir()
-    with pytest.raises(InputError, match="train/yellow holds no images"):
-        load(data_path=str(image_folder))
-
-
-def test_split_without_class_folders(image_folder):
-    shutil.rmtree(image_folder / "validation")
-    (image_folder / "validation").mkdir()
-    with pytest.raises(InputError, match="validation holds no class folders"):
-        load(data_path=str(image_folder))
-
-
 def test_one_class(tmp_path):
     root = make_image_folder(tmp_path / "images", classes=("only",))
     with pytest.raises(InputError, match="every image is of the class 'only'"):
         load(data_path=str(root))
 
 
-def test_validation_class_that_training_lacks(image_folder):
-    shutil.copytree(image_folder / "validation" / "red", image_folder / "validation" / "violet")
-    with pytest.raises(InputError, match="validation has the class 'violet'"):
+def spoilt(name, spoil):
+    """A file of the folder of images, spoilt, which the error names."""
+
+    def change(root):
+        spoil(root / name)
+        return str(root / name)
+
+    return change
+
+
+def save_floats(value):
+    return lambda path: Image.fromarray(np.full((8, 8), value, dtype=np.float32)).save(path, format="TIFF")
+
+
+def without_classes(root):
+    shutil.rmtree(root / "validation")
+    (root / "validation").mkdir()
+
+
+BAD_FOLDERS = {
+    "cut in half": (spoilt("train/green/1.jpg", truncate), "{}.*truncated"),
+    "cut in half, held out": (spoilt("validation/green/1.jpg", truncate), "{}.*truncated"),
+    "no image": (spoilt("train/green/1.jpg", lambda path: path.write_text("not an image")), "{}"),
+    "floats": (spoilt("train/green/float.tiff", save_floats(0.5)), "{} has pixels .*mode F"),
+    "not a number": (spoilt("train/green/float.tiff", save_floats(np.nan)), "{} has pixels .*NaN or infinite"),
+    "infinite": (spoilt("train/green/float.tiff", save_floats(np.inf)), "{} has pixels .*NaN or infinite"),
+    "an empty class": (lambda root: (root / "train" / "yellow").mkdir(), "train/yellow holds no images"),
+    "no classes": (without_classes, "validation holds no class folders"),
+    "a class to evaluate only": (
+        lambda root: shutil.copytree(root / "validation" / "red", root / "validation" / "violet"),
+        "validation has the class 'violet'",
+    ),
+    "one folder, two classes": (lambda root: (root / "train" / "crimson").symlink_to("red"), "crimson.*same folder"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FOLDERS)
+def test_folders_of_images_that_cannot_be_used(image_folder, fault):
+    change, message = BAD_FOLDERS[fault]
+    named = change(image_folder)
+    with pytest.raises(InputError, match=message.format(named)):
         load(data_path=str(image_folder))
 
 
-def test_parquet_splits_with_other_classes(tmp_path):
-    rows(6, 3).to_parquet(tmp_path / "train.parquet")
-    rows(6, 4).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(InputError, match="classes of the training and the validation split differ"):
-        load(data_path=str(tmp_path))
+def with_labels(labels):
+    return rows(len(labels)).remove_columns("label").add_column("label", labels)
 
 
-def test_unlabelled_split(tmp_path):
-    unlabelled = rows(6).remove_columns("label").add_column("label", [-1] * 6)
-    unlabelled.to_parquet(tmp_path / "test.parquet")
-    rows(6, feature=datasets.Value("int64")).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(InputError, match="label -1"):
-        load(data_path=str(tmp_path))
+BAD_TABLES = {
+    "other classes": (rows(6, 3), rows(6, 4), {}, "classes of the training and the validation split differ"),
+    "no labels": (rows(6, feature=datasets.Value("int64")), with_labels([-1] * 6), {}, "label -1"),
+    "too many classes": (with_labels([0, 100_000]), with_labels([0, 1]), {}, "largest label is 100,000"),
+    "beyond memory": (with_labels([0, 2_000_000_000]), with_labels([0, 1]), {}, "largest label is 2,000,000,000"),
+    "one column": (rows(6), rows(6), {"label_column": "image"}, "`image_column` and `label_column` .* one column"),
+    "cut in half": (rows(30), rows(30), {}, r"train\.parquet cannot be read"),
+}
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_truncated_image_is_found_before_training(image_folder, split):
-    broken = image_folder / split / "green" / "1.jpg"
-    truncate(broken)
-    with pytest.raises(InputError, match=f"{broken}.*truncated"):
-        load(data_path=str(image_folder))
+@pytest.mark.parametrize("fault", BAD_TABLES)
+def test_tables_that_cannot_be_used(tmp_path, fault):
+    train, test, settings, message = BAD_TABLES[fault]
+    for name, split in (("train", train), ("test", test)):
+        split.to_parquet(tmp_path / f"{name}.parquet")
+    if fault == "cut in half":
+        truncate(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=message):
+        load(data_path=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, r"--data_path.*digits, CIFAR10"),
+        ({"data_set": "CIFAR1000"}, "CIFAR100"),
+        ({"data_set": "CIFAR10"}, r"(?s)uoft-cs/cifar10 .*--data_path.*digits"),  # without a network
+    ],
+)
+def test_data_sets_that_are_not_there(settings, message):
+    with pytest.raises(InputError, match=message):
+        load(**settings)
 
 
 def test_bad_images_are_left_out_named_and_counted(image_folder, caplog, monkeypatch):
@@ -554,21 +546,6 @@ def test_broken_embedded_image_names_its_split_and_row(tmp_path):
     datasets.DatasetDict(train=good, test=bad).save_to_disk(tmp_path / "saved")
     with pytest.raises(InputError, match="validation image 4"):
         load(data_path=str(tmp_path / "saved"))
-
-
-def test_file_that_is_no_image(image_folder):
-    path = image_folder / "train" / "green" / "1.jpg"
-    path.write_text("not an image")
-    with pytest.raises(InputError, match=str(path)):
-        load(data_path=str(image_folder))
-
-
-@pytest.mark.parametrize("pixels, message", [(0.5, "mode F"), (np.nan, "NaN or infinite"), (np.inf, "NaN or infinite")])
-def test_float_images_are_refused(image_folder, pixels, message):
-    path = image_folder / "train" / "green" / "float.tiff"
-    Image.fromarray(np.full((8, 8), pixels, dtype=np.float32)).save(path)
-    with pytest.raises(InputError, match=f"{path} has pixels .*{message}"):
-        load(data_path=str(image_folder))
 
 
 def test_orientation_and_palette_as_in_the_pipeline(tmp_path):

@@ -18,8 +18,8 @@ from image_classification.data import streaming
 from image_classification.data.streaming import StreamSampler, load_streamed, read_ahead
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments, RunArguments
-from tests.image_classification.processes import in_two_forks
 from tests.images import COLOURS, colour_image
+from tests.system.processes import in_two_forks
 
 
 TRAIN, VALIDATION = (9, 12, 7, 10), (6, 5)  # Images in each file.
@@ -255,6 +255,7 @@ def words_of(shards, small, folder, batch, *more):
     return words
 
 
+@pytest.mark.system
 def test_run_goes_on_exactly_with_any_number_of_workers(shards, tmp_path, small, capsys):
     whole, part, by_workers = (tmp_path / name for name in ("whole", "part", "by_workers"))
     assert script.main(words_of(shards, small, whole, 16)) == 0
@@ -274,6 +275,7 @@ def test_run_goes_on_exactly_with_any_number_of_workers(shards, tmp_path, small,
     assert first["eval_loss"] == second["eval_loss"] and first["train_loss"] == second["train_loss"]
 
 
+@pytest.mark.system
 def test_two_processes(shards, tmp_path, small, capfd):
     """Each of 19 images an epoch; the evaluation is one process's, of every image once."""
     words = words_of(shards, small, tmp_path / "run", 8)

@@ -35,8 +35,8 @@ from image_classification.device_pipeline.resident import (
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
 from image_classification.settings.parser import parse_settings
-from tests.image_classification.processes import in_two_forks
 from tests.images import make_image_folder
+from tests.system.processes import in_two_forks
 
 
 SIZE = (40, 48)
@@ -234,6 +234,7 @@ def test_workers_crop_as_torchvision_does(interpolation):
             assert difference.mean() < 0.5
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
 def test_batches_of_workers(start, workers):
     """The device's part is drawn for the index, whatever worker has read the image."""
@@ -322,6 +323,7 @@ def test_what_fits_is_resident():
     assert kept is None and "resident_share" in how
 
 
+@pytest.mark.system
 def test_processes_decide_alike(capfd):
     """By the least memory that one of them sees free: the ways draw different crops."""
     split = make_split([encode(photo(seed), "PNG") for seed in range(3)])
@@ -347,6 +349,7 @@ def test_one_share_is_for_training_and_evaluation(share, fits, monkeypatch):
     assert ResidentEvaluation.fits(*how) and ResidentEvaluation.fits(*how, of_training) == fits
 
 
+@pytest.mark.system
 def test_workers_that_are_started_anew_decode():
     """As Python 3.14 starts them: what they need is sent to them."""
     images = [encode(photo(seed, 60 + seed, 90), "PNG") for seed in range(5)]
@@ -444,6 +447,7 @@ def test_who_augments(monkeypatch, caplog):
         choose("--augment_on", "device", "--aa", "3a")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("share", ["0.2", "0"])
 def test_run_through_the_script_goes_on_exactly(tmp_path, small, share, capsys):
     """Also where the batches come from another process, and where training goes on within an epoch."""
@@ -468,13 +472,6 @@ def test_run_through_the_script_goes_on_exactly(tmp_path, small, share, capsys):
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights[0].items())
 
 
-def test_repeated_augmentation_of_resident_images(tmp_path, small):
-    images = make_image_folder(tmp_path / "images", (("train", 6), ("validation", 1)))
-    words = [*small, "--data_path", str(images), "--augment_on", "device", "--repeated_aug", "--eval_strategy", "no"]
-    words += ["--model", "karat_digits", "--image_size", "16", "--patch_size", "8", "--num_train_epochs", "1"]
-    assert script.main([*words, "--output_dir", str(tmp_path / "run")]) == 0
-
-
 def mixed_files() -> list[bytes]:
     """Sizes, kinds and modes side by side."""
     images = [photo(seed, 50 + 3 * seed, 70 - 5 * seed) for seed in range(5)]
@@ -482,6 +479,7 @@ def mixed_files() -> list[bytes]:
     return [encode(images[0]), encode(images[1], "PNG"), encode(images[2]), *(encode(image, "PNG") for image in modes)]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resident_evaluation_sees_what_the_pipeline_sees(workers):
     """Bit for bit, in any order."""
@@ -512,6 +510,7 @@ def test_a_run_evaluates_resident_images(tmp_path, small, monkeypatch):
         monkeypatch.setattr(ResidentEvaluation, "fits", staticmethod(lambda *_, fits=fits: fits))
         words = [*small, "--model", "vit_tiny_patch16_224", "--image_size", "32", "--patch_size", "8"]
         words += ["--data_path", str(images), "--augment_on", "device", "--num_train_epochs", "2", "--model_ema"]
+        words += ["--repeated_aug"]
         assert script.main([*words, "--output_dir", str(tmp_path / str(fits))]) == 0
         history = json.loads((tmp_path / str(fits) / "history.json").read_text())
         timeless = [
@@ -522,6 +521,7 @@ def test_a_run_evaluates_resident_images(tmp_path, small, monkeypatch):
     assert logs[0] == logs[1] and len(logs[0]) == 2 and "eval_ema_loss" in logs[0][0]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("share", ["0.2", "0"])
 def test_two_processes_train_as_one(tmp_path, small, share, capfd):
     """An item's numbers are the same in whichever process it is."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import AutoConfig, ViTImageProcessorPil
 
 import predict
 from analysis.models import load_checkpoint
@@ -18,44 +18,22 @@ from image_classification.models import transfer
 from image_classification.models.building import build_model
 from image_classification.runs import checkpoints
 from image_classification.settings.parser import parse_settings
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from tests.models import make_model, save_checkpoint, with_scores
 
 
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 10,
-}
+SIZES = {"hidden_size": 24, "intermediate_size": 16, "num_labels": 10}
 
 
 def softmax(seed=0, **fields):
-    torch.manual_seed(seed)
-    return _with_scores(ViTForImageClassification(ViTConfig(**{**SIZES, **fields})).eval())
+    return with_scores(make_model("softmax", seed=seed, **{**SIZES, **fields}).eval())
 
 
 def karat(seed=1, **fields):
-    torch.manual_seed(seed)
-    return _with_scores(KArAtViTForImageClassification(KArAtViTConfig(**{**SIZES, **fields})).eval())
-
-
-@torch.no_grad()
-def _with_scores(model):
-    """Queries and keys large enough for scores of about 1, so that maps of different models differ."""
-    for layer in model.vit.layers:
-        for projection in (layer.attention.q_proj, layer.attention.k_proj):
-            projection.weight.normal_(std=0.3)
-    return model
+    return with_scores(make_model("karat", seed=seed, **{**SIZES, **fields}).eval())
 
 
 def save(model, folder, mean=0.5, deviation=0.5):
-    model.save_pretrained(folder, save_original_format=False)
-    processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[mean] * 3, image_std=[deviation] * 3)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return save_checkpoint(model, folder, image_mean=[mean] * 3, image_std=[deviation] * 3)
 
 
 @pytest.fixture

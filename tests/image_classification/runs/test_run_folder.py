@@ -69,6 +69,7 @@ def test_batch_is_what_all_devices_make_of_it(tmp_path):
         run_folder.plan(settings(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "2"))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("existed", [True, False])
 def test_only_one_process_trains_in_a_folder(tmp_path, existed):
     """As long as it lives, and no longer, however it ends; also in a folder that there was not before."""
@@ -119,6 +120,7 @@ def test_folder_that_cannot_be_locked(tmp_path):
             lock.take(str(folder))
 
 
+@pytest.mark.system
 def test_second_command_changes_nothing_of_the_first(tmp_path, monkeypatch, small, capsys):
     """While the first one trains in a folder that was new to both, another one with another seed is refused."""
     folder = tmp_path / "run"

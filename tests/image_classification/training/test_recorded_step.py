@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback
 
 from image_classification.errors import InputError
 from image_classification.models.building import add_drop_path
@@ -18,25 +18,13 @@ from image_classification.training import trainer as trainer_module
 from image_classification.training.ema import WeightAverage
 from image_classification.training.recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
 from image_classification.training.trainer import ImageClassificationTrainer
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
-
-
-SIZES = {
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 3,
-}
+from tests import models as tiny
 
 
 def make_model(kind, drop_path_rate=0.0):
-    torch.manual_seed(0)
     if kind == "karat":
-        return KArAtViTForImageClassification(KArAtViTConfig(**SIZES, drop_path_rate=drop_path_rate))
-    model = ViTForImageClassification(ViTConfig(**SIZES))
+        return tiny.make_model("karat", num_labels=3, drop_path_rate=drop_path_rate)
+    model = tiny.make_model("softmax", num_labels=3)
     if drop_path_rate:
         add_drop_path(model, drop_path_rate)
     return model

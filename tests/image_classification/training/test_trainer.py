@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.scheduler import create_scheduler_v2
-from transformers import EvalPrediction, Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from image_classification import main as script
 from image_classification.errors import InputError
@@ -21,25 +21,11 @@ from image_classification.settings.arguments import RunArguments
 from image_classification.training.divergence import SKIPPED_STEPS, DivergenceGuard
 from image_classification.training.metrics import ComputeMetrics, TopKAccuracy, check_best, preprocess
 from image_classification.training.trainer import ImageClassificationTrainer, parameter_groups, schedule
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from tests import models as tiny
 
 
-SIZES = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 3,
-}
-
-
-def make_model(kind):
-    torch.manual_seed(0)
-    if kind == "karat":
-        return KArAtViTForImageClassification(KArAtViTConfig(**SIZES))
-    return ViTForImageClassification(ViTConfig(**SIZES))
+def make_model(kind, **fields):
+    return tiny.make_model(kind, **{"num_hidden_layers": 1, "num_labels": 3, **fields})
 
 
 def run_arguments(folder, **settings):
@@ -85,10 +71,10 @@ def test_clipping_is_pytorchs(tmp_path):
         assert torch.equal(clipped[name], parameter.grad), name
 
 
-@pytest.mark.parametrize("kind", ["karat", "softmax"])
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("images", [12, 10])
+@pytest.mark.parametrize(
+    "kind, soft, smoothing, images",
+    [("karat", False, 0.1, 10), ("karat", True, 0.0, 12), ("softmax", False, 0.0, 12), ("softmax", True, 0.1, 10)],
+)
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path, kind, soft, smoothing, images):
     """Also where the last of the accumulated batches is smaller (10 images: 4, 4, 2)."""
     common = {"kind": kind, "soft": soft, "images": images, "label_smoothing_factor": smoothing}
@@ -146,7 +132,7 @@ def test_karat_parameters_have_a_weight_decay_of_their_own(tmp_path, settings, e
 
 @pytest.mark.parametrize("sharing", ["blockwise", "universal"])
 def test_layer_decay(tmp_path, sharing):
-    model = KArAtViTForImageClassification(KArAtViTConfig(**SIZES | {"num_hidden_layers": 3}, sharing=sharing))
+    model = make_model("karat", num_hidden_layers=3, sharing=sharing)
     args = run_arguments(tmp_path, layer_decay=0.5, attn_lr=0.01, sched="cosine", min_lr=1e-3, num_train_epochs=1)
     trainer = ImageClassificationTrainer(model=model, args=args, train_dataset=rows_of(640))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -250,9 +236,6 @@ def test_multistep_drops_at_its_epochs(tmp_path):
 
 
 def test_schedules(tmp_path):
-    cosine = rates(tmp_path, 100, warmup=20, sched="cosine", warmup_lr=0.01, min_lr=0.02)
-    assert cosine[0] == pytest.approx(0.01) and cosine[10] == pytest.approx(0.055) and cosine[20] == pytest.approx(0.1)
-    assert cosine[60] == pytest.approx(0.06) and cosine[100] == pytest.approx(0.02)
     linear = rates(tmp_path, 100, sched="linear", min_lr=0.0)
     assert linear[50] == pytest.approx(0.05) and linear[100] == pytest.approx(0, abs=1e-12)
     cooled = rates(tmp_path, 100, sched="linear", min_lr=0.01, cooldown_epochs=3)
@@ -325,19 +308,17 @@ def test_diverged_loss_stops_the_run(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("kind", ["karat", "softmax"])
 @pytest.mark.parametrize(
-    "settings",
+    "kind, settings, rate, said",
     [
-        {"eval_strategy": "epoch"},
-        {"eval_strategy": "epoch", "model_ema": True, "model_ema_decay": 0.5},
-        {"eval_strategy": "no", "save_strategy": "no"},
-        {"eval_strategy": "no"},
-        {"eval_strategy": "no", "num_train_epochs": 2},
+        ("karat", {"eval_strategy": "epoch"}, 1e38, "nan"),
+        ("softmax", {"eval_strategy": "epoch", "model_ema": True, "model_ema_decay": 0.5}, math.inf, "not finite"),
+        ("softmax", {"eval_strategy": "no", "save_strategy": "no"}, 1e38, "nan"),
+        ("karat", {"eval_strategy": "no"}, math.inf, "not finite"),
+        ("softmax", {"eval_strategy": "no"}, 1e38, "nan"),
+        ("karat", {"eval_strategy": "no", "num_train_epochs": 2}, 1e38, "nan"),
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("rate, said", [(1e38, "nan"), (math.inf, "not finite")])
 def test_divergence_in_the_last_step_is_not_saved(tmp_path, kind, settings, rate, said):
     """One step in an epoch, whose loss and gradients are finite, and after which the weights give or are NaN."""
     settings = {"num_train_epochs": 1, "sched": "constant", "optim": "sgd", **settings}
@@ -388,8 +369,7 @@ def test_evaluation_that_is_not_finite_is_an_error(tmp_path, average):
         assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-@pytest.mark.parametrize("where", ["layers.0.mlp.fc1", "layers.0.attention.o_proj"])
+@pytest.mark.parametrize("clip, where", [(0.0, "layers.0.mlp.fc1"), (1.0, "layers.0.attention.o_proj")])
 def test_broken_gradient_is_named(tmp_path, where, clip):
     """A NaN that enters the backward pass at one module, in the third step, where the loss is still finite."""
     model = make_model("softmax")
@@ -418,6 +398,7 @@ def test_broken_gradient_is_named(tmp_path, where, clip):
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
 
 
+@pytest.mark.system
 def test_evaluation_of_another_data_set(tmp_path):
     """Also with data workers that persist, which end with the data set that they read."""
     few, many, seen, workers = rows_of(4), rows_of(6), [], []

@@ -28,11 +28,11 @@ from image_classification import main as script
 from image_classification.errors import InputError
 from image_classification.runs import checkpoints
 from image_classification.settings.parser import Parser
-from tests.image_classification import processes
-from tests.image_classification.processes import RUNS
+from tests.system import processes
+from tests.system.processes import RUNS
 
 
-PROJECT = Path(__file__).parents[3]
+PROJECT = Path(__file__).parents[2]
 CONFIGS = PROJECT / "accelerate_configs"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}

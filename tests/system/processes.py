@@ -17,24 +17,15 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback
 
 from image_classification.models import transfer
 from image_classification.settings.arguments import RunArguments
 from image_classification.training.metrics import ComputeMetrics, preprocess
 from image_classification.training.trainer import ImageClassificationTrainer
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from tests import models as tiny
 
 
-SIZES = {
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 6,
-}
 BATCH = 4  # Images in a step (or in one of its accumulated parts), over all processes.
 RESUMED_AT = 5
 
@@ -70,15 +61,12 @@ RUNS = [
 
 
 def make_model(run: Run):
-    torch.manual_seed(0)
     if run.fed:
-        teacher = KArAtViTForImageClassification(KArAtViTConfig(**SIZES, qkv_bias=False))
-        student = ViTForImageClassification(ViTConfig(**SIZES))
+        teacher = tiny.make_model(num_labels=6, qkv_bias=False)
+        student = tiny.make_model("softmax", num_labels=6)
         transfer.feed(student, transfer.AttentionTeacher(teacher), "teacher")
         return student
-    if run.model is None:
-        return ViTForImageClassification(ViTConfig(**SIZES))
-    return KArAtViTForImageClassification(KArAtViTConfig(**SIZES, **run.model))
+    return tiny.make_model("softmax" if run.model is None else "karat", num_labels=6, **(run.model or {}))
 
 
 def make_rows(count: int, soft: bool, seed: int) -> list[dict]:

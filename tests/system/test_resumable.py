@@ -242,21 +242,20 @@ def test_data_workers_outlive_a_signal_to_all(command, tmp_path, capfd):
     assert script.main(command("stopped")) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_a_checkpoint_and_says_how_to_go_on(command, whole, number, tmp_path, capfd):
+def test_signal_saves_a_checkpoint_and_says_how_to_go_on(command, whole, tmp_path, capfd):
     """In the middle of an epoch; as the evaluation at its end becomes due; and during that evaluation."""
     for moment, step, where in ((7, 4, "training_step"), (3, 6, "training_step"), (2, 6, "prediction_step")):
         moments = [(ImageClassificationTrainer, where)]
         capfd.readouterr()
         status = in_fork(
-            command("stopped"), functools.partial(act_at, moment, functools.partial(send, number), moments)
+            command("stopped"), functools.partial(act_at, moment, functools.partial(send, signal.SIGTERM), moments)
         )
         err = capfd.readouterr().err
-        assert status == 128 + number
+        assert status == 128 + signal.SIGTERM
         folder = tmp_path / "stopped"
         saved = max(checkpoints.checkpoints(folder))
         assert saved == step
-        assert f"{signals.NAMES[number]}: a checkpoint is saved" in err
+        assert f"{signals.NAMES[signal.SIGTERM]}: a checkpoint is saved" in err
         assert f"goes on from {folder / f'checkpoint-{saved}'}" in err
     assert script.main(command("stopped")) == 0
     # Not the one that was saved before its step was evaluated.
@@ -353,7 +352,7 @@ def stopped(command, tmp_path, capfd):
     return tmp_path / "stopped"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", checkpoints.SUMS])
+@pytest.mark.parametrize("name", ["optimizer.pt", checkpoints.SUMS])
 def test_torn_checkpoint_is_left_out_and_said(command, stopped, name, tmp_path, capfd):
     last = stopped / "checkpoint-8"
     data = (last / name).read_bytes()
@@ -380,7 +379,7 @@ def test_without_a_whole_checkpoint_nothing_is_thrown_away(command, stopped, cap
 # Loading weights
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", ["softmax", "universal"])
 def test_resuming_loads_every_weight(command, kind, tmp_path, capfd):
     """The model that ends a run is the one of its last checkpoint, whichever files that is in; another is refused."""
     folder = tmp_path / "run"
@@ -424,18 +423,9 @@ def test_resuming_loads_every_weight(command, kind, tmp_path, capfd):
         assert message in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["universal", "softmax"])
-def test_best_model_at_the_end_is_that_of_its_checkpoint(command, kind, tmp_path):
-    flags = [
-        "--load_best_model_at_end",
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        "2",
-        "--greater_is_better",
-        "false",
-    ]
-    assert script.main(command("run", kind, *flags, "--metric_for_best_model", "accuracy")) == 0
+def test_best_model_at_the_end_is_that_of_its_checkpoint(command, tmp_path):
+    flags = "--load_best_model_at_end --eval_strategy steps --eval_steps 2 --greater_is_better false".split()
+    assert script.main(command("run", "universal", *flags, "--metric_for_best_model", "accuracy")) == 0
     folder = tmp_path / "run"
     states = [json.loads((path / "trainer_state.json").read_text()) for path in folder.glob("checkpoint-*")]
     best = max(states, key=lambda state: state["global_step"])["best_global_step"]

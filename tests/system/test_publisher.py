@@ -34,10 +34,10 @@ from image_classification.settings.parser import parse_settings
 from image_classification.training import ema
 from image_classification.training.trainer import ImageClassificationTrainer
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN
-from tests.image_classification import processes
+from tests.system import processes
 
 
-PROJECT = Path(__file__).parents[3]
+PROJECT = Path(__file__).parents[2]
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json", *publisher.CODE}
 FINISHED = {*MODEL, "README.md", "recipe.yaml", "all_results.json", "history.json", "training_curves.png", RECORD}
 UNFINISHED = FINISHED - {"all_results.json"}
@@ -215,6 +215,7 @@ def test_large_files_in_several_parts(hub, finished):
     assert train(finished, "--hub_strategy", "end") == 0
     assert repository(hub).files()["model.safetensors"] == (finished / "model.safetensors").read_bytes()
     assert hub.count("PUT /lfs/.*/2") and hub.count("POST /lfs-complete/")
+    assert repository(hub).titles() == ["initial commit", "Finished training"]
 
 
 def test_what_the_hub_has_is_taken_by_its_name(hub, finished, tmp_path, capsys):
@@ -241,11 +242,6 @@ def test_what_the_hub_has_is_taken_by_its_name(hub, finished, tmp_path, capsys):
 
 
 # Strategies.
-
-
-def test_only_the_finished_run(hub, tmp_path):
-    assert train(tmp_path / "digits", "--hub_strategy", "end") == 0
-    assert repository(hub).titles() == ["initial commit", "Finished training"]
 
 
 def test_another_machine_goes_on_from_the_last_checkpoint(hub, trained, tmp_path, capsys):
@@ -325,12 +321,8 @@ def test_pushing_does_not_hold_up_training(hub, tmp_path):
     ("request_", "status"),
     [
         ("POST .*/commit/main", 503),
-        ("POST .*/commit/main", 412),
-        ("POST .*/commit/main", 409),
         ("POST .*/commit/main", "lost"),
         ("PUT /lfs/", "drop"),
-        ("PUT /lfs/", 500),
-        ("GET /api/models/me/digits", 502),
     ],
 )
 def test_what_passes_is_tried_again(hub, finished, capsys, request_, status):
@@ -347,10 +339,7 @@ def test_what_passes_is_tried_again(hub, finished, capsys, request_, status):
     ("request_", "status", "said"),
     [
         ("POST .*/commit/main", 401, "the Hub does not know your token: log in with `hf auth login`"),
-        ("POST .*/commit/main", 403, "your token may not write there: told so"),
-        ("POST .*/commit/main", 500, "the Hub answers 500 (told so)"),
         ("POST .*/commit/main", 412, "somebody else wrote there at the same time (told so)"),
-        ("POST .*/commit/main", 400, "the Hub refuses it (400: told so)"),
         ("POST .*/preupload/main", "drop", "the Hub cannot be reached"),
     ],
 )
@@ -566,7 +555,7 @@ def test_branch_of_files_that_no_run_pushed(hub, finished):
     assert there.files()["config.json"] == b"{}"
 
 
-@pytest.mark.parametrize("record", [b"{", b"[]", b'{"run": "x"}'])
+@pytest.mark.parametrize("record", [b"{", b'{"run": "x"}'])
 def test_record_that_somebody_damaged(hub, finished, capsys, record):
     hub.add("me/digits", {RECORD: record, "config.json": b"{}"})
     assert "holds files that no run pushed" in fails(capsys, *words(finished))

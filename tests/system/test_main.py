@@ -85,15 +85,6 @@ def test_pipeline_gives_the_logged_accuracy_sample_by_sample(default_run):
     assert right / len(said) == results(folder)["eval_accuracy"]
 
 
-def test_processor_is_the_same_without_torchvision(default_run):
-    image = decode(load_data(DataArguments(data_set="digits"), seed=0).validation[0]["image"], "image")
-    pixels = [
-        EvalTransform(AutoImageProcessor.from_pretrained(default_run[0], backend=backend))(image)
-        for backend in ("torchvision", "pil")
-    ]
-    torch.testing.assert_close(*pixels, atol=1e-6, rtol=0)
-
-
 def test_model_card(default_run):
     folder = default_run[0]
     card = ModelCard.load(folder / "README.md")
@@ -126,13 +117,6 @@ def test_second_time_says_that_it_is_done(default_run, capsys):
     out = capsys.readouterr().out
     assert "finished" in out and "predict.py" in out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_evaluation_of_a_checkpoint_gives_its_accuracy(default_run, capsys):
-    folder = default_run[0]
-    assert script.main(["--eval", "--resume", str(folder), "--data-set", "digits", "--device", "cpu"]) == 0
-    accuracy = f"accuracy {100 * results(folder)['eval_accuracy']:.2f} %"
-    assert accuracy in capsys.readouterr().out
 
 
 def test_image_folder_with_resize_and_crop(image_folder, tmp_path, small):
@@ -206,17 +190,7 @@ def test_broken_image_of_a_set_too_large_to_check_is_named_by_the_worker(image_f
 
 
 def test_evaluation_overwrites_no_other(default_run, tmp_path, capsys):
-    words = [
-        "--eval",
-        "--resume",
-        str(default_run[0]),
-        "--data_set",
-        "digits",
-        "--device",
-        "cpu",
-        "--max_eval_samples",
-        "9",
-    ]
+    words = f"--eval --resume {default_run[0]} --data_set digits --device cpu --max_eval_samples 9".split()
     assert script.main([*words, "--output_dir", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "eval_results.json").read_text())["checkpoint"] == str(default_run[0])
     assert "eval_results.json holds the figures of another" in fails(capsys, *words, "--output_dir", str(tmp_path))
@@ -236,12 +210,11 @@ def test_run_stopped_after_its_last_step_is_completed(default_run, tmp_path, cap
     assert len(json.loads((folder / "history.json").read_text())) == 20
 
 
-def test_the_whole_augmentation_trains(image_folder, tmp_path, small, capsys):
+def test_the_whole_augmentation_trains(image_folder, tmp_path, small):
     words = ["--model", "vit_tiny_patch16_224", *small, "--image_size", "16", "--data_path", str(image_folder)]
     words += ["--output_dir", str(tmp_path / "o"), "--epochs", "1", "--gradient_accumulation_steps", "2"]
     words += "--max_train_samples 11 --mixup 0.8 --cutmix 1 --aa rand-m15-n2-mstd1.0-inc1 --reprob 0.25".split()
     assert script.main([*words, "--repeated-aug", "--smoothing", "0.1"]) == 0
-    assert "accepted, but has no effect" not in capsys.readouterr().out
     history = json.loads((tmp_path / "o" / "history.json").read_text())
     assert 0 < history[-1]["train_loss"] < 5
     card = (tmp_path / "o" / "README.md").read_text()
