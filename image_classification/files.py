@@ -15,7 +15,10 @@ def sha256(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Have the disk hold what a file or folder is."""
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return  # Windows opens no folders, and flushes only what may be written.
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
