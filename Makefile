@@ -2,7 +2,7 @@
 # `make help` lists the targets. Each does the set-up that it needs; what is done already is skipped.
 
 VENV ?= .venv
-# Arguments of `make train`, `make demo`, `make gallery`, `make test-quick` and `make test-pinned`.
+# Arguments of `make train`, `make demo`, `make gallery`, `make test-quick`, `make test-pinned` and `make test-hf`.
 ARGS ?=
 # Processes that run tests.
 JOBS ?= 2
@@ -16,7 +16,7 @@ caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo gallery test test-quick test-pinned test-lowest lint docs format clean
+.PHONY: help train demo gallery test test-quick test-pinned test-lowest test-hf lint docs format clean
 
 help: ## List the targets
 	@echo "make TARGET [VENV=path of the Python environment, $(VENV) unless given]"
@@ -54,6 +54,14 @@ test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version w
 		--deselect=$(export)::test_onnx_by_the_exporter_of_torchscript \
 		tests/test_presets.py tests/system/test_remote_code.py tests/system/test_optional_packages.py \
 		tests/system/test_publisher.py::test_from_the_shell_to_a_stranger
+
+# Transformers' tests have marks of their own. Of each test that is skipped the reason is shown.
+hf-options := -n $(JOBS) -o addopts='-rs --import-mode=importlib' -W ignore::pytest.PytestUnknownMarkWarning
+test-hf: $(lowest)/.installed ## Run Transformers' own common tests, of the pinned and of the lowest one, on our models
+	$(python) tests/hf/fetch.py $(VENV)/transformers-tests
+	$(python) -m pytest $(hf-options) $(ARGS) tests/hf/common.py
+	PYTHONPATH=$(lowest) $(python) tests/hf/fetch.py $(VENV)/transformers-tests
+	PYTHONPATH=$(lowest) $(python) -m pytest $(hf-options) $(ARGS) tests/hf/common.py
 
 lint: $(VENV)/.installed-test ## Check style and formatting
 	$(python) -m ruff check .

@@ -6,9 +6,11 @@ Importing this package registers the model with Transformers' auto classes.
 """
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
     ViTImageProcessor,
     ViTImageProcessorPil,
 )
@@ -19,19 +21,29 @@ from transformers.utils import is_torchvision_available
 
 from .configuration_karat_vit import KArAtViTConfig
 from .conversion import convert_timm_state_dict
-from .modeling_karat_vit import KArAtViTForImageClassification, KArAtViTModel, KArAtViTPreTrainedModel
+from .modeling_karat_vit import (
+    KArAtViTBackbone,
+    KArAtViTForImageClassification,
+    KArAtViTForMaskedImageModeling,
+    KArAtViTModel,
+    KArAtViTPreTrainedModel,
+)
 
 
 AutoConfig.register(KArAtViTConfig.model_type, KArAtViTConfig, exist_ok=True)
 AutoModel.register(KArAtViTConfig, KArAtViTModel, exist_ok=True)
 AutoModelForImageClassification.register(KArAtViTConfig, KArAtViTForImageClassification, exist_ok=True)
+AutoModelForMaskedImageModeling.register(KArAtViTConfig, KArAtViTForMaskedImageModeling, exist_ok=True)
+AutoBackbone.register(KArAtViTConfig, KArAtViTBackbone, exist_ok=True)
 # Without torchvision, Transformers has a placeholder for its class.
 _processors = {"pil": ViTImageProcessorPil} | ({"torchvision": ViTImageProcessor} if is_torchvision_available() else {})
 AutoImageProcessor.register(KArAtViTConfig, image_processor_classes=_processors, exist_ok=True)
 
 __all__ = [
+    "KArAtViTBackbone",
     "KArAtViTConfig",
     "KArAtViTForImageClassification",
+    "KArAtViTForMaskedImageModeling",
     "KArAtViTModel",
     "KArAtViTPreTrainedModel",
     "convert_timm_state_dict",

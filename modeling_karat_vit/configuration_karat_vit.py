@@ -7,8 +7,9 @@ from dataclasses import fields
 from numbers import Real
 
 from huggingface_hub.dataclasses import strict
-from transformers import ViTConfig
+from transformers import PreTrainedConfig, ViTConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
@@ -70,7 +71,9 @@ STRUCTURAL_FIELDS = (
     "project_l1",
 )
 
-# Keys that PreTrainedConfig takes although they are no dataclass fields.
+# The two ways to name a backbone's stages, of which one follows from the other.
+_STAGES = ("out_features", "out_indices")
+# Keys that are taken although they are no dataclass fields.
 _PRETRAINED_KEYS = {
     "_attn_implementation_internal",
     "_commit_hash",
@@ -84,6 +87,7 @@ _PRETRAINED_KEYS = {
     "model_type",
     "name_or_path",
     "num_labels",
+    *_STAGES,
     "output_attentions",
     "output_attention_scores",
     "quantization_config",
@@ -93,7 +97,7 @@ _PRETRAINED_KEYS = {
 
 
 @strict
-class KArAtViTConfig(ViTConfig):
+class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
     r"""
     Configuration of `KArAtViTModel` and `KArAtViTForImageClassification`: every field of Transformers' `ViTConfig`,
     and the fields below. Defaults give the paper's operator (`phi1_w2`, Fourier, blockwise) on ViT-Base.
@@ -140,6 +144,12 @@ class KArAtViTConfig(ViTConfig):
             mean over the tokens; `"normal"` is the paper's N(0, 1).
         drop_path_rate (float, defaults to 0.0):
             Stochastic depth: rate of the last block; the others rise linearly towards it from 0 in the first.
+        apply_layernorm, reshape_hidden_states (bool, defaults to True):
+            Of `KArAtViTBackbone`: normalise the feature maps; give them as (B, hidden, height, width), without [CLS],
+            and not as (B, N, hidden).
+        out_features, out_indices (list, optional):
+            Stages of `KArAtViTBackbone` by name ("stem" for the embeddings, "stage1" for the first block, ...) or by
+            index, from 0 for the stem. Default: the last one.
         format_version (int):
             Version of the checkpoint format, written by the library.
 
@@ -178,12 +188,28 @@ class KArAtViTConfig(ViTConfig):
     train_base: bool = True
     karat_init: str = "scaled"
     drop_path_rate: float | int = 0.0
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
         self._reject_unknown_keys(kwargs)
         self.check()
+        self.set_output_features_output_indices(**{name: kwargs.pop(name, None) for name in _STAGES})
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The stages of a backbone: the embeddings, and each block."""
+        return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
+
+    def to_dict(self) -> dict:
+        """As in Transformers; the stages of a backbone only where they are others than the last one."""
+        output = super().to_dict()
+        if output["out_indices"] == [self.num_hidden_layers]:
+            for name in _STAGES:
+                del output[name]
+        return output
 
     @classmethod
     def _reject_unknown_keys(cls, keys) -> None:
@@ -329,6 +355,8 @@ class KArAtViTConfig(ViTConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         config_dict = cls._adopt(dict(config_dict))
+        if any(kwargs.get(name) is not None for name in _STAGES):
+            config_dict = {key: value for key, value in config_dict.items() if key not in _STAGES}
         # Fields given as keywords take part in the construction, so that they are checked with the others.
         for key in [key for key in kwargs if key in _own_keys()]:
             config_dict[key] = kwargs.pop(key)
@@ -392,7 +420,9 @@ def _with_hints(keys) -> str:
 
 def _own_keys() -> set[str]:
     """The fields of KArAt and of ViT, without those of every Transformers configuration."""
-    return {field.name for field in fields(KArAtViTConfig)} - {field.name for field in fields(ViTConfig.__mro__[1])}
+    return {field.name for field in fields(KArAtViTConfig)} - {field.name for field in fields(PreTrainedConfig)} | set(
+        _STAGES
+    )
 
 
 def height_and_width(size) -> tuple[int, int]:

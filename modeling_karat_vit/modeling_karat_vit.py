@@ -10,9 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
@@ -21,7 +27,8 @@ from transformers.models.vit.modeling_vit import (
     ViTPooler,
     ViTPreTrainedModel,
 )
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -44,8 +51,10 @@ logger = logging.get_logger(__name__)
 KARAT_IMPLEMENTATIONS = ("karat_portable", "karat_triton")
 AUTO_CLASSES = {
     "AutoConfig": "configuration_karat_vit.KArAtViTConfig",
+    "AutoBackbone": "modeling_karat_vit.KArAtViTBackbone",
     "AutoModel": "modeling_karat_vit.KArAtViTModel",
     "AutoModelForImageClassification": "modeling_karat_vit.KArAtViTForImageClassification",
+    "AutoModelForMaskedImageModeling": "modeling_karat_vit.KArAtViTForMaskedImageModeling",
 }
 
 
@@ -85,6 +94,19 @@ class KArAtViTModelOutput(BaseModelOutputWithPooling):
 class KArAtViTImageClassifierOutput(ImageClassifierOutput):
     """
     `ImageClassifierOutput`, and the scores.
+
+    Args:
+        attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
+            Per block the scores before the activation, (B, heads, N, N).
+    """
+
+    attention_scores: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class KArAtViTMaskedImageModelingOutput(MaskedImageModelingOutput):
+    """
+    `MaskedImageModelingOutput`, and the scores.
 
     Args:
         attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
@@ -400,7 +422,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """
         As in Transformers, with two differences: parameters keep their present names (`save_original_format=True`
-        writes ViT's old ones, which Trainer cannot resume from), and `auto_map` names all three auto classes.
+        writes ViT's old ones, which Trainer cannot resume from), and `auto_map` names the auto class of every model.
         """
         self.config.auto_map = dict(AUTO_CLASSES)
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
@@ -481,7 +503,7 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
         bool_masked_pos: torch.BoolTensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> KArAtViTModelOutput:
         """
         Args:
@@ -553,7 +575,7 @@ class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> KArAtViTImageClassifierOutput:
         """
         Args:
@@ -580,6 +602,118 @@ class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
             attentions=outputs.attentions,
             attention_scores=outputs.attention_scores,
         )
+
+
+class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
+    """The encoder and a decoder that paints the masked patches: one linear map of each final state to its pixels."""
+
+    def __init__(self, config: KArAtViTConfig):
+        _check_config_type(config)
+        super().__init__(config)
+        self.vit = KArAtViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> KArAtViTMaskedImageModelingOutput:
+        """
+        Args:
+            pixel_values, interpolate_pos_encoding, attention_mask: as in `KArAtViTModel`.
+            bool_masked_pos: patches that are masked, (B, patches); needs `encoder_stride` equal to `patch_size`.
+
+        Returns:
+            The reconstructed images (B, C, H, W), with `bool_masked_pos` the mean absolute error of the masked pixels
+            as the loss, and what `output_*` asks for.
+        """
+        stride = self.config.encoder_stride
+        if bool_masked_pos is not None and _pair(self.config.patch_size) != (stride, stride):
+            raise ValueError(
+                f"`bool_masked_pos` needs `encoder_stride` equal to `patch_size`, so that the reconstruction is as large "
+                f"as the image: they are {stride} and {self.config.patch_size}."
+            )
+        outputs = self.vit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        height, width = self.config.patch_grid(tuple(pixel_values.shape[2:]))
+        reconstruction = self.decoder(_as_map(outputs.last_hidden_state, height, width))
+        loss = None
+        if bool_masked_pos is not None:
+            mask = bool_masked_pos.reshape(-1, 1, height, width).to(reconstruction.dtype)
+            mask = mask.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
+            pixels = pixel_values[..., : height * stride, : width * stride].to(reconstruction.dtype)
+            errors = nn.functional.l1_loss(reconstruction, pixels, reduction="none")
+            loss = (errors * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
+        return KArAtViTMaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attention_scores=outputs.attention_scores,
+        )
+
+
+class KArAtViTBackbone(BackboneMixin, KArAtViTModel):
+    """The encoder as a backbone: the states after the stages that `config.out_features` names, as feature maps."""
+
+    def __init__(self, config: KArAtViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * len(self.stage_names)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = True,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values, attention_mask: as in `KArAtViTModel`.
+            interpolate_pos_encoding: take images of any size.
+
+        Returns:
+            Per stage of `config.out_features` a feature map (B, hidden, patches along height, along width), or (B, N,
+            hidden) with `reshape_hidden_states=False`; and what `output_*` asks for.
+        """
+        outputs = KArAtViTModel.forward(
+            self,
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        maps = [outputs.hidden_states[self.stage_names.index(name)] for name in self.out_features]
+        if self.config.apply_layernorm:
+            maps = [self.layernorm(states) for states in maps]
+        if self.config.reshape_hidden_states:
+            grid = self.config.patch_grid(tuple(pixel_values.shape[2:]))
+            maps = [_as_map(states, *grid) for states in maps]
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _as_map(states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The states of the patches (B, N, hidden), [CLS] first, as a map (B, hidden, height, width)."""
+    return states[:, 1:].mT.reshape(states.shape[0], -1, height, width)
 
 
 @dataclass
@@ -700,5 +834,13 @@ def _check_same_structure(name, source: dict, wanted: dict) -> None:
 
 KArAtViTModel.register_for_auto_class("AutoModel")
 KArAtViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+KArAtViTForMaskedImageModeling.register_for_auto_class("AutoModelForMaskedImageModeling")
+KArAtViTBackbone.register_for_auto_class("AutoBackbone")
 
-__all__ = ["KArAtViTForImageClassification", "KArAtViTModel", "KArAtViTPreTrainedModel"]
+__all__ = [
+    "KArAtViTBackbone",
+    "KArAtViTForImageClassification",
+    "KArAtViTForMaskedImageModeling",
+    "KArAtViTModel",
+    "KArAtViTPreTrainedModel",
+]

@@ -87,6 +87,14 @@ def test_the_tests_run_twice(clone):
     assert all((PROJECT / path.partition("::")[0]).exists() for path in named)
 
 
+def test_the_tests_of_transformers_run_twice(clone):
+    calls = recorder(clone)
+    assert make(clone, "test-hf").returncode == 0
+    ran = [call for call in calls.read_text().splitlines() if "pip" not in call]
+    assert [call.split()[0] for call in ran] == ["tests/hf/fetch.py", "-m"] * 2
+    assert all(call.endswith(" tests/hf/common.py") for call in ran[1::2])
+
+
 def test_a_failed_installation_is_tried_again(clone):
     python = clone / ".venv" / "bin" / "python"
     program(python, 'case "$*" in *editable*) exit 1;; esac')
