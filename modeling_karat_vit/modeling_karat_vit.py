@@ -638,8 +638,8 @@ class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
         stride = self.config.encoder_stride
         if bool_masked_pos is not None and _pair(self.config.patch_size) != (stride, stride):
             raise ValueError(
-                f"`bool_masked_pos` needs `encoder_stride` equal to `patch_size`, so that the reconstruction is as large "
-                f"as the image: they are {stride} and {self.config.patch_size}."
+                f"`bool_masked_pos` needs `encoder_stride` equal to `patch_size`, or the reconstruction is not as large "
+                f"as the image; they are {stride} and {self.config.patch_size}."
             )
         outputs = self.vit(
             pixel_values,

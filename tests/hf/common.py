@@ -23,12 +23,20 @@ from transformers import (
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTForMaskedImageModeling,
     ViTImageProcessorPil,
     ViTModel,
 )
 from transformers.models.auto import modeling_auto
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel, KArAtViTPreTrainedModel
+from modeling_karat_vit import (
+    KArAtViTBackbone,
+    KArAtViTConfig,
+    KArAtViTForImageClassification,
+    KArAtViTForMaskedImageModeling,
+    KArAtViTModel,
+    KArAtViTPreTrainedModel,
+)
 
 
 FETCHED = Path(sys.prefix) / "transformers-tests" / transformers.__version__
@@ -59,7 +67,7 @@ FAMILIES = {
 
 
 def import_transformers_tests() -> tuple:
-    """The modules of the common tests for models, configurations and pipelines."""
+    """The modules of the common tests for models, configurations, backbones and pipelines."""
     if not FETCHED.is_dir():
         raise FileNotFoundError(f"{FETCHED} is missing: `make test-hf` fetches Transformers' tests and runs this file.")
     package = types.ModuleType(PACKAGE)
@@ -78,27 +86,31 @@ def import_transformers_tests() -> tuple:
         mock.patch.object(transformers.utils, "direct_transformers_import", lambda path: transformers),
         mock.patch.dict("os.environ", TRANSFORMERS_TINY_MODEL_PATH=MODELS.name),
     ):
-        names = ("test_modeling_common", "test_configuration_common", "test_pipeline_mixin")
+        names = ("test_modeling_common", "test_configuration_common", "test_backbone_common", "test_pipeline_mixin")
         return tuple(importlib.import_module(f"{PACKAGE}.{name}") for name in names)
 
 
 def write_summary() -> None:
     """The list of tiny models on the Hub that the pipelines' mixin reads; here they lie in a folder."""
     summary = {"tokenizer_classes": [], "processor_classes": ["ViTImageProcessorPil"]}
-    classes = (KArAtViTForImageClassification, ViTForImageClassification)
+    classes = (KArAtViTForImageClassification, KArAtViTModel, ViTForImageClassification, ViTModel)
     path = Path(MODELS.name) / "reports" / "tiny_model_summary.json"
     path.parent.mkdir()
     path.write_text(json.dumps({cls.__name__: summary for cls in classes}))
 
 
+# Some tests write every parameter into a message that nobody reads.
+torch.set_printoptions(threshold=0, edgeitems=1)
 write_summary()
-modeling_tests, configuration_tests, pipeline_tests = import_transformers_tests()
+modeling_tests, configuration_tests, backbone_tests, pipeline_tests = import_transformers_tests()
 # The mixins look up in these lists which classes take which labels.
 modeling_auto.MODEL_MAPPING_NAMES["karat_vit"] = "KArAtViTModel"
+modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["karat_vit"] = "KArAtViTBackbone"
 modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["karat_vit"] = "KArAtViTForImageClassification"
-PIPELINE = pipeline_tests.pipeline_test_mapping["image-classification"]
-if isinstance(PIPELINE["test"], str):
-    PIPELINE["test"] = PIPELINE["test"].replace("tests.", f"{PACKAGE}.", 1)
+modeling_auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES["karat_vit"] = "KArAtViTForMaskedImageModeling"
+for _task in pipeline_tests.pipeline_test_mapping.values():
+    if isinstance(_task["test"], str):
+        _task["test"] = _task["test"].replace("tests.", f"{PACKAGE}.", 1)
 
 
 class TinyModels:
@@ -129,8 +141,8 @@ class CommonTests(modeling_tests.ModelTesterMixin, pipeline_tests.PipelineTester
     test_resize_embeddings = False  # There are no token embeddings.
     config_class = ViTConfig
     fields: dict = {}
-    all_model_classes = (ViTModel, ViTForImageClassification)
-    pipeline_model_mapping = {"image-classification": ViTForImageClassification}
+    all_model_classes = (ViTModel, ViTForImageClassification, ViTForMaskedImageModeling)
+    pipeline_model_mapping = {"image-classification": ViTForImageClassification, "image-feature-extraction": ViTModel}
 
     def setUp(self):
         self.model_tester = TinyModels(self.config_class, self.fields)
@@ -154,6 +166,7 @@ class CommonTests(modeling_tests.ModelTesterMixin, pipeline_tests.PipelineTester
 
     def run_pipeline_test(self, task, repo_name, model_architecture, **kwargs):
         name = type(self).__name__
+        name = f"{name}-{model_architecture.__name__}"
         folder = Path(MODELS.name) / model_architecture.config_class.model_type / name
         if not folder.exists():
             model_architecture(self.model_tester.get_config()).save_pretrained(folder)
@@ -162,16 +175,25 @@ class CommonTests(modeling_tests.ModelTesterMixin, pipeline_tests.PipelineTester
         super().run_pipeline_test(task, name, model_architecture, **kwargs)
 
 
-# The other pipelines are not for image classifiers.
+# The other pipelines are not for these models.
 for _name in dir(pipeline_tests.PipelineTesterMixin):
-    if _name.startswith("test_pipeline_") and not _name.startswith("test_pipeline_image_classification"):
+    ours = _name.startswith(("test_pipeline_image_classification", "test_pipeline_image_feature_extraction"))
+    if _name.startswith("test_pipeline_") and not ours:
         setattr(CommonTests, _name, None)
 
 
 class KArAtTests(CommonTests):
     config_class = KArAtViTConfig
-    all_model_classes = (KArAtViTModel, KArAtViTForImageClassification)
-    pipeline_model_mapping = {"image-classification": KArAtViTForImageClassification}
+    all_model_classes = (
+        KArAtViTModel,
+        KArAtViTForImageClassification,
+        KArAtViTForMaskedImageModeling,
+        KArAtViTBackbone,
+    )
+    pipeline_model_mapping = {
+        "image-classification": KArAtViTForImageClassification,
+        "image-feature-extraction": KArAtViTModel,
+    }
 
     def test_sdpa_can_dispatch_non_composite_models(self):
         # The test takes "sdpa" for the default; ours is the fastest way for KArAt heads (test_modeling.py).
@@ -195,6 +217,14 @@ TINY_OF_CONFIGURATIONS = {name: value for name, value in TINY.items() if name !=
 
 class TestViT(CommonTests, unittest.TestCase):
     """The control."""
+
+
+class TestBackbone(backbone_tests.BackboneTesterMixin, unittest.TestCase):
+    config_class = KArAtViTConfig
+    all_model_classes = (KArAtViTBackbone,)
+
+    def setUp(self):
+        self.model_tester = TinyModels(KArAtViTConfig, {"out_features": ["stem", "stage2"]})
 
 
 for _name, _fields in FAMILIES.items():

@@ -12,7 +12,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, set_seed
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel
+from modeling_karat_vit import (
+    KArAtViTBackbone,
+    KArAtViTConfig,
+    KArAtViTForImageClassification,
+    KArAtViTForMaskedImageModeling,
+    KArAtViTModel,
+)
 from modeling_karat_vit.karat_operator import KArAtOperator
 from modeling_karat_vit.modeling_karat_vit import AttentionMasks
 
@@ -95,7 +101,9 @@ def test_weights_are_safetensors_alone_and_code_lies_beside(make_model, tmp_path
     assert names - {"config.json", "model.safetensors"} <= code
 
 
-@pytest.mark.parametrize("cls", [KArAtViTModel, KArAtViTForImageClassification])
+@pytest.mark.parametrize(
+    "cls", [KArAtViTModel, KArAtViTForImageClassification, KArAtViTForMaskedImageModeling, KArAtViTBackbone]
+)
 def test_all_auto_classes_are_named_whichever_class_saved(make_model, tmp_path, cls):
     make_model(cls).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -103,6 +111,8 @@ def test_all_auto_classes_are_named_whichever_class_saved(make_model, tmp_path, 
         "AutoConfig": "configuration_karat_vit.KArAtViTConfig",
         "AutoModel": "modeling_karat_vit.KArAtViTModel",
         "AutoModelForImageClassification": "modeling_karat_vit.KArAtViTForImageClassification",
+        "AutoModelForMaskedImageModeling": "modeling_karat_vit.KArAtViTForMaskedImageModeling",
+        "AutoBackbone": "modeling_karat_vit.KArAtViTBackbone",
     }
     assert config["format_version"] == 1 and config["architectures"] == [cls.__name__]
     assert type(AutoConfig.from_pretrained(tmp_path)) is KArAtViTConfig

@@ -18,6 +18,7 @@ from image_classification import main as script
 from image_classification.data.sources import decode, load_data
 from image_classification.data.transforms import EvalTransform
 from image_classification.settings.arguments import DataArguments
+from modeling_karat_vit.modeling_karat_vit import AUTO_CLASSES
 
 
 PROJECT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def test_checkpoint_folder_is_complete(default_run):
     folder = default_run[0]
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"]["7"] == "7" and config["label2id"]["7"] == 7
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+    assert set(config["auto_map"]) == set(AUTO_CLASSES)
     for module in {entry.split(".")[0] for entry in config["auto_map"].values()}:
         assert (folder / f"{module}.py").is_file()
     assert (folder / "model.safetensors").is_file() and not list(folder.rglob("training_args.bin"))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_karat_vit import KArAtViTModel
+from modeling_karat_vit import KArAtViTBackbone, KArAtViTForMaskedImageModeling, KArAtViTModel
 from modeling_karat_vit.configuration_karat_vit import BASIS_TYPES, WAVELET_TYPES
+from modeling_karat_vit.modeling_karat_vit import AUTO_CLASSES
 from tests.models import make_model, save_checkpoint
 
 
@@ -101,10 +102,10 @@ def test_a_stranger_loads_every_basis(folders, image, fresh_interpreter):
     assert json.loads(printed.splitlines()[-1]) == sorted(folder.name for folder in folders.iterdir())
 
 
-def test_the_folder_names_all_three_classes_and_holds_their_code(folders):
+def test_the_folder_names_every_class_and_holds_their_code(folders):
     for folder in folders.iterdir():
         config = json.loads((folder / "config.json").read_text())
-        assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+        assert set(config["auto_map"]) == set(AUTO_CLASSES)
         for target in config["auto_map"].values():
             module, name = target.split(".")
             assert f"class {name}(" in (folder / f"{module}.py").read_text()
@@ -117,3 +118,41 @@ def test_no_file_is_taken_for_another_module_by_a_python_started_in_the_folder(f
     others = {*sys.stdlib_module_names, *packages_distributions(), "kernels"} - {"modeling_karat_vit"}
     for folder in folders.iterdir():
         assert not {path.stem for path in folder.glob("*.py")} & others
+
+
+# Run by the interpreter without the package: arguments are a file with the expected tensors, and two repositories.
+STRANGER_OF_OTHERS = """
+import sys
+import torch
+from transformers import AutoBackbone, AutoModelForMaskedImageModeling
+
+expected = torch.load(sys.argv[1])
+backbone = AutoBackbone.from_pretrained(sys.argv[2], trust_remote_code=True, out_features=["stem", "stage2"]).eval()
+painter = AutoModelForMaskedImageModeling.from_pretrained(sys.argv[3], trust_remote_code=True).eval()
+with torch.no_grad():
+    maps = backbone(expected["pixels"]).feature_maps
+    painted = painter(expected["pixels"]).reconstruction
+assert len(maps) == 2 and torch.equal(maps[1], expected["map"])
+assert torch.equal(painted, expected["painted"])
+"""
+
+
+@torch.no_grad()
+def test_a_stranger_loads_backbone_and_masked_image_modelling(hub, tmp_path, fresh_interpreter):
+    """From the Hub: `AutoBackbone.from_pretrained` takes no folder, in Transformers itself."""
+    config = make_model(encoder_stride=4).config
+    expected = {"pixels": torch.randn(2, 3, 8, 8)}
+    for cls in (KArAtViTBackbone, KArAtViTForMaskedImageModeling):
+        torch.manual_seed(0)
+        model = cls(config).eval()
+        output = model(expected["pixels"])
+        if cls is KArAtViTBackbone:
+            expected["map"] = output.feature_maps[-1]
+        else:
+            expected["painted"] = output.reconstruction
+        model.save_pretrained(tmp_path / cls.__name__)
+        hub.add(f"me/{cls.__name__}", {path.name: path.read_bytes() for path in (tmp_path / cls.__name__).iterdir()})
+    torch.save(expected, tmp_path / "expected.pt")
+    repositories = [f"me/{cls.__name__}" for cls in (KArAtViTBackbone, KArAtViTForMaskedImageModeling)]
+    hide = ["modeling_karat_vit", "image_classification"]
+    fresh_interpreter(STRANGER_OF_OTHERS, tmp_path / "expected.pt", *repositories, hide=hide)
