@@ -57,6 +57,9 @@ AUTO_CLASSES = {
     "AutoModelForMaskedImageModeling": "modeling_karat_vit.KArAtViTForMaskedImageModeling",
 }
 
+# What `forward` takes beyond its named arguments: what this model reads, and what Transformers hands to any model.
+FORWARD_KEYWORDS = {*TransformersKwargs.__annotations__, "output_attention_scores", "return_dict"}
+
 
 def karat_attention_forward(module, query, key, value, attention_mask, **kwargs):
     """
@@ -520,6 +523,8 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
             raise ValueError("You have to specify `pixel_values`.")
         if bool_masked_pos is not None and self.embeddings.mask_token is None:
             raise ValueError("`bool_masked_pos` needs a model made with `use_mask_token=True`.")
+        if not torch.compiler.is_compiling() and (unknown := sorted(set(kwargs) - FORWARD_KEYWORDS)):
+            logger.warning_once(f"`forward` knows no {', '.join(map(repr, unknown))}: ignored.")
         self.embeddings.check_pixels(pixel_values, bool(interpolate_pos_encoding))
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(
@@ -580,8 +585,8 @@ class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
         """
         Args:
             pixel_values, interpolate_pos_encoding, attention_mask: as in `KArAtViTModel`.
-            labels: class indices (B,), or by `config.problem_type` targets of `"multi_label_classification"` (B,
-                classes) or `"regression"`.
+            labels: class indices (B,); soft targets (B, classes) with `problem_type="single_label_classification"`, as
+                of mixup or a teacher; or targets of `"multi_label_classification"` (B, classes) or `"regression"`.
 
         Returns:
             Logits (B, classes), the loss if there are labels, and what `output_*` asks for.
@@ -594,14 +599,31 @@ class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return KArAtViTImageClassifierOutput(
-            loss=loss,
+            loss=None if labels is None else self._loss(labels, logits),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attention_scores=outputs.attention_scores,
         )
+
+    def _loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Transformers' loss of the problem type; for soft targets of a single label their cross-entropy."""
+        problem = self.config.problem_type
+        if labels.is_floating_point() and self.config.num_labels > 1:
+            if problem == "single_label_classification":
+                if labels.shape != logits.shape:
+                    raise ValueError(
+                        f"`labels` are floats of shape {tuple(labels.shape)}: soft targets have that of the logits, "
+                        f"{tuple(logits.shape)}; class indices are integers."
+                    )
+                return nn.functional.cross_entropy(logits, labels.to(logits))
+            if problem is None and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    "`labels` are floats and `config.problem_type` is unset: this is a multi-label loss, as in ViT. "
+                    'Set `problem_type="single_label_classification"` for the cross-entropy of soft targets.'
+                )
+        return self.loss_function(labels, logits, self.config)
 
 
 class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
@@ -638,7 +660,7 @@ class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
         stride = self.config.encoder_stride
         if bool_masked_pos is not None and _pair(self.config.patch_size) != (stride, stride):
             raise ValueError(
-                f"`bool_masked_pos` needs `encoder_stride` equal to `patch_size`, or the reconstruction is not as large "
+                "`bool_masked_pos` needs `encoder_stride` equal to `patch_size`, or the reconstruction is not as large "
                 f"as the image; they are {stride} and {self.config.patch_size}."
             )
         outputs = self.vit(

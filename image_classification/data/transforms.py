@@ -59,6 +59,7 @@ def build_image_processor(
         geometry = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": crop}
     kind = ViTImageProcessor if is_torchvision_available() else ViTImageProcessorPil
     return kind(
+        do_convert_rgb=True,  # Grey, palette and RGBA images, for those who call it with images as they are.
         do_resize=True,
         resample=getattr(checkpoint, "resample", None) or BICUBIC,
         do_rescale=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked image modelling and the backbone: what ViT's and Dinov2's give, where KArAt heads add nothing."""
+"""Masked image modelling, the backbone, and the losses: what ViT and Dinov2 give, where KArAt heads add nothing."""
 
 import pytest
 import torch
@@ -143,3 +143,32 @@ def test_unknown_stages_raise():
 def test_the_default_stage_follows_the_number_of_blocks(tmp_path):
     KArAtViTConfig().save_pretrained(tmp_path)
     assert KArAtViTConfig.from_pretrained(tmp_path, num_hidden_layers=2).out_features == ["stage2"]
+
+
+def test_soft_targets_of_a_single_label_are_a_cross_entropy(make_model, pixels, messages):
+    model = make_model(problem_type="single_label_classification")
+    soft = torch.randn(4, 5).softmax(-1)
+    output = model(pixels, labels=soft)
+    torch.testing.assert_close(output.loss, -(soft * output.logits.log_softmax(-1)).sum(-1).mean())
+    hard = torch.tensor([0, 4, 2, 1])
+    one_hot = torch.nn.functional.one_hot(hard, 5).float()
+    torch.testing.assert_close(model(pixels, labels=one_hot).loss, model(pixels, labels=hard).loss)
+    with pytest.raises(ValueError, match=r"floats of shape \(4,\).*\(4, 5\)"):
+        model(pixels, labels=hard.float())
+    assert not messages()
+
+
+def test_soft_targets_without_a_problem_type_are_named(make_model, pixels, messages):
+    model = make_model()
+    for _ in range(2):
+        model(pixels, labels=torch.rand(4, 5))
+    assert model.config.problem_type == "multi_label_classification"
+    assert len([message for message in messages() if "single_label_classification" in message]) == 1
+
+
+def test_unknown_keywords_of_forward_are_named_once(make_model, pixels, messages):
+    model = make_model()
+    for _ in range(2):
+        model(pixels, output_atentions=True, num_items_in_batch=4, return_dict=True, output_attention_scores=False)
+    said = [message for message in messages() if "output_atentions" in message]
+    assert len(said) == 1 and "num_items" not in said[0]
