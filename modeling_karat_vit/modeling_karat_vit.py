@@ -658,7 +658,7 @@ class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
             as the loss, and what `output_*` asks for.
         """
         stride = self.config.encoder_stride
-        if bool_masked_pos is not None and _pair(self.config.patch_size) != (stride, stride):
+        if bool_masked_pos is not None and height_and_width(self.config.patch_size) != (stride, stride):
             raise ValueError(
                 "`bool_masked_pos` needs `encoder_stride` equal to `patch_size`, or the reconstruction is not as large "
                 f"as the image; they are {stride} and {self.config.patch_size}."

@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor
+from transformers.image_utils import load_image
 
+from image_classification.data.images import read_image
 from image_classification.data.transforms import EvalTransform, TrainTransform, build_image_processor
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
@@ -66,3 +68,17 @@ def test_training_is_random_and_normalised_alike():
     first, second = transform(busy), transform(busy)
     torch.manual_seed(0)
     assert torch.equal(first, transform(busy)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+def test_the_saved_processor_converts_images_as_training_and_the_pipeline_do(mode, tmp_path):
+    image = Image.radial_gradient("L").resize((40, 30)).convert(mode)
+    if "A" in mode:
+        image.putalpha(255)
+    build_image_processor(DataArguments(), 16).save_pretrained(tmp_path)
+    saved = AutoImageProcessor.from_pretrained(tmp_path)
+    image.save(tmp_path / "image.tiff")
+    expected = saved(read_image(tmp_path / "image.tiff"), return_tensors="pt")["pixel_values"]
+    as_the_pipeline = saved(load_image(str(tmp_path / "image.tiff")), return_tensors="pt")["pixel_values"]
+    assert torch.equal(saved(image, return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(as_the_pipeline, expected)
