@@ -16,7 +16,7 @@ from transformers import pipeline
 from image_classification.data.images import check_image, read_image
 from image_classification.errors import InputError, one_line, reason_of, run_command
 from image_classification.flags import Parser
-from image_classification.models.loading import device_of, load_image_processor, load_model
+from image_classification.models.loading import base_of_adapter, device_of, load_image_processor, load_model
 
 
 # A bar is shown for more images than this.
@@ -72,7 +72,8 @@ def load_classifier(model: str, device: str | None = None) -> Callable:
     """
     folder = Path(model)
     if folder.is_dir():
-        for needed in ("config.json", "preprocessor_config.json"):
+        # An adapter may have both from its base model.
+        for needed in () if base_of_adapter(model) else ("config.json", "preprocessor_config.json"):
             if not (folder / needed).is_file():
                 raise InputError(f"{model} holds no {needed}: it is no checkpoint folder of a finished run.")
     elif folder.is_absolute() or model.startswith(".") or model.count("/") != 1:

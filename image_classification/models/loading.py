@@ -26,7 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 # Transformers 5.17 has it under the short name only where torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_peft_available
 
 import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
 from modeling_karat_vit.configuration_karat_vit import height_and_width
@@ -41,6 +41,8 @@ HEAD = re.compile(r"classifier\.")
 HEAD_OR_OPERATOR = re.compile(r"classifier\.|(.*\.)?operator\.")
 # Of no use to a classifier: the pooler, the parts for masked images and for distillation.
 UNUSED = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$)|decoder\.|distillation_classifier\.")
+# An adapter of PEFT: what it is and of which model, its weights, and how their names begin.
+ADAPTER, ADAPTER_WEIGHTS, ADAPTED = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Larger images are no vision transformer's.
 LARGEST_SIDE = 2**14
 # Nor are more classes a data set's: Transformers makes a name for each of those that have none.
@@ -61,7 +63,7 @@ def device_of(name: str | None) -> torch.device:
 
 def load_config(source: str, setting: str) -> PreTrainedConfig:
     """
-    The configuration of a checkpoint folder or Hub repository.
+    The configuration of a checkpoint folder or Hub repository; of an adapter of PEFT without one, its base model's.
 
     Args:
         source: folder or Hub name.
@@ -85,7 +87,15 @@ def load_config(source: str, setting: str) -> PreTrainedConfig:
         raise InputError(f"`{setting}` is {source}, whose config.json {what}.") from cause
 
     try:
-        path = find_file(source, "config.json") if folder.is_dir() else Path(cached_file(source, "config.json"))
+        path = find_file(source, "config.json")
+        if path is None and (base := base_of_adapter(source)) is not None:
+            config = load_config(base, setting)
+            head = _adapter_header(source).get(f"{ADAPTED}classifier.weight")
+            if head is not None and head[1][0] != config.num_labels:
+                config.num_labels = head[1][0]
+            return config
+        if path is None and not folder.is_dir():
+            path = Path(cached_file(source, "config.json"))  # Raises what the Hub said.
         written = None if path is None else checkpoints.read_json(path)
     except InputError as error:
         raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
@@ -146,7 +156,7 @@ def load_weights(
     **how: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """
-    A model with the weights of a checkpoint.
+    A model with the weights of a checkpoint, or of an adapter of PEFT merged into its base model.
 
     Args:
         kind: class of the model, or of Transformers' auto classes.
@@ -167,8 +177,14 @@ def load_weights(
     def refuse(what: str, cause: Exception | None = None) -> None:
         raise InputError(f"`{setting}` {source} cannot be loaded: {what}.") from cause
 
+    state = None
     try:
-        found = {name: kind for path in weight_files(source) for name, kind in checkpoints.read_header(path).items()}
+        if (base := base_of_adapter(source)) is not None:
+            state = _merged(source, base, setting)
+            found = {name: ("F", list(tensor.shape)) for name, tensor in state.items()}
+        else:
+            files = weight_files(source)
+            found = {name: kind for path in files for name, kind in checkpoints.read_header(path).items()}
     except InputError as error:
         raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
     if whole := sorted(name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF"))):
@@ -176,9 +192,12 @@ def load_weights(
     if found:
         # Before it takes any memory or time.
         _check_size(config, may_lack, sum(math.prod(shape) for _, shape in found.values()), len(found), refuse)
+    if state is not None and kind is AutoModelForImageClassification:
+        kind = kind._model_mapping[type(config)]  # The auto class takes no weights without a folder.
     try:
         model, info = kind.from_pretrained(
-            source,
+            source if state is None else None,
+            state_dict=state,
             config=config,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -201,6 +220,52 @@ def load_weights(
     if wrong := checkpoints.not_finite(model.state_dict()):
         refuse(f"it has weights that are NaN or infinite: {_some(wrong)}")
     return model, new
+
+
+def base_of_adapter(source: str) -> str | None:
+    """
+    The folder or Hub name of the model that an adapter of PEFT belongs to; `None` if `source` is no adapter.
+
+    Raises:
+        InputError: it does not say.
+    """
+    if find_file(source, checkpoints.WEIGHTS) is not None or (path := find_file(source, ADAPTER)) is None:
+        return None
+    content = checkpoints.read_json(path)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(base, str) or not base.strip():
+        raise InputError(f"{path} names no `base_model_name_or_path`, the model that the adapter belongs to")
+    return base
+
+
+def _adapter_header(source: str) -> dict[str, tuple[str, list[int]]]:
+    path = find_file(source, ADAPTER_WEIGHTS)
+    if path is None:
+        raise InputError(f"the adapter has no {ADAPTER_WEIGHTS}")
+    return checkpoints.read_header(path)
+
+
+def _merged(source: str, base: str, setting: str) -> dict[str, torch.Tensor]:
+    """The weights of an adapter's base model with the adapter in them."""
+    if not is_peft_available():
+        raise InputError("it is an adapter of PEFT, which is not installed: pip install peft")
+    from peft import PeftModel, get_peft_model_state_dict
+
+    header = _adapter_header(source)
+    model, new = load_weights(
+        AutoModelForImageClassification, base, setting, load_config(source, setting), may_lack=HEAD, may_drop=UNUSED
+    )
+    if missing := sorted(name for name in new if ADAPTED + name not in header):
+        raise InputError(f"neither the adapter nor its base model {base} has the weights {_some(missing)}")
+    try:
+        adapted = PeftModel.from_pretrained(model, source)
+        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        merged = adapted.merge_and_unload()
+    except Exception as error:  # PEFT's checks have no common base.
+        raise InputError(f"the adapter does not go with its base model {base}: {reason_of(error)}") from error
+    if wrong := sorted(expected ^ set(header)):
+        raise InputError(f"the adapter's weights are not those that its {ADAPTER} describes: {_some(wrong)}")
+    return merged.state_dict()
 
 
 def _check_size(
@@ -238,7 +303,7 @@ def load_image_processor(
     source: str, setting: str, image_size: int | tuple[int, int] | None = None
 ) -> BaseImageProcessor | None:
     """
-    The image processor beside a checkpoint; `None` where there is none.
+    The image processor beside a checkpoint, or beside an adapter's base model; `None` where there is none.
 
     Args:
         source: folder or Hub name.
@@ -254,6 +319,8 @@ def load_image_processor(
 
     try:
         path = find_file(source, "preprocessor_config.json")
+        if path is None and (base := base_of_adapter(source)) is not None:
+            return load_image_processor(base, setting, image_size)
         content = {} if path is None else checkpoints.read_json(path)
     except InputError as error:
         raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
