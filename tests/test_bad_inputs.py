@@ -312,6 +312,7 @@ def test_weights_that_pytorch_pickled(checkpoint, trained):
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
 
 
+@pytest.mark.system
 def test_every_command_refuses_a_checkpoint_without_its_head(checkpoint, refused):
     change_weights(checkpoint, BAD_WEIGHTS["no head"][0])
     for message in refused("fine-tuning"):  # which makes a new one
@@ -668,7 +669,8 @@ def run_folder(tmp_path_factory):
 
 RUN = (
     "configuration/digits.yaml --hidden_size 8 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 8 "
-    "--num_train_epochs 2 --max_train_samples 32 --max_eval_samples 16 --save_total_limit 0 --use_cpu --disable_tqdm"
+    "--num_train_epochs 2 --max_train_samples 32 --max_eval_samples 16 --save_total_limit 0 --use_cpu --disable_tqdm "
+    "--dataloader_num_workers 0"
 ).split()
 
 

@@ -96,6 +96,7 @@ def test_every_source_file_begins_with_the_licence():
     assert not without
 
 
+@pytest.mark.system
 def test_ci_runs_on_a_clean_checkout():
     script = PROJECT / ".ci" / "run"
     assert os.access(script, os.X_OK)

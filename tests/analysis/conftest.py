@@ -80,7 +80,7 @@ def run_folder(tmp_path_factory) -> str:
     flags = (
         "configuration/digits.yaml --hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 "
         "--intermediate_size 16 --num_train_epochs 2 --max_train_samples 64 --max_eval_samples 32 --learning_rate 0 "
-        "--save_total_limit 0 --use_cpu --disable_tqdm"
+        "--save_total_limit 0 --dataloader_num_workers 0 --use_cpu --disable_tqdm"
     )
     assert train([*flags.split(), "--output_dir", folder]) == 0
     return folder

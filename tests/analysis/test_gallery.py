@@ -18,6 +18,7 @@ SOFTMAX = (
 GALLERY = Path(__file__).parents[2] / "docs" / "gallery"
 
 
+@pytest.mark.system
 def test_every_picture_of_runs(run_folder, tmp_path, analyse, monkeypatch):
     quick = {
         "landscape": "landscape --model MODEL --compare COMPARE --grid 3 --num-images 8 --workers 1 --no-hessian",

@@ -414,6 +414,7 @@ def test_a_universal_operator_is_the_same_operator_in_every_block(make_model, pi
 # --------------------------------------------------------------------------------------------------------- gradients
 
 
+@pytest.mark.system
 def test_gradients_are_those_of_finite_differences(form, monkeypatch):
     """Of the portable path, which has its own backward pass."""
     monkeypatch.setattr(portable, "_budget", lambda device: 1)

@@ -270,6 +270,7 @@ def test_backends_give_the_same_logits_and_gradients(make_model, pixels, mixture
         assert_same_gradients(results[backend], results["eager"], 1e-10)
 
 
+@pytest.mark.system
 def test_flex_attention_computes_softmax_heads(make_model, pixels):
     model = make_model(num_karat_heads=1)
     expected = model(pixels).logits

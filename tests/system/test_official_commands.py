@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of the official README, with only the script's name changed, on a small ImageNet-style folder."""
 
+import contextlib
+import io
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoModelForImageClassification
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 from image_classification import main as script
 from image_classification.models.building import build_config
 from image_classification.settings.parser import parse_settings
-from tests.documents import PROJECT, commands
+from tests.documents import commands
 from tests.images import make_image_folder, own_library_settings  # noqa: F401
 
 
@@ -38,13 +38,11 @@ def official(name, imagenet, output):
 
 @pytest.fixture(scope="module")
 def trained(imagenet, tmp_path_factory):
-    """The blockwise command, as a process of its own: its output folder, and what it printed."""
+    """The blockwise command: its output folder, and what it printed."""
     output = tmp_path_factory.mktemp("output")
-    words = official("G3B", imagenet, output)
-    command = [sys.executable, "run_image_classification.py", *words]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return output / "vit_tiny_patch16_224_FourierKArAt_G3B", result.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert script.main(official("G3B", imagenet, output)) == 0
+    return output / "vit_tiny_patch16_224_FourierKArAt_G3B", printed.getvalue()
 
 
 def test_blockwise_command(trained):

@@ -112,6 +112,7 @@ def test_a_run_by_the_command_in_one_process_and_in_two(moving_run, analyse):
         assert np.array_equal(alone[name], together[name]), name
 
 
+@pytest.mark.system
 def test_karat_beside_softmax_by_the_command(karat, softmax, classes, analyse):
     words = ["--images", classes, "--device", "cpu", "--workers", 1, "--grid", 3, "--hessian-iterations", 3]
     out = analyse("landscape", "--model", karat, "--compare", softmax, *words)

@@ -28,6 +28,7 @@ def masks(graph: torch.fx.Graph) -> list:
     return [node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask") for node in nodes]
 
 
+@pytest.mark.system
 def test_traced_without_a_mask(model):
     compiled = []
 

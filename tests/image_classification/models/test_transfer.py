@@ -157,6 +157,7 @@ def words(small, tmp_path):
     return [*flags, "--teacher_attention", save(karat(), tmp_path / "teacher")]
 
 
+@pytest.mark.system
 def test_a_run_and_its_resumption(words, tmp_path, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert script.main([*words, "--output_dir", str(whole)]) == 0

@@ -127,6 +127,7 @@ def test_the_better_weights_are_kept(tmp_path, better, by):
     assert (metrics["eval_model_loss"], metrics["eval_ema_loss"]) == (plain["loss"], ema["loss"])
 
 
+@pytest.mark.system
 def test_run_ends_with_the_better_weights(tmp_path, small, capsys):
     """An average that hardly left the start, then one of a run that a wild rate leads astray from good weights."""
     small = small[small.index("--per_device_train_batch_size") :]  # The preset's own sizes.

@@ -181,6 +181,7 @@ def command(folder, *flags):
     return [*words, "--output_dir", str(folder)]
 
 
+@pytest.mark.system
 def test_timm_optimiser_trains_and_resumes(tmp_path, small):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = [*small, "--opt", "lamb", "--layer_decay", "0.8", "--sched", "tanh", "--cooldown-epochs", "1"]
@@ -272,6 +273,7 @@ def rows_of(images, value=None):
     return [{"pixel_values": p, "labels": torch.tensor(index % 3)} for index, p in enumerate(pixels)]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["karat", "softmax"])
 @pytest.mark.parametrize(
     "settings, tolerance",
