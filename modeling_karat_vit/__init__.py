@@ -21,6 +21,8 @@ from transformers.utils import is_torchvision_available
 
 from .configuration_karat_vit import KArAtViTConfig
 from .conversion import convert_timm_state_dict
+from .karat_backbones import MODELS as KARATIZED_MODELS
+from .karatize import karatize
 from .modeling_karat_vit import (
     KArAtViTBackbone,
     KArAtViTForImageClassification,
@@ -39,6 +41,12 @@ AutoBackbone.register(KArAtViTConfig, KArAtViTBackbone, exist_ok=True)
 _processors = {"pil": ViTImageProcessorPil} | ({"torchvision": ViTImageProcessor} if is_torchvision_available() else {})
 AutoImageProcessor.register(KArAtViTConfig, image_processor_classes=_processors, exist_ok=True)
 
+_auto_classes = {auto.__name__: auto for auto in (AutoBackbone, AutoModel, AutoModelForImageClassification)}
+# Backwards: of two models with one auto class, the first is what it makes.
+for _model in reversed(KARATIZED_MODELS):
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    _auto_classes[_model.auto_name].register(_model.config_class, _model, exist_ok=True)
+
 __all__ = [
     "KArAtViTBackbone",
     "KArAtViTConfig",
@@ -47,4 +55,5 @@ __all__ = [
     "KArAtViTModel",
     "KArAtViTPreTrainedModel",
     "convert_timm_state_dict",
+    "karatize",
 ]

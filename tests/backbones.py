@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models of Transformers, one of each class that `karatize` takes, with random weights."""
+
+import torch
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitModel,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinModel,
+    ViTConfig,
+    VitDetBackbone,
+    VitDetConfig,
+    VitDetModel,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
+
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+# Stage 0: 8x8 patches in shifted windows of 4x4. Stage 1: one window of 4x4.
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}
+# Block 0: windows of 2x2 of 3x3 patches, padded. Block 1: all patches.
+VITDET = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4}
+VITDET |= {"pretrain_image_size": 12, "window_size": 2, "window_block_indices": [0]}
+
+
+def _clip():
+    return CLIPConfig(text_config=CLIPTextConfig(**TEXT), vision_config=CLIPVisionConfig(**SIZES), num_labels=3)
+
+
+def _siglip():
+    return SiglipConfig(text_config=SiglipTextConfig(**TEXT), vision_config=SiglipVisionConfig(**SIZES), num_labels=3)
+
+
+def _beit(**settings):
+    return BeitConfig(**SIZES, num_labels=3, **settings)
+
+
+MAKERS = {
+    "vit": lambda: ViTModel(ViTConfig(**SIZES)),
+    "vit_classifier": lambda: ViTForImageClassification(ViTConfig(**SIZES, num_labels=3)),
+    "deit": lambda: DeiTModel(DeiTConfig(**SIZES)),
+    "deit_classifier": lambda: DeiTForImageClassification(DeiTConfig(**SIZES, num_labels=3)),
+    "deit_distilled": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, num_labels=3)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES)),
+    "dinov2_classifier": lambda: Dinov2ForImageClassification(Dinov2Config(**SIZES, num_labels=3)),
+    "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES)),
+    "registers_classifier": lambda: Dinov2WithRegistersForImageClassification(
+        Dinov2WithRegistersConfig(**SIZES, num_labels=3)
+    ),
+    "vit_mae": lambda: ViTMAEModel(ViTMAEConfig(**SIZES, mask_ratio=0.0)),
+    "beit": lambda: BeitModel(_beit(use_absolute_position_embeddings=True)),
+    "beit_bias": lambda: BeitForImageClassification(_beit(use_relative_position_bias=True)),
+    "beit_shared_bias": lambda: BeitForImageClassification(_beit(use_shared_relative_position_bias=True)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES)),
+    "clip_classifier": lambda: CLIPForImageClassification(_clip()),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES)),
+    "siglip_classifier": lambda: SiglipForImageClassification(_siglip()),
+    "swin": lambda: SwinModel(SwinConfig(**SWIN)),
+    "swin_classifier": lambda: SwinForImageClassification(SwinConfig(**SWIN, num_labels=3)),
+    "vitdet": lambda: VitDetModel(VitDetConfig(**VITDET)),
+    "vitdet_backbone": lambda: VitDetBackbone(
+        VitDetConfig(**VITDET, use_relative_position_embeddings=True, out_features=["stage2"])
+    ),
+}
+OPERATOR = {"grid_size": 1, "karat_rank": 3}
+
+
+def make(name: str):
+    """A model with random weights, biases, position embeddings and class tokens, in eval mode."""
+    torch.manual_seed(0)
+    model = MAKERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def images_for(model, count: int = 2):
+    """Images of the model's size, (count, 3, H, W)."""
+    config = getattr(model.config, "vision_config", model.config)
+    return torch.randn(count, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def features(model, images, **kwargs):
+    """Logits, the last feature map, or the last hidden state."""
+    if "MAE" in type(model).__name__:
+        patches = (images.shape[-1] // model.config.patch_size) ** 2
+        kwargs["noise"] = torch.arange(patches).expand(len(images), -1)
+    outputs = model(pixel_values=images, **kwargs)
+    for name in ("logits", "feature_maps", "last_hidden_state"):
+        if hasattr(outputs, name):
+            return outputs.feature_maps[-1] if name == "feature_maps" else outputs[name]
+    raise AssertionError(f"no features in {list(outputs)}")
