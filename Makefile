@@ -12,7 +12,7 @@ PYTHON ?= python3.12 python3.11 python3.13 python3.14 python3 python
 python := $(VENV)/bin/python
 lowest := $(VENV)/lowest-transformers
 # What a clean-up may delete: nothing that training wrote, and no environment.
-caches := .pytest_cache .ruff_cache .hypothesis build karat_vit.egg-info
+caches := .pytest_cache .ruff_cache .mypy_cache .hypothesis build karat_vit.egg-info
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -63,9 +63,10 @@ test-hf: $(lowest)/.installed ## Run Transformers' own common tests, of the pinn
 	PYTHONPATH=$(lowest) $(python) tests/hf/fetch.py $(VENV)/transformers-tests
 	PYTHONPATH=$(lowest) $(python) -m pytest $(hf-options) $(ARGS) tests/hf/common.py
 
-lint: $(VENV)/.installed-test ## Check style and formatting
+lint: $(VENV)/.installed-test ## Check style, formatting and types
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(python) -m mypy
 
 docs: $(VENV)/.installed-docs ## Build the pages of docs/ as a site in build/site; links that lead nowhere are errors
 	$(VENV)/bin/zensical build --strict --clean

@@ -20,6 +20,7 @@ import statistics
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -257,7 +258,8 @@ def accuracy(source: str) -> dict[str, float]:
     folder = run_folder(source)
     if folder is None:
         return {}
-    row, results = {}, folder / RESULTS
+    row: dict[str, Any] = {}
+    results = folder / RESULTS
     if Path(source).resolve() == folder:
         row = checkpoints.read_json(results) if results.is_file() else {}
     elif checkpoints.is_checkpoint(Path(source)):

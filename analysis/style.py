@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.rcsetup import cycler
 from matplotlib.text import Annotation
 
 
@@ -40,7 +43,7 @@ RED = "#b2182b"
 # What has an order, such as epochs.
 ORDERED = "viridis"
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -55,7 +58,7 @@ _RC = {
     "axes.linewidth": 0.6,
     "axes.titlepad": 3.5,
     "axes.labelpad": 2.5,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
@@ -86,9 +89,9 @@ def use() -> None:
 
 def figure(width: float = PAGE, height: float = 2.4) -> Figure:
     """An empty figure with constrained layout, apart from pyplot (no window system, nothing global). Inches."""
-    made = Figure(figsize=(width, height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.03, hspace=0.03)
+    made = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(made)
-    made.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.03, hspace=0.03)
     return made
 
 
@@ -122,10 +125,10 @@ def colours_of(data: list) -> list[str]:
     return colours if len(set(colours)) == len(colours) else list(PALETTE[: len(data)])
 
 
-def note(axes: Axes, text: str, at: tuple, offset: tuple[float, float], coordinates="data", **how) -> Annotation:
+def note(axes: Axes, text: str, at: tuple, offset: tuple[float, float], coordinates="data", **how: Any) -> Annotation:
     """A small text, `offset` points beside a place."""
-    how = {"fontsize": 7, "va": "center"} | how
-    return axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **how)
+    options: dict[str, Any] = {"fontsize": 7, "va": "center"} | how
+    return axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **options)
 
 
 def shades(count: int) -> list:

@@ -76,7 +76,7 @@ def measure_in_turn(steps: dict, repeats: int, warmup: int = 3) -> dict[str, dic
     The times of several steps by name, on a CPU, one after the other and over again: what slows a shared machine down
     for seconds then meets all of them, and not one.
     """
-    times = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warmup + repeats):
         for name, step in steps.items():
             taken = stopped(step)
@@ -150,13 +150,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 class Table:
     """Rows as they are measured: printed, and kept for the CSV, each with its ratio to the softmax baseline."""
 
-    measured = (
+    measured: tuple[str, ...] = (
         *("benchmark", "model", "provider", "mode", "basis", "batch", "tokens", "dtype", "what", "p20_ms", "median_ms"),
         *("p80_ms", "gpu_ms", "peak_gib", "ratio_time", "ratio_gpu", "ratio_memory", "error"),
     )
     # The provider to which the ratios are, in the row where all these are the same.
     base = "softmax"
-    same = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
+    same: tuple[str, ...] = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
 
     def __init__(self, device: str):
         self.rows: list[dict] = []

@@ -53,12 +53,12 @@ def main() -> None:
     runs = read(path.with_stem(f"{path.stem}_runs"), key, benchmark="runs")
     lines = []
     for name in dict.fromkeys(key[:4] for key in runs):
-        cold, warm, *softmax = (
+        cold, warm, softmax_cold, softmax_warm = (
             runs.get((*name, *end), []) for end in itertools.product(("karat", "softmax"), ("cold", "warm"))
         )
         starts = [last(rows, "startup_seconds") for rows in (cold, warm) if rows]
         # From empty caches, a first batch of another size compiles its kernels amid the run.
-        karat, softmax = warm or cold, softmax[1] or softmax[0]
+        karat, softmax = warm or cold, softmax_warm or softmax_cold
         lines.append([*name, last(softmax, "images_per_second"), last(karat, "images_per_second")])
         lines[-1] += [spread(karat, "ratio_time"), " / ".join(starts), last(karat, "seconds")]
     columns = "model | batch | step | epochs | softmax, images/s | KArAt, images/s | time over softmax"
@@ -68,8 +68,8 @@ def main() -> None:
     lines = [[*key, last(rows, "images_per_second"), spread(rows, "ratio_time")] for key, rows in rivals.items()]
     show("Beside what one would take instead", "model | batch | trained by | images/s | time over softmax", lines)
 
-    key = ("what", "mode", "model", "provider", "basis", "batch", "tokens")
-    steps = {key: rows for key, rows in read(path, key, benchmark="model").items() if "softmax" not in key}
+    step_key = ("what", "mode", "model", "provider", "basis", "batch", "tokens")
+    steps = {key: rows for key, rows in read(path, step_key, benchmark="model").items() if "softmax" not in key}
     lines = [
         [*key, last(rows, "ratio_gpu", ".2f"), last(rows, "ratio_memory", ".2f"), spread(rows, "ratio_time")]
         for key, rows in steps.items()

@@ -154,7 +154,8 @@ class LinearEdgeFunctions(EdgeFunctions):
 
     def basis(self, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         coefficients = self.stack_coefficients(tensors)
-        return sum(_per_row(coefficients[:, index]) * feature for index, feature in enumerate(self.features(x)))
+        first, *rest = (_per_row(coefficients[:, k]) * feature for k, feature in enumerate(self.features(x)))
+        return sum(rest, first)
 
     def activate(self, x, tensors, keep=None):
         coefficients = self.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1)

@@ -3,8 +3,10 @@
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from numbers import Real
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, ViTConfig
@@ -282,7 +284,7 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
                     f"`num_attention_heads={self.num_attention_heads}`."
                 )
         if self.karat_layers is not None:
-            self.karat_layers = self._checked_layers()
+            self.karat_layers = self._checked_layers(self.karat_layers)
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             sides = [_integer(name, side, 1) for side in (value if isinstance(value, (list, tuple)) else [value])]
@@ -292,9 +294,9 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
         if 0 in self.patch_grid():
             raise ValueError(f"`patch_size` {self.patch_size} is larger than `image_size` {self.image_size}.")
 
-    def _checked_layers(self) -> list[int]:
+    def _checked_layers(self, values: list | tuple) -> list[int]:
         layers = []
-        for value in self.karat_layers:
+        for value in values:
             index = _integer("karat_layers", value, -self.num_hidden_layers)
             if index >= self.num_hidden_layers:
                 raise ValueError(
@@ -304,10 +306,10 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
         if not layers:
             raise ValueError("`karat_layers` is empty: use Transformers' `ViTConfig` for a model without KArAt blocks.")
         if len(set(layers)) != len(layers):
-            raise ValueError(f"`karat_layers` names a block twice: {list(self.karat_layers)}.")
+            raise ValueError(f"`karat_layers` names a block twice: {list(values)}.")
         return sorted(layers)
 
-    def patch_grid(self, image_size: "int | list[int] | tuple[int, int] | None" = None) -> tuple[int, int]:
+    def patch_grid(self, image_size: "int | Sequence[int] | None" = None) -> tuple[int, int]:
         """Patches along (height, width) of an image of `image_size` pixels (default: the model's own)."""
         height, width = height_and_width(self.image_size if image_size is None else image_size)
         patch_height, patch_width = height_and_width(self.patch_size)
@@ -431,8 +433,9 @@ def height_and_width(size) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def _integer(name: str, value, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value != int(value):
+def _integer(name: str, value: Any, minimum: int) -> int:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value % 1:
         raise ValueError(f"`{name}` is {value!r}, expected an integer.")
     if value < minimum:
         raise ValueError(f"`{name}` is {value}, expected {minimum} or more.")

@@ -71,17 +71,18 @@ def convert_timm_state_dict(
         raise ValueError(
             f"This is no state dictionary of a timm VisionTransformer with a classifier: no {', '.join(missing)}."
         )
-    converted, unknown = {}, []
+    converted: dict[str, torch.Tensor] = {}
+    unknown: list[str] = []
     for key, tensor in state_dict.items():
         if match := _TIMM_QKV.match(key):
             for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
                 converted[f"vit.layers.{match[1]}.attention.{name}.{match[2]}"] = part.clone()
             continue
-        name = next((re.sub(old, new, key) for old, new in _TIMM_RENAMINGS if re.match(old, key)), None)
-        if name is None:
+        new_name = next((re.sub(old, new, key) for old, new in _TIMM_RENAMINGS if re.match(old, key)), None)
+        if new_name is None:
             unknown.append(key)
         else:
-            converted[name] = tensor.clone()
+            converted[new_name] = tensor.clone()
     if unknown:
         raise ValueError(
             f"Transformers' ViT has no place for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: only "

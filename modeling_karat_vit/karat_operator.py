@@ -13,6 +13,7 @@ Shapes: B images, h KArAt heads, N tokens, d head size, r rank. Scores are S = Q
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -24,6 +25,7 @@ from .basis import EdgeFunctions, FrozenParameter, Start, make_edges
 from .portable import no_autocast, portable_karat_attention
 
 
+fused_karat_attention: Any
 try:
     from .fused import INTERPRET, MAX_HEAD_SIZE, MAX_RANK, fused_karat_attention
 except ImportError:  # no Triton
@@ -159,7 +161,7 @@ class KArAtOperator(nn.Module):
         if name == "projector":
             return (-2,) if self.mode == "phi1_w2" else (-1,)
         step = int(name.split(".")[1])
-        axes = (-1,) if step == 0 and self.mode != "w1_phi2" else ()
+        axes: tuple[int, ...] = (-1,) if step == 0 and self.mode != "w1_phi2" else ()
         if step == len(self.edges) - 1 and self.mode != "phi1_w2":
             axes += (-2,)
         return axes

@@ -184,7 +184,7 @@ class KArAtViTAttention(ViTAttention):
         self.karat_heads = (config.num_karat_heads or config.num_attention_heads) if self.is_karat else 0
         self.operator = KArAtOperator(config) if self.is_karat and config.sharing == "blockwise" else None
         # Why the fused kernels do not apply, by all that may change between calls: asked at every call.
-        self._obstacles = {}
+        self._obstacles: dict[tuple, str | None] = {}
 
     def __getstate__(self):
         # A copy may get another configuration, and a pickle another machine.
@@ -222,11 +222,12 @@ class KArAtViTAttention(ViTAttention):
         parts = []
         if split:
             operator = operator if self.operator is None else self.operator
+            assert operator is not None, "a universal operator is handed to each block"
             way = "eager" if masks.per_query else self.karat_way(implementation, query)
             keep = masks.of_heads(slice(0, split)).keep
             own = (query, key, value)
             if split < self.num_attention_heads:
-                own = (x[:, :split] for x in own)
+                own = (query[:, :split], key[:, :split], value[:, :split])
             output, maps, scores = operator(*own, self.scaling, way, keep, grids)
             if output.device != value.device:  # A universal operator may lie on another device than the block.
                 output, maps, scores = (x if x is None else x.to(value.device) for x in (output, maps, scores))
@@ -534,12 +535,12 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
         masks = _attention_masks(attention_mask, hidden_states, self.config.num_attention_heads, implementation)
         grids = None
         if interpolate_pos_encoding:
-            grids = (self.config.patch_grid(), self.config.patch_grid(tuple(pixel_values.shape[2:])))
-        for layer in self.layers:
+            grids = (self.config.patch_grid(), self.config.patch_grid(pixel_values.shape[2:]))
+        for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
                 masks,
-                operator=self.operator if layer.attention.is_karat else None,
+                operator=self.operator if self.config.is_karat_layer(index) else None,
                 implementation=implementation,
                 grids=grids,
             )
@@ -755,7 +756,7 @@ class AttentionMasks:
 
     def of_heads(self, heads: slice) -> "AttentionMasks":
         """The part of a mask per head that these heads see."""
-        if not self.per_query or self.keep.shape[1] == 1:
+        if self.keep is None or self.keep.dim() != 4 or self.keep.shape[1] == 1:
             return self
         return AttentionMasks(self.keep[:, heads], None if self.softmax is None else self.softmax[:, heads])
 

@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.table.exists():
         with args.table.open(encoding="utf-8") as file:
             done = {(row["screen"], row["arm"], row["seed"]) for row in csv.DictReader(file)}
-    waiting, lock, failed = queue.SimpleQueue(), threading.Lock(), []
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    lock, failed = threading.Lock(), []
     for run in read_arms(args.arms):
         if (run["screen"], run["arm"], str(run["seed"])) not in done:
             waiting.put(run)

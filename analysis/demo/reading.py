@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever image a visitor has, read or refused in words."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,9 @@ def read_image(path: str) -> tuple[Image.Image, list[str]]:
     """
     notes = []
     try:
-        image = Image.open(path, formats=FORMATS)
+        image: Image.Image = Image.open(path, formats=FORMATS)
         megapixels = image.width * image.height / 1e6
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Image.DecompressionBombError
         if getattr(image, "is_animated", False):
             notes.append("The file holds several pictures: this is the first.")
@@ -45,15 +46,15 @@ def read_image(path: str) -> tuple[Image.Image, list[str]]:
         if image.width * image.height > SHRINK_ABOVE:
             factor = (SHRINK_ABOVE / (image.width * image.height)) ** 0.5
             # A JPEG is decoded at the smaller size to begin with.
-            image.thumbnail([max(1, round(side * factor)) for side in image.size])
+            image.thumbnail((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
             notes.append(f"The image has {megapixels:.0f} megapixels and was shrunk as it was read.")
         image.load()
-        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             notes.append("Transparency is ignored, as in training.")
     except FileNotFoundError as error:
         raise InputError("The image is not kept any longer. Please upload it again.") from error
     except Image.DecompressionBombError as error:
-        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        limit = (Image.MAX_IMAGE_PIXELS or math.inf) / 1e6
         raise InputError(f"The image is too large: at most {limit:.0f} megapixels. Shrink it first.") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others for broken files.
         raise InputError(

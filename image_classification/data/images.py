@@ -7,6 +7,7 @@ Needs Pillow and NumPy alone.
 """
 
 import io
+import math
 import os
 import warnings
 from pathlib import Path
@@ -81,7 +82,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _read(item: dict[str, Any], where: str, quick: bool) -> Image.Image:
-    path, content = item.get("path"), item.get("bytes")
+    path, content = item.get("path") or "", item.get("bytes")
     name = path if content is None else where + (f" ({path})" if path else "")
     if content is None and not os.path.isfile(path):
         if not os.path.exists(path):
@@ -96,7 +97,7 @@ def _read(item: dict[str, Any], where: str, quick: bool) -> Image.Image:
                 image.draft(image.mode, (1, 1))
             image.load()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        limit = (Image.MAX_IMAGE_PIXELS or math.inf) / 1e6
         raise InputError(f"The image {name} has more than {limit:.0f} megapixels. Shrink it first.") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others for broken files.
         raise InputError(

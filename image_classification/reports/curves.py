@@ -27,7 +27,7 @@ def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
             rate = entry.get("learning_rate", rate)
         if "eval_loss" in entry and entry["step"] not in steps:
             steps.add(entry["step"])
-            row = {"epoch": entry["epoch"], "step": entry["step"]}
+            row: dict[str, Any] = {"epoch": entry["epoch"], "step": entry["step"]}
             row |= {"train_loss": sum(losses) / len(losses), "learning_rate": rate} if losses else {}
             rows.append(row | {key: value for key, value in entry.items() if key.startswith("eval_")})
             losses = []

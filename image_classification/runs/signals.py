@@ -14,7 +14,7 @@ import psutil
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 # A launcher hands on the signal that the terminal sends to all processes anyway: that is no second one.
 _SAME = 1.0
@@ -91,10 +91,11 @@ def outlive_signals() -> None:
     if not hasattr(signal, "sigwaitinfo"):
         return  # Only Linux tells who sent a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    starter = multiprocessing.parent_process().pid
+    starter = multiprocessing.parent_process()
+    assert starter is not None, "a data worker has a parent"
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != starter:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != starter.pid:
             pass
         os._exit(128 + signal.SIGTERM)
 

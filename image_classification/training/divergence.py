@@ -76,7 +76,7 @@ class DivergenceGuard:
         self.flush()
         gradients = {name: parameter.grad for name, parameter in self._trainable.items() if parameter.grad is not None}
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
-        norms = torch._foreach_norm(local) if local else []
+        norms = list(torch._foreach_norm(local)) if local else []
         loss = torch.stack(self._losses).sum().float()
         self.gradients, self.norms, values = local, None, loss[None]
         if len({(norm.dtype, norm.device) for norm in norms}) == 1:

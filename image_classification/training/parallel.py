@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -67,7 +67,7 @@ class ParallelTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         self._rows_at_end = 0  # Images in the last batch of an epoch over all processes, if it is not full.
-        sampler = getattr(loader, "batch_sampler", None)
+        sampler: Any = getattr(loader, "batch_sampler", None)
         # A streamed data set has a sampler for each process, whose batches are all this one's.
         own = hasattr(self.train_dataset, "sampler")
         while hasattr(sampler, "batch_sampler"):  # Accelerate's, around PyTorch's.
@@ -85,7 +85,8 @@ class ParallelTrainer(Trainer):
     def tell_epoch(self, epoch: int, train_dataloader: DataLoader) -> None:
         """To everything that random numbers depend on."""
         # Accelerate tells the epoch only some of these, depending on how it wrapped the loader to shard and to skip.
-        parts, inner = [self.train_dataset], train_dataloader
+        parts: list[Any] = [self.train_dataset]
+        inner: Any = train_dataloader
         while (inner := getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None)) is not None:
             parts.append(inner)
         for part in parts:
@@ -153,7 +154,7 @@ def on_main_process(function: Callable[[], T]) -> T:
     state = PartialState()
     if state.num_processes == 1:
         return function()
-    result = [None]
+    result: list[Any] = [None]
     if state.is_main_process:
         try:
             result = [function()]
