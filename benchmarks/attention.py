@@ -34,7 +34,7 @@ def gradients(output, leaves):
 
 
 def error(operator, tensors, way) -> float:
-    """Largest relative RMS error of output and gradients against the fp64 reference, on a few images."""
+    """Compute the largest relative RMS error of output and gradients against the fp64 reference, on a few images."""
     tensors = [x[:2].detach().requires_grad_() for x in tensors]
     parameters = {name: p for name, p in operator.named_parameters() if not name.endswith("scale_base")}
     scaling = tensors[0].shape[-1] ** -0.5

@@ -26,13 +26,13 @@ def hardware(device: str) -> str:
 
 
 def cpu() -> str:
-    """The processor's name, on which whatever is bound by Python depends."""
+    """Read the processor's name, on which whatever is bound by Python depends."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def host(device: str) -> dict[str, str | int]:
-    """What every row says of the machine and its software, by `HOST`."""
+    """Collect what every row says of the machine and its software, by `HOST`."""
     try:
         from triton import __version__ as triton
     except ImportError:
@@ -43,8 +43,8 @@ def host(device: str) -> dict[str, str | int]:
 
 def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
     """
-    Run `step` again and again: 20th, 50th and 80th percentile of its time in ms, and the peak memory in GiB: allocated
-    on CUDA; of the whole process, libraries included, on a CPU.
+    Measure `step`, run again and again: 20th, 50th and 80th percentile of its time in ms, and the peak memory in GiB,
+    allocated on CUDA; of the whole process, libraries included, on a CPU.
 
     On CUDA, times are read from events, so that the launches of a step overlap with the work of the one before, as they
     do in training; `gpu_ms` is `gpu_time`.
@@ -73,8 +73,8 @@ def measure(step, device: str, repeats: int, warmup: int = 3) -> dict[str, float
 
 def measure_in_turn(steps: dict, repeats: int, warmup: int = 3) -> dict[str, dict[str, float]]:
     """
-    The times of several steps by name, on a CPU, one after the other and over again: what slows a shared machine down
-    for seconds then meets all of them, and not one.
+    Measure several steps by name, on a CPU, one after the other and over again: what slows a shared machine down for
+    seconds then meets all of them, and not one.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warmup + repeats):
@@ -86,7 +86,7 @@ def measure_in_turn(steps: dict, repeats: int, warmup: int = 3) -> dict[str, dic
 
 
 def stopped(step) -> float:
-    """What a call takes, in ms."""
+    """Time a call, in ms."""
     start = time.perf_counter()
     step()
     return (time.perf_counter() - start) * 1e3
@@ -99,7 +99,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 def gpu_time(step, repeats: int = 5) -> float:
     """
-    What a step takes the GPU in ms, where it does not wait for launches: they wait for it, behind a pause (about a
+    Time a step on the GPU in ms, where it does not wait for launches: they wait for it, behind a pause (about a
     thousand of them; the rest are launched while it works). PyTorch's profiler would tell as much, but once used it
     makes later launches of the process up to twice as slow.
     """
@@ -121,7 +121,7 @@ def gpu_time(step, repeats: int = 5) -> float:
 
 
 class PeakMemory:
-    """The process's peak memory within the context, sampled from a thread."""
+    """Peak memory of the process within the context, sampled from a thread."""
 
     def __enter__(self):
         self.gib, self.done = 0.0, threading.Event()
@@ -163,7 +163,7 @@ class Table:
         self.constant = host(device)
 
     def baseline(self, row: dict) -> dict:
-        """The row to which the ratios of `row` are, itself if it is one; empty where there is none."""
+        """Find the row to which the ratios of `row` are, itself if it is one; empty where there is none."""
         alike = (other for other in self.rows if all(other.get(key) == row.get(key) for key in self.same))
         own = row if row["provider"] == self.base else {}
         return next((other for other in alike if other["provider"] == self.base), own)
@@ -218,7 +218,7 @@ class Rates(Table):
         print(f"{row['what']:40s} {row.get('provider', ''):32s} {number}{ratio}", flush=True)
 
     def add_times(self, row: dict, stopwatch, step: float) -> None:
-        """What the parts of a training step take, which takes `step` ms in all."""
+        """Add what the parts of a training step take, which takes `step` ms in all."""
         self.add(**row, what="training: whole step", ms=step)
         for name, calls in sorted(stopwatch.calls.items()):
             self.add(**row, what=name, ms=stopwatch.wall[name] / calls, cpu_ms=stopwatch.cpu[name] / calls)

@@ -92,7 +92,7 @@ class Devices(Table):
 
 
 class Gradients(TrainerCallback):
-    """Those of the first epoch's steps, whole, on the CPU."""
+    """Gradients of the first epoch's steps, whole, on the CPU."""
 
     def __init__(self):
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -164,7 +164,7 @@ def compared(name: str, size: Size, device: str, folder: Path, processes: int, c
 
 
 def timed(name: str, size: Size, device: str, folder: Path, processes: int, dtype: str) -> dict:
-    """Images per second of all processes, and the peak memory of one, on tensors that lie on the device."""
+    """Measure images per second of all processes, and the peak memory of one, on tensors that lie on the device."""
     rows = [{"labels": 0}] * (size.timed_batch * processes * (size.end + 1))
     precision = {} if dtype == "float32" else {"bf16" if dtype == "bfloat16" else "fp16": True}
     trainer = make_trainer(
@@ -190,7 +190,7 @@ def timed(name: str, size: Size, device: str, folder: Path, processes: int, dtyp
 
 
 def work(layout: str, device: str, folder: Path) -> None:
-    """In each process of a launch: all of its runs; what came out of them goes to files of the folder."""
+    """Do all runs of a launch, in each of its processes; what came out of them goes to files of the folder."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     torch.backends.cudnn.allow_tf32 = False
@@ -239,7 +239,7 @@ def launch(layout: str, config: str | None, device: str, folder: Path) -> None:
 
 
 def compare(layout: str, folder: Path, table: Devices, processes: int) -> None:
-    """Rows of what must agree, between a layout and one process, or the layout whose checkpoints it went on from."""
+    """Compare what must agree, between a layout and one process, or the layout whose checkpoints it went on from."""
     own, one, writer = folder / layout.replace(", ", "-"), folder / "one", folder / WRITES
     for name in PRESETS:
         row = {"model": name, "dtype": "float32", "processes": processes, "batch": ""}
@@ -269,7 +269,7 @@ def compare(layout: str, folder: Path, table: Devices, processes: int) -> None:
 
 
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference in a gradient, over its norm; noise about zero, as in softmax's key bias, is none."""
+    """Compute the largest difference in a gradient over its norm; noise about zero, as in softmax's key bias, is 0."""
     total = sum(gradient.norm() ** 2 for gradient in theirs.values()) ** 0.5
     return max(float((ours[key] - b).norm() / b.norm().clamp(min=1e-3 * total)) for key, b in theirs.items())
 

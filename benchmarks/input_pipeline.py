@@ -69,7 +69,7 @@ RESIDENT = {"cuda": 8192, "cpu": 64}  # 5 GB and 36 MB.
 
 
 def make_photo(seed: int) -> bytes:
-    """A photo-like JPEG."""
+    """Make a photo-like JPEG."""
     rng = np.random.default_rng(seed)
     width, height = (500, 375) if seed % 4 else (375, 500)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -97,7 +97,7 @@ def write_photo(folder: Path, seed: int) -> int:
 
 
 def write_photos(folder: Path, count: int) -> float:
-    """`count` JPEGs for training and a few for evaluation; the mean size in bytes."""
+    """Write `count` JPEGs for training and a few for evaluation; returns their mean size in bytes."""
     with ProcessPoolExecutor(os.cpu_count(), initializer=_one_thread) as pool:
         sizes = list(pool.map(functools.partial(write_photo, folder / "train"), range(count), chunksize=16))
         list(pool.map(functools.partial(write_photo, folder / "validation"), range(count, count + CLASSES)))
@@ -151,7 +151,7 @@ class Clock(TrainerCallback):
 
 
 class SyntheticTrainer(ImageClassificationTrainer):
-    """Every batch is the same one, which lies on the device; no data worker starts."""
+    """Trainer whose every batch is the same one, which lies on the device; no data worker starts."""
 
     def take_batches(self, batches, count):
         size = self.args.per_device_train_batch_size
@@ -164,7 +164,7 @@ class SyntheticTrainer(ImageClassificationTrainer):
 
 @dataclass(frozen=True)
 class Way:
-    """One of `WAYS`, and how many data workers there are."""
+    """Way of `WAYS`, and how many data workers there are."""
 
     name: str
     workers: int
@@ -208,7 +208,7 @@ class Pipeline:
         return main.build_trainer(settings, model, data, processor, kind)
 
     def images_per_second(self, name: str, workers: int, begin: int, end: int, **options) -> tuple[float, Stopwatch]:
-        """Of training, and what its parts take."""
+        """Measure images per second of training, and what its parts take."""
         trainer = self.trainer(name, workers, end, **options)
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "EpochLines":
@@ -226,7 +226,7 @@ class Pipeline:
         return clock.per_second, stopwatch
 
     def workers_alone(self, workers: int, flags: list[str], seconds: float) -> float:
-        """Images per second that the data workers hand over to a process that does nothing with them."""
+        """Measure the images per second that the data workers hand over to a process that does nothing with them."""
         trainer = self.trainer("alone", workers, 1, flags)
         loader = DataLoader(
             trainer.train_dataset, self.batch, True, num_workers=workers, collate_fn=trainer.data_collator
@@ -234,7 +234,7 @@ class Pipeline:
         return self._rate(iter(loader), workers, seconds)
 
     def without_training(self, workers: int, flags: list[str], seconds: float) -> float:
-        """Images per second that reach the device as training batches, where nothing is trained on them."""
+        """Measure the images per second that reach the device as training batches, where nothing is trained on them."""
         trainer = self.trainer("pipeline", workers, 1, flags)
         return self._rate(
             map(trainer.augment or (lambda batch: batch), trainer.get_train_dataloader()), workers, seconds
@@ -256,7 +256,7 @@ class Pipeline:
 
 
 def parts(pipeline: Pipeline, table: Rates, row: dict, repeats: int) -> None:
-    """What the pieces take on their own."""
+    """Time the pieces on their own."""
     contents = [path.read_bytes() for path in sorted(pipeline.folder.glob("train/*/*.jpg"))[:128]]
 
     def per_second(what: str, function, images: int) -> None:
@@ -293,7 +293,7 @@ def parts(pipeline: Pipeline, table: Rates, row: dict, repeats: int) -> None:
 
 
 def gpu_time_and_calls(function, repeats: int = 3) -> tuple[float, float]:
-    """GPU time in ms, and calls that launch or copy something, by the profiler."""
+    """Profile the GPU time in ms, and count calls that launch or copy something."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(repeats):
@@ -307,7 +307,7 @@ def gpu_time_and_calls(function, repeats: int = 3) -> tuple[float, float]:
 
 
 def hyperthreads() -> str:
-    """Whether two of the cores that the system counts share one."""
+    """Tell whether two of the cores that the system counts share one."""
     siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     return f"on the first core: CPU {siblings.read_text().strip()}" if siblings.is_file() else "cores not known"
 

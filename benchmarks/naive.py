@@ -9,7 +9,7 @@ from modeling_karat_vit.karat_operator import KArAtOperator
 
 
 def naive_forward(self: KArAtOperator, query, key, value, scaling, way, keep=None, grids=None):
-    """In place of `KArAtOperator.forward`, for Fourier phi1_w2 without base function and masks; autocast acts on it."""
+    """Attend as `KArAtOperator.forward`, for Fourier phi1_w2 without base function or mask; autocast acts on it."""
     (step,) = self.edges
     scores = (query @ key.mT) * scaling
     harmonics = torch.arange(1, step.grid_size + 1, device=scores.device, dtype=scores.dtype)
@@ -23,7 +23,7 @@ def naive_forward(self: KArAtOperator, query, key, value, scaling, way, keep=Non
 
 @contextmanager
 def naive():
-    """Within this context every operator computes naively."""
+    """Make every operator compute naively within the context."""
     forward, KArAtOperator.forward = KArAtOperator.forward, naive_forward
     try:
         yield

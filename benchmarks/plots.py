@@ -28,7 +28,7 @@ TIME, MEMORY = "#0072b2", "#e69f00"  # Okabe and Ito's, which the colour-blind c
 
 
 def latest(path: Path) -> list[dict]:
-    """The last row measured of each training step of the eager mode, in the order of the file."""
+    """Pick the last row measured of each training step of the eager mode, in the order of the file."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["what"] == "train" and row["mode"] == "eager"]
     found = {}
@@ -46,7 +46,7 @@ def label(row: dict) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A bar of time and one of memory for each row, fastest first; a logarithmic axis, and a line where softmax is."""
+    """Draw a bar of time and one of memory for each row, fastest first, on a logarithmic axis; a line is softmax."""
     rows = sorted(rows, key=lambda row: float(row["ratio_gpu"]), reverse=True)
     figure = Figure(figsize=(7.2, 0.6 + 0.34 * len(rows)), layout="constrained")
     axes = figure.add_subplot()

@@ -46,7 +46,7 @@ class Clock(TrainerCallback):
         self.batch, self.device, self.seconds, self.steps, self.per_second = batch, device, seconds, 0, None
 
     def step(self) -> bool:
-        """Count a step; whether it was the last."""
+        """Count a step, and tell whether it was the last."""
         self.steps += 1
         if self.steps == WARMUP:
             self.began = self._now()
@@ -64,7 +64,7 @@ class Clock(TrainerCallback):
 
 
 class Images(torch.utils.data.Dataset):
-    """As timm's loader takes them, which sets `transform`."""
+    """Images as timm's loader takes them, which sets `transform`."""
 
     def __init__(self, rows: datasets.Dataset):
         self.rows, self.transform = rows, None
@@ -162,7 +162,7 @@ def launch(name: str, folder: Path, device: str, batch: int, data: Path) -> dict
 def run(
     device: str, table: runs.Runs, data: Path | None = None, images: int = 50_000, epochs: float | None = None
 ) -> None:
-    """ViT-Tiny by the script, recorded, and by the rivals; the arguments are those of `runs.run`."""
+    """Measure ViT-Tiny by the script, recorded, and by the rivals; the arguments are those of `runs.run`."""
     with runs.workspace(data, images) as (folder, data):
         for batch in BATCHES:
             row = {"benchmark": "rivals", "model": "tiny", "batch": batch, "dtype": runs.DTYPES[device]}

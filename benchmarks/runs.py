@@ -60,7 +60,7 @@ class Runs(Table):
 
 
 def write_images(folder: Path, count: int) -> None:
-    """CIFAR-10 in its number of classes, size and files, of smooth noise: `count` JPEGs, and a fifth for evaluation."""
+    """Write noise in the classes, sizes and files of CIFAR-10: `count` JPEGs, and a fifth for evaluation."""
     rng = np.random.default_rng(0)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write_images(folder: Path, count: int) -> None:
 
 @contextmanager
 def workspace(data: Path | None, images: int) -> Iterator[tuple[Path, Path]]:
-    """A temporary folder, and the folder of the data: `data`, or `images` made in the other."""
+    """Make a temporary folder, and the folder of the data: `data`, or `images` made in the other."""
     with tempfile.TemporaryDirectory(prefix="karat-runs-") as name:
         if data is None:
             write_images(Path(name) / "data", images)
@@ -85,7 +85,7 @@ def workspace(data: Path | None, images: int) -> Iterator[tuple[Path, Path]]:
 
 
 def execute(words: list, cache: Path) -> tuple[str, dict]:
-    """Run a command on one device, its caches in a folder: what it printed, and `seconds`, and perhaps an `error`."""
+    """Run a command on one device, its caches in a folder; returns its output, `seconds`, and perhaps an `error`."""
     folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "HF_DATASETS_CACHE": "datasets"}
     environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # Else the Trainer would take all, in threads.
     environment |= {name: str(cache / folder) for name, folder in folders.items()}

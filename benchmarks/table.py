@@ -18,7 +18,7 @@ MACHINES = 3
 
 
 def read(path: Path, key: tuple[str, ...], **wanted: str) -> dict[tuple, list[dict]]:
-    """The rows with the wanted fields, by key: for each machine the last measured, newest machine last."""
+    """Read the rows with the wanted fields, by key: for each machine the last measured, newest machine last."""
     found: dict[tuple, dict] = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -32,7 +32,7 @@ def read(path: Path, key: tuple[str, ...], **wanted: str) -> dict[tuple, list[di
 
 
 def spread(rows: list[dict], name: str) -> str:
-    """The range of a ratio over the machines."""
+    """Write out the range of a ratio over the machines."""
     values = [f"{float(row[name]):.2f}" for row in rows if row["cpu"] and row[name]][-MACHINES:]
     return " to ".join(sorted({min(values, key=float), max(values, key=float)}, key=float)) if values else ""
 

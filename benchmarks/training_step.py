@@ -35,7 +35,7 @@ def build(provider: str, size: str, options: dict, device: str, image_size: int)
 
 
 def error(model, provider: str, images, labels) -> float:
-    """Largest relative RMS difference of logits and gradients to those of `eager`."""
+    """Compute the largest relative RMS difference of logits and gradients to those of `eager`."""
     if provider in ("softmax", "eager"):
         return 0.0
 
@@ -101,8 +101,8 @@ def run(
 
 def run_in_turn(table: Table, size: str, basis: str, options: dict, batch: int, repeats: int, providers) -> None:
     """
-    Rows of eager mode on a CPU: every model's step in turn, in this process, and the peak memory of each in a process
-    of its own, libraries included.
+    Measure rows of eager mode on a CPU: every model's step in turn, in this process, and the peak memory of each in a
+    process of its own, libraries included.
     """
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 10, (batch,))
     row = {"benchmark": "model", "model": size, "batch": batch, "tokens": 197, "dtype": "float32", "mode": "eager"}
@@ -123,7 +123,7 @@ def run_in_turn(table: Table, size: str, basis: str, options: dict, batch: int, 
 
 
 def cpu_steps(model, provider: str, images, labels) -> dict:
-    """A training step and inference of one model."""
+    """Make a training step and inference of one model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def train():
@@ -142,7 +142,7 @@ def cpu_steps(model, provider: str, images, labels) -> dict:
 
 
 def cpu_peak(provider: str, size: str, options: dict, batch: int, what: str, threads: int) -> float:
-    """Peak memory of this process in GiB, over a few steps."""
+    """Measure the peak memory of this process in GiB, over a few steps."""
     torch.set_num_threads(threads)
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 10, (batch,))
     step = cpu_steps(build(provider, size, options, "cpu", 224), provider, images, labels)[what]
@@ -153,7 +153,7 @@ def cpu_peak(provider: str, size: str, options: dict, batch: int, what: str, thr
 
 
 def time_one(device: str, table: Table, row: dict, model, images, labels, repeats: int, whats) -> None:
-    """Rows for training and inference of one model, `eager` or by `torch.compile`, if it agrees with `eager`."""
+    """Measure training and inference of one model, `eager` or by `torch.compile`, if it agrees with `eager`."""
     provider, half = row["provider"], device == "cuda"
     wrong = error(model, provider, images, labels)
     if not wrong < LIMIT:

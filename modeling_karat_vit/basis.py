@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 @dataclass(frozen=True)
 class Start:
     """
-    Where `karat_init="scaled"` starts the functions of a step.
+    Values at which `karat_init="scaled"` starts the functions of a step.
 
     Args:
         spread: standard deviation of phi_pq(x) to aim at, for x ~ N(0, 1).
@@ -39,7 +39,7 @@ class Start:
 
 
 class FrozenParameter(nn.Parameter):
-    """A parameter that takes no part: it is stored and counted, and requires no gradient, whoever asks for one."""
+    """Parameter that is stored and counted, and requires no gradient, whoever asks for one."""
 
     requires_grad = property(lambda self: False, lambda self, value: None)
 
@@ -52,7 +52,7 @@ class FrozenParameter(nn.Parameter):
 
 class EdgeFunctions(nn.Module):
     """
-    Phi: R^in_features -> R^out_features with h x out_features x in_features learnable scalar functions.
+    Step Phi: R^in_features -> R^out_features with h x out_features x in_features learnable scalar functions.
 
     Subclasses name their `family`, as `basis_type` does, and the parameters of their basis in `parameter_names`.
 
@@ -77,12 +77,12 @@ class EdgeFunctions(nn.Module):
         return nn.Parameter(torch.empty(self.heads, *shape, self.out_features, self.in_features))
 
     def basis(self, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """basis_pq(x) for `x` of shape (..., h, T, 1 or P, Q): the closed formula, (..., h, T, P, Q)."""
+        """Compute basis_pq(x), (..., h, T, P, Q), by its closed formula, for `x` of shape (..., h, T, 1 or P, Q)."""
         raise NotImplementedError
 
     def edges(self, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        phi_pq(x) of every edge.
+        Compute phi_pq(x) of every edge.
 
         Args:
             x: (..., h, T, 1 or P, Q), one value per edge or one per input.
@@ -98,7 +98,7 @@ class EdgeFunctions(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """
-        The parameters by name, cast to `dtype`.
+        Give the parameters by name, cast to `dtype`.
 
         This, and not the mathematics, is `forward`, because only calling a module makes hooks bring weights that are
         kept elsewhere (accelerate's offloading to memory and disk).
@@ -109,7 +109,7 @@ class EdgeFunctions(nn.Module):
         self, x: torch.Tensor, tensors: dict[str, torch.Tensor], keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        Phi of every row of `x`.
+        Compute Phi of every row of `x`.
 
         Args:
             x: (..., h, T, Q).
@@ -140,16 +140,16 @@ class EdgeFunctions(nn.Module):
 
 class LinearEdgeFunctions(EdgeFunctions):
     """
-    Families that are linear in their coefficients: basis_pq(x) = sum_k C_kpq F_k(x). Phi is then a matrix product,
+    Step of a family that is linear in its coefficients: basis_pq(x) = sum_k C_kpq F_k(x). Phi is then a matrix product,
     `sum_k F_k(x) C_k^T`, and the P x Q edges of a row never have to exist.
     """
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """F_k(x), each of the shape of `x`, in the order of `stack_coefficients`."""
+        """Compute F_k(x), each of the shape of `x`, in the order of `stack_coefficients`."""
         raise NotImplementedError
 
     def stack_coefficients(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """C, (h, K, P, Q), without the scales."""
+        """Stack the coefficients, C, (h, K, P, Q), without the scales."""
         raise NotImplementedError
 
     def basis(self, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -166,7 +166,7 @@ class LinearEdgeFunctions(EdgeFunctions):
 
 
 class FourierEdges(LinearEdgeFunctions):
-    """sum_{m=1..G} a_m cos(m x) + b_m sin(m x): integer frequencies, no constant term (paper, equation 4)."""
+    """Fourier series sum_{m=1..G} a_m cos(m x) + b_m sin(m x), without a constant term (paper, equation 4)."""
 
     family = "fourier"
     parameter_names = ("cos_coef", "sin_coef")
@@ -196,7 +196,7 @@ class FourierEdges(LinearEdgeFunctions):
 
 
 class SplineEdges(LinearEdgeFunctions):
-    """sum_i c_i B_i(x): G + k B-splines of degree k on a uniform grid, extended by k knots on each side (as pykan)."""
+    """Splines sum_i c_i B_i(x): G + k B-splines of degree k on a uniform grid, k knots beyond each side (as pykan)."""
 
     family = "spline"
     parameter_names = ("spline_coef",)
@@ -208,7 +208,7 @@ class SplineEdges(LinearEdgeFunctions):
         self.spline_coef = self._coefficients(self.grid_size + self.order)
 
     def splines(self, x: torch.Tensor, degree: int) -> list[torch.Tensor]:
-        """B-splines of `degree` on the knots of the full degree, by the Cox-de Boor recursion."""
+        """Compute the B-splines of `degree` on the knots of the full degree, by the Cox-de Boor recursion."""
         u = self.in_knots(x)
         splines = [((u >= i) & (u < i + 1)).to(x.dtype) for i in range(self.grid_size + 2 * self.order)]
         for k in range(1, degree + 1):
@@ -216,12 +216,12 @@ class SplineEdges(LinearEdgeFunctions):
         return splines
 
     def in_knots(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` in units of the knot spacing: the knots are 0, 1, ..., G + 2k."""
+        """Express `x` in units of the knot spacing, where the knots are 0, 1, ..., G + 2k."""
         return (x - self.low) * (self.grid_size / (self.high - self.low)) + self.order
 
     @staticmethod
     def next_degree(splines: list[torch.Tensor], u: torch.Tensor, k: int) -> list[torch.Tensor]:
-        """B-splines of degree k at `u`, in knots, from those of degree k - 1."""
+        """Compute the B-splines of degree k at `u`, in knots, from those of degree k - 1."""
         return [((u - i) * splines[i] + (i + k + 1 - u) * splines[i + 1]) / k for i in range(len(splines) - 1)]
 
     def features(self, x):
@@ -241,7 +241,7 @@ class SplineEdges(LinearEdgeFunctions):
 
 class WaveletEdges(EdgeFunctions):
     """
-    w psi((x - tau) / s), with the mother wavelets of Wav-KAN. tau starts at 0 and s at 1, and both are learned.
+    Wavelets w psi((x - tau) / s), with the mother functions of Wav-KAN. tau starts at 0, s at 1, and both are learned.
 
     Shannon's Hamming window runs along the inputs q; it is a function of their number, so it is not stored.
     """
@@ -257,7 +257,7 @@ class WaveletEdges(EdgeFunctions):
         self.width = self._coefficients()
 
     def mother(self, x: torch.Tensor) -> torch.Tensor:
-        """psi(x), elementwise; for Shannon of shape (..., Q), because of the window."""
+        """Compute psi(x), elementwise; for Shannon of shape (..., Q), because of the window."""
         if self.wavelet_type == "mexican_hat":
             return 2 / (math.sqrt(3) * math.pi**0.25) * (x * x - 1) * torch.exp(-x * x / 2)
         if self.wavelet_type == "morlet":
@@ -273,7 +273,7 @@ class WaveletEdges(EdgeFunctions):
         return _sinc(x) * self.window(x)
 
     def window(self, like: torch.Tensor) -> torch.Tensor:
-        """omega, the Hamming window over the inputs, (Q,)."""
+        """Compute omega, the Hamming window over the inputs, (Q,)."""
         if like.shape[-1] == 1:
             return torch.ones(1, dtype=like.dtype, device=like.device)
         position = torch.arange(like.shape[-1], dtype=like.dtype, device=like.device) / (like.shape[-1] - 1)
@@ -304,7 +304,7 @@ class WaveletEdges(EdgeFunctions):
 
 
 class RationalEdges(EdgeFunctions):
-    """(a_0 + ... + a_m x^m) / (1 + |b_1 x + ... + b_n x^n|), the safe Pade form."""
+    """Rational functions (a_0 + ... + a_m x^m) / (1 + |b_1 x + ... + b_n x^n|), the safe Pade form."""
 
     family = "rational"
     parameter_names = ("numerator", "denominator")
@@ -338,7 +338,7 @@ class RationalEdges(EdgeFunctions):
 
 
 def make_edges(config, heads: int, in_features: int, out_features: int, start: Start) -> EdgeFunctions:
-    """Phi: R^in_features -> R^out_features of the family that `config.basis_type` names."""
+    """Make Phi: R^in_features -> R^out_features of the family that `config.basis_type` names."""
     families = {"fourier": FourierEdges, "spline": SplineEdges, "wavelet": WaveletEdges, "rational": RationalEdges}
     return families[config.basis_type](config, heads, in_features, out_features, start)
 

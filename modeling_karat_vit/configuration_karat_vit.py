@@ -223,7 +223,7 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
             )
 
     def validate_output_attentions(self) -> None:
-        """Transformers forbids `output_attentions` without `eager`; here such calls run `eager`, whatever is set."""
+        """Accept `output_attentions` without `eager`, which Transformers forbids: here such calls run `eager`."""
 
     def check(self) -> None:
         """Normalise the numbers and pairs, and raise a `ValueError` for anything that cannot be built."""
@@ -310,23 +310,23 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
         return sorted(layers)
 
     def patch_grid(self, image_size: "int | Sequence[int] | None" = None) -> tuple[int, int]:
-        """Patches along (height, width) of an image of `image_size` pixels (default: the model's own)."""
+        """Count the patches along (height, width) of an image of `image_size` pixels (default: the model's own)."""
         height, width = height_and_width(self.image_size if image_size is None else image_size)
         patch_height, patch_width = height_and_width(self.patch_size)
         return height // patch_height, width // patch_width
 
     @property
     def num_tokens(self) -> int:
-        """N: the patches and the [CLS] token."""
+        """Number of tokens N: the patches and the [CLS] token."""
         height, width = self.patch_grid()
         return height * width + 1
 
     def is_karat_layer(self, index: int) -> bool:
-        """Whether block `index` has KArAt heads."""
+        """Tell whether block `index` has KArAt heads."""
         return self.karat_layers is None or index in self.karat_layers
 
     def describe_operator(self) -> str:
-        """One line that says which operator runs, for logs and model cards."""
+        """Say in one line which operator runs, for logs and model cards."""
         basis = {
             "fourier": f"Fourier (G={self.grid_size})",
             "spline": f"B-spline (G={self.grid_size}, order {self.spline_order}, range {self.grid_range})",

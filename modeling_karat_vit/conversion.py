@@ -178,7 +178,7 @@ def _timm_logits(weights: dict[str, torch.Tensor], pixels: torch.Tensor, config:
 
 def load_deit_state_dict(name_or_path, **hub_kwargs) -> dict[str, torch.Tensor]:
     """
-    The weights of a distilled DeiT of Transformers without its distillation token, named as in a ViT classifier.
+    Load the weights of a distilled DeiT of Transformers without its distillation token, named as in a ViT classifier.
 
     `cls_classifier`, the head of the [CLS] token, becomes `classifier`; the head of the distillation token is dropped.
 

@@ -61,7 +61,7 @@ _KERNELS = {
 @dataclass(frozen=True)
 class Form:
     """
-    What the kernels are compiled for.
+    Function family that the kernels are compiled for.
 
     Args:
         family: of `FAMILIES`.
@@ -83,7 +83,7 @@ class Form:
     base: int = 0
 
     def to_list(self) -> list[float]:
-        """As numbers, which custom operators take."""
+        """Give the fields as numbers, which custom operators take."""
         return [float(getattr(self, name)) for name in _FORM_FIELDS]
 
     @classmethod
@@ -191,7 +191,7 @@ class _Plan:
 
     def launches(self, name: str, side: str, tokens: int, whole: bool) -> list[tuple[str, int, int]]:
         """
-        How `tokens` are shared out among tiles: (name of the options, first token, tiles) of each launch. Unless
+        Share out `tokens` among tiles: (name of the options, first token, tiles) of each launch. Unless
         `whole`, a rest that would leave most of a tile empty has a launch of its own, in small tiles.
         """
         tile = self.tiles[name][side]
@@ -338,7 +338,7 @@ def _parts(programs: int, tokens: int) -> int:
 
 
 def _new_square(q: torch.Tensor, plan: "_Plan", parts: int) -> torch.Tensor:
-    """For U or dU, (B, h, RP, DP), in one part or more."""
+    """Make room for U or dU, (B, h, RP, DP), in one part or more."""
     shape = (*q.shape[:2], plan.rank_padded, plan.head_size_padded)
     return q.new_empty(shape) if parts == 1 else q.new_empty(*shape[:2], parts, *shape[2:], dtype=torch.float32)
 
@@ -494,7 +494,7 @@ def _form(family: str, base_fn: str, *options) -> Form:
 
 
 def form_of(step) -> Form:
-    """The form of a step of the operator (`EdgeFunctions`)."""
+    """Make the form of a step of the operator (`EdgeFunctions`)."""
     # torch.compile warns about caches.
     make = _form.__wrapped__ if torch.compiler.is_compiling() else _form
     if step.family == "fourier":

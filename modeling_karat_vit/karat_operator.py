@@ -40,7 +40,7 @@ def _phi(step: EdgeFunctions, x, tensors, keep=None) -> torch.Tensor:
 
 class KArAtOperator(nn.Module):
     """
-    The learnable activation of every row of scores: a composition of steps Phi and, in the modular variants, a linear
+    Learnable activation of every row of scores: a composition of steps Phi and, in the modular variants, a linear
     projector W without bias.
 
     | variant | steps | `edges` | `projector` |
@@ -119,8 +119,7 @@ class KArAtOperator(nn.Module):
 
     def tensors(self, dtype: torch.dtype, grids=None) -> dict[str, torch.Tensor]:
         """
-        The parameters by name, cast to `dtype`, and resampled where `grids`, a pair of patch grids (own, wanted), says
-        so.
+        Give the parameters by name, cast to `dtype`, and resampled if `grids`, patch grids (own, wanted), differ.
         """
         tensors = {} if self.projector is None else {"projector": self.projector.to(dtype)}
         for index, step in enumerate(self.edges):
@@ -131,7 +130,7 @@ class KArAtOperator(nn.Module):
 
     def resample(self, name: str, tensor: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]):
         """
-        One parameter for another patch grid, (rows, columns).
+        Resample one parameter for another patch grid, (rows, columns).
 
         Each token axis is interpolated as position embeddings are: [CLS] apart, the patches bicubic in two dimensions.
         The patch part of the scales and of W is multiplied by (N-1)/(N'-1) per token axis, so that sums over the tokens
@@ -168,12 +167,12 @@ class KArAtOperator(nn.Module):
 
     @staticmethod
     def of_step(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-        """The parameters of one step, named as in its module."""
+        """Pick the parameters of one step, named as in its module."""
         prefix = f"edges.{index}."
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     def reduce(self, scores, tensors, keep=None, phi=_phi) -> torch.Tensor:
-        """Everything but the last step: what is left of the scores has r columns, or N with full rank."""
+        """Compute all but the last step: what is left of the scores has r columns, or N with full rank."""
         x = scores
         if self.mode == "w1_phi2":
             return x @ tensors["projector"].transpose(1, 2)
@@ -184,7 +183,7 @@ class KArAtOperator(nn.Module):
 
     def activate(self, scores, tensors, keep=None, phi=_phi) -> torch.Tensor:
         """
-        The activated attention map.
+        Compute the activated attention map.
 
         Args:
             scores: (B, h, N, N), finite.
@@ -238,7 +237,7 @@ class KArAtOperator(nn.Module):
 
 def eager_karat_attention(operator, query, key, value, scaling, tensors, keep=None):
     """
-    The reference: scores, activation, product, at least in fp32.
+    Attend by the reference: scores, activation, product, at least in fp32.
 
     Returns:
         Output (B, h, N, d), activated maps and scores (B, h, N, N), all in the dtype of `query`.
@@ -255,7 +254,7 @@ def eager_karat_attention(operator, query, key, value, scaling, tensors, keep=No
 
 
 def why_not_fused(config, device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why the fused kernels do not apply to a model of this configuration there; `None` if they do."""
+    """Say why the fused kernels do not apply to a model of this configuration there; `None` if they do."""
     heads, rank = config.hidden_size // config.num_attention_heads, config.karat_rank
     if fused_karat_attention is None:
         return "Triton is not installed"
@@ -276,7 +275,7 @@ def why_not_fused(config, device_type: str, dtype: torch.dtype | None = None) ->
 
 def project_on_simplex(rows: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Euclidean projection of each row on the probability simplex (the paper's L1 projection; Duchi et al. 2008).
+    Project each row on the probability simplex, in the Euclidean sense (the paper's L1 projection; Duchi et al. 2008).
 
     Args:
         rows: (..., N).
@@ -332,7 +331,7 @@ def resample_tokens(tensor: torch.Tensor, grid, new_grid, mode: str = "bicubic")
 
 def eager_softmax_attention(query, key, value, scaling, dropout: float = 0.0, keep=None):
     """
-    Softmax attention with its maps, for the heads beside KArAt heads: at least in fp32, fp64 stays fp64.
+    Attend by softmax and give the maps, for the heads beside KArAt heads: at least in fp32, fp64 stays fp64.
 
     Args:
         query, key, value: (B, h, N, d).

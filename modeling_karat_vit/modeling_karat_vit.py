@@ -63,8 +63,8 @@ FORWARD_KEYWORDS = {*TransformersKwargs.__annotations__, "output_attention_score
 
 def karat_attention_forward(module, query, key, value, attention_mask, **kwargs):
     """
-    What `attn_implementation="karat_*"` means to Transformers' attention modules, which hold no operator: softmax by
-    SDPA. KArAt heads never come here (see `KArAtViTAttention.forward`).
+    Attend by softmax with SDPA: that is what `attn_implementation="karat_*"` means to Transformers' attention modules,
+    which hold no operator. KArAt heads never come here (see `KArAtViTAttention.forward`).
     """
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
@@ -83,7 +83,7 @@ register_checkpoint_conversion_mapping(
 @dataclass
 class KArAtViTModelOutput(BaseModelOutputWithPooling):
     """
-    `BaseModelOutputWithPooling`, and the scores.
+    Output of the encoder: `BaseModelOutputWithPooling`, and the scores.
 
     Args:
         attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
@@ -96,7 +96,7 @@ class KArAtViTModelOutput(BaseModelOutputWithPooling):
 @dataclass
 class KArAtViTImageClassifierOutput(ImageClassifierOutput):
     """
-    `ImageClassifierOutput`, and the scores.
+    Output of the classifier: `ImageClassifierOutput`, and the scores.
 
     Args:
         attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
@@ -109,7 +109,7 @@ class KArAtViTImageClassifierOutput(ImageClassifierOutput):
 @dataclass
 class KArAtViTMaskedImageModelingOutput(MaskedImageModelingOutput):
     """
-    `MaskedImageModelingOutput`, and the scores.
+    Output of masked image modelling: `MaskedImageModelingOutput`, and the scores.
 
     Args:
         attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
@@ -200,6 +200,8 @@ class KArAtViTAttention(ViTAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
+        Attend, each head in its way.
+
         Args:
             hidden_states: (B, N, hidden).
             masks: which keys may be seen.
@@ -243,7 +245,7 @@ class KArAtViTAttention(ViTAttention):
         return self.o_proj(output.flatten(2)), maps, scores
 
     def karat_way(self, implementation: str, query: torch.Tensor) -> str:
-        """How KArAt heads are computed under `implementation`: what it names, or else the fastest that applies."""
+        """Choose how KArAt heads are computed: as `implementation` names it, or else the fastest way that applies."""
         if implementation in ("eager", "karat_portable"):
             return implementation
         device, dtype = query.device.type, query.dtype
@@ -263,7 +265,7 @@ class KArAtViTAttention(ViTAttention):
         return "karat_portable"
 
     def softmax_heads(self, query, key, value, masks: "AttentionMasks", implementation: str):
-        """Softmax attention the Transformers way: output (B, N, h, d), and with `eager` the maps and scores."""
+        """Attend by softmax the Transformers way: output (B, N, h, d), and with `eager` the maps and scores."""
         dropout = self.attention_dropout if self.training else 0.0
         if implementation == "eager":
             keep = masks.keep if masks.keep is None or masks.per_query else masks.keep[:, None, None, :]
@@ -354,7 +356,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         return {name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes))}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """`None` is the fastest way for KArAt heads; Transformers' names say how softmax heads are computed."""
+        """Resolve a name: `None` is the fastest way for KArAt heads, Transformers' names are about softmax heads."""
         if requested_attention is None:
             fused = torch.cuda.is_available() and why_not_fused(self.config, "cuda") is None
             return "karat_triton" if fused else "karat_portable"
@@ -425,8 +427,9 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """
-        As in Transformers, with two differences: parameters keep their present names (`save_original_format=True`
-        writes ViT's old ones, which Trainer cannot resume from), and `auto_map` names the auto class of every model.
+        Save as Transformers does, with two differences: parameters keep their present names
+        (`save_original_format=True` writes ViT's old ones, which Trainer cannot resume from), and `auto_map` names the
+        auto class of every model.
         """
         self.config.auto_map = dict(AUTO_CLASSES)
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
@@ -510,6 +513,8 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> KArAtViTModelOutput:
         """
+        Encode images.
+
         Args:
             pixel_values: images (B, C, H, W), normalised by the image processor.
             bool_masked_pos: patches to replace by the mask token, (B, patches).
@@ -536,11 +541,11 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
         grids = None
         if interpolate_pos_encoding:
             grids = (self.config.patch_grid(), self.config.patch_grid(pixel_values.shape[2:]))
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 masks,
-                operator=self.operator if self.config.is_karat_layer(index) else None,
+                operator=self.operator,
                 implementation=implementation,
                 grids=grids,
             )
@@ -584,6 +589,8 @@ class KArAtViTForImageClassification(KArAtViTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> KArAtViTImageClassifierOutput:
         """
+        Classify images.
+
         Args:
             pixel_values, interpolate_pos_encoding, attention_mask: as in `KArAtViTModel`.
             labels: class indices (B,); soft targets (B, classes) with `problem_type="single_label_classification"`, as
@@ -650,6 +657,8 @@ class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> KArAtViTMaskedImageModelingOutput:
         """
+        Reconstruct masked images.
+
         Args:
             pixel_values, interpolate_pos_encoding, attention_mask: as in `KArAtViTModel`.
             bool_masked_pos: patches that are masked, (B, patches); needs `encoder_stride` equal to `patch_size`.
@@ -672,7 +681,8 @@ class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        height, width = self.config.patch_grid(tuple(pixel_values.shape[2:]))
+        assert pixel_values is not None, "the encoder refuses that"
+        height, width = self.config.patch_grid(pixel_values.shape[2:])
         reconstruction = self.decoder(_as_map(outputs.last_hidden_state, height, width))
         loss = None
         if bool_masked_pos is not None:
@@ -691,7 +701,7 @@ class KArAtViTForMaskedImageModeling(KArAtViTPreTrainedModel):
 
 
 class KArAtViTBackbone(BackboneMixin, KArAtViTModel):
-    """The encoder as a backbone: the states after the stages that `config.out_features` names, as feature maps."""
+    """Encoder as a backbone: the states after the stages that `config.out_features` names, as feature maps."""
 
     def __init__(self, config: KArAtViTConfig):
         super().__init__(config, add_pooling_layer=False)
@@ -707,6 +717,8 @@ class KArAtViTBackbone(BackboneMixin, KArAtViTModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
         """
+        Encode images as feature maps.
+
         Args:
             pixel_values, attention_mask: as in `KArAtViTModel`.
             interpolate_pos_encoding: take images of any size.
@@ -742,6 +754,8 @@ def _as_map(states: torch.Tensor, height: int, width: int) -> torch.Tensor:
 @dataclass
 class AttentionMasks:
     """
+    Masks of one call.
+
     Args:
         keep: boolean, keys that KArAt heads see, (B, N), or per query (B, 1 or heads, N, N).
         softmax: the same as softmax heads take it; `None` with `eager`, which reads `keep`.
@@ -755,13 +769,13 @@ class AttentionMasks:
         return self.keep is not None and self.keep.dim() == 4
 
     def of_heads(self, heads: slice) -> "AttentionMasks":
-        """The part of a mask per head that these heads see."""
+        """Take the part of a mask per head that these heads see."""
         if self.keep is None or self.keep.dim() != 4 or self.keep.shape[1] == 1:
             return self
         return AttentionMasks(self.keep[:, heads], None if self.softmax is None else self.softmax[:, heads])
 
     def to(self, *args, **kwargs) -> "AttentionMasks":
-        """The masks on another device: accelerate hands them from block to block where a model is spread."""
+        """Copy the masks to another device: accelerate hands them from block to block where a model is spread."""
         moved = (x if x is None else x.to(*args, **kwargs) for x in (self.keep, self.softmax))
         return AttentionMasks(*moved)
 

@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 def is_traced() -> bool:
     """
-    Whether a compiler, the tracer of an exporter or a transform of `torch.func` looks on. They differentiate and plan
-    memory themselves, do not look into an autograd function of ours, and have no values to ask for.
+    Tell whether a compiler, the tracer of an exporter or a transform of `torch.func` looks on. They differentiate and
+    plan memory themselves, do not look into an autograd function of ours, and have no values to ask for.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def no_autocast(device_type: str):
-    """A context without autocast: half precision is computed in fp32."""
+    """Make a context without autocast: half precision is computed in fp32."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -87,7 +87,7 @@ def _budget(device: torch.device) -> int:
 
 
 def floats_per_score(step) -> int:
-    """Floats that evaluating a step keeps per score."""
+    """Count the floats that evaluating a step keeps per score."""
     if (lean := lean_features_of(step)) is not None:
         return lean.floats_per_score
     if step.family == "rational":
@@ -169,24 +169,24 @@ class LeanFeatures:
         raise NotImplementedError
 
     def of_basis(self, x: torch.Tensor, out: list[torch.Tensor] | None) -> tuple[list, list]:
-        """The L_k(x) and D_j(x) of the basis; the L_k are in the first tensors of `out`, or in new ones."""
+        """Compute the L_k(x) and D_j(x) of the basis; the L_k are in the first tensors of `out`, or in new ones."""
         raise NotImplementedError
 
     def stack(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Coefficients of the L_k from those of the F_k, (h, K, P, Q)."""
+        """Make the coefficients of the L_k from those of the F_k, (h, K, P, Q)."""
         return coefficients
 
     def derivative_stack(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Coefficients of the D_j in d/dx sum_k c_k L_k(x), (h, J, P, Q), from c, (h, K, P, Q)."""
+        """Make the coefficients of the D_j in d/dx sum_k c_k L_k(x), (h, J, P, Q), from c, (h, K, P, Q)."""
         raise NotImplementedError
 
     def features(self, x: torch.Tensor, out: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """What Phi is a weighted sum of."""
+        """Compute what Phi is a weighted sum of."""
         features, _ = self.of_basis(x, out)
         return _placed(features if self.step.base is None else [*features, self.step.base(x)], out)
 
     def features_and_derivatives(self, x: torch.Tensor, out: list[torch.Tensor] | None = None) -> tuple[list, list]:
-        """`features` without a graph, and what their derivatives are weighted sums of."""
+        """Compute `features` without a graph, and what their derivatives are weighted sums of."""
         features, derivatives = self.of_basis(x, out)
         if self.step.base is not None:
             with torch.enable_grad():
@@ -197,14 +197,14 @@ class LeanFeatures:
         return _placed(features, out), derivatives
 
     def coefficients(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The weights of `features`, (h, K, P, Q), scales included."""
+        """Make the weights of `features`, (h, K, P, Q), scales included."""
         coefficients = self.stack(self.step.stack_coefficients(tensors) * tensors["scale_basis"].unsqueeze(1))
         if self.step.base is None:
             return coefficients
         return torch.cat([coefficients, tensors["scale_base"].unsqueeze(1)], dim=1)
 
     def derivative_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """The weights of the derivatives, (h, J, P, Q), from those of the features, (h, K, P, Q)."""
+        """Make the weights of the derivatives, (h, J, P, Q), from those of the features, (h, K, P, Q)."""
         if self.step.base is None:
             return self.derivative_stack(coefficients)
         return torch.cat([self.derivative_stack(coefficients[:, :-1]), coefficients[:, -1:]], dim=1)
@@ -277,12 +277,12 @@ _FEATURES = {"fourier": LeanFourier, "spline": LeanSplines}
 
 
 def lean_features_of(step) -> LeanFeatures | None:
-    """The lean features of a step of the operator, or `None` if its family has none."""
+    """Make the lean features of a step of the operator, or `None` if its family has none."""
     return _FEATURES[step.family](step) if step.family in _FEATURES else None
 
 
 def lean_phi(step, x, tensors, keep=None) -> torch.Tensor:
-    """Phi as `step.activate`, by lean features if the family has them."""
+    """Compute Phi as `step.activate` does, by lean features if the family has them."""
     lean = lean_features_of(step)
     if lean is None:
         return step.activate(x, tensors, keep)
@@ -336,7 +336,7 @@ def _of_maps(coefficients: torch.Tensor, maps: int) -> torch.Tensor:
 
 
 def weights_of(matrices: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """The weights (M, P, K * Q) of K features, zero for inputs q that `keep`, (M, 1, Q), leaves out."""
+    """Mask the weights (M, P, K * Q) of K features: zero for inputs q that `keep`, (M, 1, Q), leaves out."""
     if keep is None:
         return matrices
     return (matrices.unflatten(2, (-1, keep.shape[-1])) * keep.unsqueeze(-2)).flatten(2)
@@ -344,7 +344,7 @@ def weights_of(matrices: torch.Tensor, keep: torch.Tensor | None) -> torch.Tenso
 
 def weighted_sum(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    y^T = sum_k C_k F_k^T, as one product. The few outputs are its rows, and the inputs the rows of the features,
+    Compute y^T = sum_k C_k F_k^T as one product. The few outputs are its rows, and the inputs the rows of the features,
     because matrix products want the long sides to be contiguous.
 
     Args:
@@ -359,7 +359,7 @@ def weighted_sum(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def weighted_sum_backward_x(derivatives, slopes, dy, out, product):
     """
-    dx^T = sum_j D_j^T * (dy C'_j)^T.
+    Compute dx^T = sum_j D_j^T * (dy C'_j)^T.
 
     Args:
         derivatives: J of (M, Q, T), which span the derivatives of the features.
@@ -380,7 +380,7 @@ def weighted_sum_backward_x(derivatives, slopes, dy, out, product):
 
 
 def weighted_sum_backward_weights(features, dy, keep) -> torch.Tensor:
-    """dC = dy^T F of every map, (M, P, K * Q), for `features`, (M, K * Q, T), and `dy`, (M, P, T)."""
+    """Compute dC = dy^T F of every map, (M, P, K * Q), for `features`, (M, K * Q, T), and `dy`, (M, P, T)."""
     return weights_of(torch.bmm(dy, features.mT), keep)
 
 
@@ -406,21 +406,21 @@ class _Chunks:
 
     @property
     def most(self) -> int:
-        """The largest M."""
+        """Largest M."""
         return min(self.images, self.batch) * (1 if self.by_head else self.heads)
 
     def like(self, x: torch.Tensor) -> torch.Tensor:
-        """New memory for something of the shape of `x`, (B, h, ...), of which the parts are views."""
+        """Make new memory for something of the shape of `x`, (B, h, ...), of which the parts are views."""
         return torch.empty_like(x) if self.by_head else torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Of (B, h, ...), one entry for each map: (M, ...)."""
+        """Cut (B, h, ...), one entry for each map, into parts (M, ...)."""
         if self.by_head:
             return [part for head in x.unbind(1) for part in head.split(self.images)]
         return list(x.flatten(0, 1).split(self.images * self.heads))
 
     def parameters(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Of (h, ...), one entry for each head: (M, ...)."""
+        """Repeat (h, ...), one entry for each head, for the maps of each part: (M, ...)."""
         sizes = [min(self.images, self.batch - first) for first in range(0, max(self.batch, 1), self.images)]
         if self.by_head:
             return [head.expand(size, *head.shape) for head in x.unbind(0) for size in sizes]
@@ -428,7 +428,7 @@ class _Chunks:
         return [all_maps[: size * self.heads] for size in sizes]
 
     def sums(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Where to sum what `parameters` gave: of (h, ...) the heads of each part, (1 or h, ...)."""
+        """View the heads of each part, (1 or h, ...), of (h, ...), which sums the gradients of `parameters`."""
         count = -(-max(self.batch, 1) // self.images)
         return [head for head in x.split(1) for _ in range(count)] if self.by_head else [x] * count
 
@@ -527,7 +527,7 @@ class _Maps:
 
     @classmethod
     def take(cls, floats: int, like: torch.Tensor) -> torch.Tensor:
-        """At least so many floats."""
+        """Take at least so many floats."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         if cls.may_keep(like):
             try:
@@ -543,7 +543,7 @@ class _Maps:
 
     @staticmethod
     def may_keep(like: torch.Tensor) -> bool:
-        """Not what is no memory (fake tensors), and nothing while a mode looks on that counts memory."""
+        """Tell whether memory may be kept: fake tensors are none, and a mode that looks on may count it."""
         return like.device.type == "cpu" and type(like) is torch.Tensor and not is_in_torch_dispatch_mode()
 
     def give_back(self) -> None:
@@ -552,7 +552,7 @@ class _Maps:
             self.spare.append(self.memory)
 
     def of(self, maps: int) -> tuple[tuple, torch.Tensor, list]:
-        """For M maps: `count` of (M, N, N); (M, features * N, N), and its views (M, N, N)."""
+        """Cut it for M maps: `count` of (M, N, N); (M, features * N, N), and its views (M, N, N)."""
         if maps != self.size:
             self.size, features = maps, self.features[:maps]
             self.views = self.scores[:, :maps].unbind(0), features.flatten(1, 2), list(features.unbind(1))
