@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import devices, plots, rivals, runs, table
+from benchmarks import backbones, devices, plots, rivals, runs, table
 from benchmarks.common import HOST, Rates, Table, cpu
 from image_classification import main
+from image_classification.data.sources import load_data
 
 
 SMALL = "--image_size 32 --hidden_size 24 --num_attention_heads 3 --intermediate_size 24 --num_hidden_layers 2"
@@ -107,6 +108,18 @@ def test_rivals(in_process, monkeypatch):
     assert [row["provider"] for row in found.rows] == ["softmax", "karat", "timm loop", "transformers.Trainer"]
     assert all(row["ratio_time"] == 10.0 / row["images_per_second"] for row in found.rows)
     assert len({row["images_per_second"] for row in found.rows}) == 3
+
+
+def test_fine_tuning_karatized_backbones():
+    """The residual start has the untouched model's logits and accuracy, and each model learns in its own way."""
+    with runs.workspace(None, 20) as (_, folder):
+        data = load_data(rivals.settings_of(folder, "cpu").data, 0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    residual, replace, softmax = backbones.compare(data, "cpu", epochs=1, fine_tuning=1, batch=10, seed=0, **sizes)
+    assert [row["model"] for row in (residual, replace, softmax)] == ["residual", "replace", "softmax"]
+    assert residual["logits_distance"] == softmax["logits_distance"] == 0.0 < replace["logits_distance"]
+    assert residual["before"] == softmax["before"]
+    assert all(0.0 <= row["after"] <= 1.0 for row in (residual, replace, softmax))
 
 
 def test_tables_show_whole_runs_first_and_hosts_as_ranges(tmp_path, monkeypatch, capsys):
