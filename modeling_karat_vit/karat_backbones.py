@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -70,8 +71,8 @@ def _vision(config):
 
 def _patch_grid(config, image_size, index: int) -> tuple[int, int]:
     """Patches of an image along (height, width); the same in each block."""
-    patch = height_and_width(_vision(config).patch_size)
-    return tuple(side // length for side, length in zip(height_and_width(image_size), patch))
+    (height, width), patch = height_and_width(image_size), height_and_width(_vision(config).patch_size)
+    return height // patch[0], width // patch[1]
 
 
 def _swin_window(config, image_size, index: int) -> tuple[int, int]:
@@ -155,7 +156,13 @@ class Family:
     module: type | None = None
 
 
-class KArAtBackbone:
+if TYPE_CHECKING:  # What it is mixed into.
+    from transformers import PreTrainedModel as _Mixed
+else:
+    _Mixed = object
+
+
+class KArAtBackbone(_Mixed):
     """
     Mixin of a pre-trained model class of Transformers: KArAt heads in the blocks that `config.karat` names.
 
@@ -185,7 +192,7 @@ class KArAtBackbone:
             raise ValueError(f"`start` is {karat['start']!r}, expected one of {', '.join(map(repr, STARTS))}.")
         modules = attention_modules(self, self.family)
         for index in checked_layers(karat["layers"], len(modules)):
-            attention = modules[index]
+            attention: Any = modules[index]
             if self.family.module is not None:
                 attention.__class__ = self.family.module
             heads = getattr(attention, "num_attention_heads", None) or attention.num_heads
@@ -524,7 +531,7 @@ MODELS = (
 )
 
 
-def parent(cls) -> type:
+def parent(cls) -> Any:
     """Transformers' class of a model or configuration of this module."""
     return cls.__bases__[-1]
 

@@ -14,6 +14,7 @@ Shapes: B images (or windows), h heads, N tokens, d head size.
 import copy
 import math
 import sys
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -108,7 +109,7 @@ class KArAtHeads(nn.Module):
     def __init__(self, config: OperatorConfig, start: str, lowest: float):
         super().__init__()
         self.operator = KArAtOperator(config)
-        self.heads = config.num_karat_heads or config.num_attention_heads
+        self.heads = int(config.num_karat_heads or config.num_attention_heads)
         self.lowest = lowest
         self.gamma = nn.Parameter(torch.zeros(self.heads)) if start == "residual" else None
         self.recorded = None
@@ -116,7 +117,7 @@ class KArAtHeads(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.heads}, start={'replace' if self.gamma is None else 'residual'}"
 
-    def put_into(self, attention: nn.Module) -> None:
+    def put_into(self, attention: Any) -> None:
         """Make Transformers' attention interface call these heads for `attention`, which holds them as `karat`."""
         self.model_config = attention.config
         attention.config = copy.copy(attention.config)
@@ -157,13 +158,14 @@ class KArAtHeads(nn.Module):
         implementation = implementation or self.model_config._attn_implementation
         kwargs |= {"scaling": scaling, "dropout": dropout}
         first = self.heads if self.gamma is None and self.recorded is None else 0
-        output = maps = None
+        output: Any = None
+        maps: Any = None
         if first < query.shape[1]:
             softmax = _softmax_function(implementation, attention)
             rest = (x[:, first:] for x in (query, key, value))
             output, maps = softmax(attention, *rest, _of_heads(attention_mask, slice(first, None)), **kwargs)
         mask = _of_heads(attention_mask, slice(0, self.heads))
-        own = [x[:, : self.heads] for x in (query, key, value)]
+        own = (query[:, : self.heads], key[:, : self.heads], value[:, : self.heads])
         if self.recorded is not None:
             target = output[:, :, : self.heads].transpose(1, 2)
             self.recorded.append((*own, mask, scaling, target))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`karatize` puts learnable attention into a pre-trained vision model of Transformers."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -159,7 +161,7 @@ def _fit(heads: KArAtHeads, records: list, steps: int, learning_rate: float) -> 
     return before**0.5, after**0.5
 
 
-def _class_for(model) -> type:
+def _class_for(model) -> Any:
     """The class of `karat_backbones` that holds a model like this one."""
     if isinstance(model, KArAtBackbone) or getattr(model.config, "model_type", None) == KArAtViTConfig.model_type:
         raise ValueError(f"A {type(model).__name__} has KArAt heads already: `karatize` takes the model without them.")

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with (folder.parent / f"{folder.name}.log").open("a") as log:
                 environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-                status = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+                status: int | str = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
             with lock:
                 try:
                     row = {} if status else run | {"flags": shlex.join(run["flags"])} | row_of(folder) | facts
