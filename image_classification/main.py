@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from .data.augmentation import check_cutmix, collate, make_collate
-from .data.sources import ImageData, load_data
+from .data.sources import ImageData, as_classes_of, load_data
 from .data.streaming import StreamedImageDataset, load_streamed
 from .data.transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
 from .device_pipeline.augmentation import build_augmentation
@@ -331,6 +331,8 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
     config = load_config(checkpoint, "resume_from_checkpoint")
     transfer.check_evaluated(checkpoint, config, settings.model.teacher_attention)
     data = _load_data(settings, train=False)
+    if not settings.data.streaming:
+        data = as_classes_of(data, config.label2id)
     model = load_trained(checkpoint, settings.model, data.labels)
     saved = load_image_processor(checkpoint, "resume_from_checkpoint", config.image_size)
     changed = [

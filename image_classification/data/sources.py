@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 CHECK_UP_TO = 20_000
 # That plain integers may number; more than there are images make no sense either.
 MOST_CLASSES = 100_000
+# Types of a column of class names; Pandas makes the second, of a CSV.
+NAMES = ("string", "large_string")
+# Beside images, says which class each is of, as Hugging Face's `imagefolder` reads it.
+METADATA = ("metadata.csv", "metadata.jsonl")
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
 # Of the whole digits set; the split is part of the data set and does not follow the run's seed.
 DIGITS_HELD_OUT, DIGITS_SEED = 0.2, 0
@@ -119,7 +123,7 @@ def load_data(args: DataArguments, seed: int, train: bool = True) -> ImageData:
             )
         name, splits = "handwritten digits (scikit-learn)", _digits()
     elif args.data_path is not None:
-        name, splits = (known or Path(args.data_path).resolve().name), _local(Path(args.data_path))
+        name, splits = (known or Path(args.data_path).resolve().name), _local(Path(args.data_path), train)
     elif hub is not None or args.dataset_name is not None:
         name = args.dataset_name or hub.name
         config = args.dataset_config_name or (hub.config if hub else None)
@@ -196,15 +200,32 @@ def _digits() -> DatasetDict:
     return DatasetDict(train=split["train"], validation=split["test"])
 
 
-def _local(path: Path) -> DatasetDict:
-    """An image folder, a folder of parquet or arrow files, or one that `save_to_disk` wrote."""
+def as_classes_of(data: ImageData, label2id: dict[str, int]) -> ImageData:
+    """The data with the labels of a trained model, by the names of its classes, if it knows all of the data's."""
+    names = sorted(label2id, key=label2id.get)
+    if data.train is not None or data.labels == names or not set(data.labels) <= set(names):
+        return data
+    labels = [label2id[data.labels[label]] for label in data.validation["label"][:]]
+    split = data.validation.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
+    notes = data.notes + [f"{len(data.labels)} of the model's {len(names)} classes"] * (len(data.labels) < len(names))
+    return replace(data, validation=split, labels=names, notes=notes)
+
+
+def _local(path: Path, train: bool) -> DatasetDict:
+    """
+    An image folder, by class folders or by metadata, a folder of parquet or arrow files, or one that `save_to_disk`
+    wrote. Where nothing is trained, class folders alone are a validation split.
+    """
     check_folder(path)
     if (path / "dataset_dict.json").is_file():
         with reading(str(path)):
             return datasets.load_from_disk(str(path))
     roles = [name for name in ("train", *VALIDATION_NAMES) if (path / name).is_dir()]
+    if any((folder / file).is_file() for folder in (path, *(path / role for role in roles)) for file in METADATA):
+        with reading(f"{path} with its {' or '.join(METADATA)}"):
+            return datasets.load_dataset("imagefolder", data_dir=str(path))
     if any(_class_folders(path / name) for name in roles):
-        return _image_folder(path, roles)
+        return _image_folder({role: path / role for role in roles})
     for kind, suffix in (("parquet", ".parquet"), ("arrow", ".arrow")):
         files = files_below(path, [suffix])
         splits = DatasetDict()
@@ -214,10 +235,13 @@ def _local(path: Path) -> DatasetDict:
                 splits[split] = datasets.load_dataset(kind, data_files={split: list(map(str, found))}, split=split)
         if splits:
             return splits
+    if not train and not roles and files_below(path, _suffixes()):
+        return _image_folder({"validation": path})
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise InputError(
         f"{path} holds no data set. Expected class folders of images (train/cat/1.jpg, train/dog/2.jpg, "
-        f"validation/cat/3.jpg, ...) or parquet or arrow files named after their split; found {found}."
+        f"validation/cat/3.jpg, ...), images with a metadata.csv or metadata.jsonl (file_name, label), or parquet or "
+        f"arrow files named after their split; found {found}."
     )
 
 
@@ -236,27 +260,32 @@ def _class_folders(folder: Path) -> list[Path]:
     return [found for found in folders if not here.startswith(os.path.join(os.path.realpath(found), ""))]
 
 
-def _image_folder(path: Path, roles: list[str]) -> DatasetDict:
-    """Folders in ImageNet's layout: class names are the sorted folder names of the training split."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+def _suffixes() -> set[str]:
+    """Of the names of image files."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _image_folder(roles: dict[str, Path]) -> DatasetDict:
+    """Class folders of each split: class names are the sorted folder names of the first, the training split."""
     walks: dict[str, Walk] = {}
-    for role in roles:
-        walks[role], real = Walk(path / role, suffixes), {}
-        for folder in _class_folders(path / role):
+    for role, path in roles.items():
+        walks[role], real = Walk(path, _suffixes()), {}
+        for folder in _class_folders(path):
             if (other := real.setdefault(os.path.realpath(folder), folder)) != folder:
                 raise InputError(f"{folder} and {other} are the same folder, by a link: an image has one class.")
             walks[role].enter(folder)
     own = {role: set(walk.entered) for role, walk in walks.items()}
     splits, names = {}, None
     for role, walk in walks.items():
+        path = roles[role]
         if not walk.files:
-            raise InputError(f"{path / role} holds no class folders: expected {role}/CLASS/*.jpg.")
+            raise InputError(f"{path} holds no class folders: expected {role}/CLASS/*.jpg.")
         walk.follow(set().union(*(entered for other, entered in own.items() if other != role)))
         files = {folder.name: sorted(found) for folder, found in walk.files.items()}
         empty = [name for name, found in files.items() if not found]
         if empty:
             raise InputError(
-                f"{path / role / empty[0]} holds no images"
+                f"{path / empty[0]} holds no images"
                 + (f" (nor do {len(empty) - 1} other class folders)" if len(empty) > 1 else "")
                 + ". Remove the folder, or fill it."
             )
@@ -264,8 +293,8 @@ def _image_folder(path: Path, roles: list[str]) -> DatasetDict:
         unknown = sorted(set(files) - set(names))
         if unknown:
             raise InputError(
-                f"{path / role} has the class {unknown[0]!r}, which {path / roles[0]} does not have: the splits must "
-                "share their class folders."
+                f"{path} has the class {unknown[0]!r}, which {next(iter(roles.values()))} does not have: the splits "
+                "must share their class folders."
             )
         rows = [(str(file), names.index(name)) for name in sorted(files) for file in files[name]]
         features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
@@ -336,7 +365,7 @@ def choose_splits(args, hub, splits: DatasetDict, name: str, train_needed: bool)
         )
     if train_needed and train is None:
         raise InputError(f"{name} has no training split. Its splits: {', '.join(splits)}. See --train_split.")
-    if train is not None and train == validation:
+    if train is not None and train == validation and train_needed:
         raise InputError(f"{name}: the split {train!r} cannot be both trained on and evaluated on.")
     return train, validation
 
@@ -347,7 +376,7 @@ def find_columns(args, hub, split: Dataset, name: str) -> tuple[str, str]:
     labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
     if not labels:
         plain = [
-            column for column, kind in features.items() if getattr(kind, "dtype", "") in ("int64", "int32", "string")
+            column for column, kind in features.items() if getattr(kind, "dtype", "") in ("int64", "int32", *NAMES)
         ]
         labels = [column for column in plain if "label" in column.lower()] or plain
 
@@ -387,7 +416,7 @@ def _two_columns(split: Dataset, image: str, label: str, where: str) -> Dataset:
     split = split.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
     split = split.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
     kind = split.features["label"]
-    if not isinstance(kind, ClassLabel) and not getattr(kind, "dtype", "").startswith(("int", "uint", "string")):
+    if not isinstance(kind, ClassLabel) and not getattr(kind, "dtype", "").startswith(("int", "uint", *NAMES)):
         raise InputError(
             f"{where}: the label column {label!r} holds {_kind(kind)}, expected classes, integers or names."
         )
@@ -415,7 +444,7 @@ def class_names(splits: dict[str, Dataset], name: str) -> list[str]:
     if len({getattr(kind, "dtype", None) for kind in kinds}) > 1:
         raise InputError(f"{name}: the label columns of the splits are of different types.")
     values = [split["label"][:] for split in splits.values()]
-    if kinds[0].dtype != "string":
+    if kinds[0].dtype not in NAMES:
         most, images = max(map(max, values)), sum(map(len, values))
         if most >= max(MOST_CLASSES, images):
             raise InputError(

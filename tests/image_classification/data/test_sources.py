@@ -2,6 +2,7 @@
 """Data sets: the embedded digits, folders, parquet files, the Hub's schemas, and everything that can be wrong."""
 
 import io
+import json
 import logging
 import os
 import shutil
@@ -560,3 +561,64 @@ def test_orientation_and_palette_as_in_the_pipeline(tmp_path):
         ours = decode({"path": str(tmp_path / path), "bytes": None}, "image")
         assert ours.size == size
         assert np.array_equal(np.asarray(ours), np.asarray(load_image(str(tmp_path / path))))
+
+
+def make_flat_folder(folder: Path, kind: str, count: int = 4) -> list[tuple[str, str]]:
+    """Images side by side with a metadata file; returns their file names and classes."""
+    folder.mkdir(parents=True)
+    rows = [(f"{colour}{number}.png", colour) for number in range(count) for colour in COLOURS]
+    for number, (name, colour) in enumerate(rows):
+        colour_image(colour, number).save(folder / name)
+    if kind == "csv":
+        lines = ["file_name,label", *map(",".join, rows)]
+    else:
+        lines = [json.dumps({"file_name": name, "label": colour}) for name, colour in rows]
+    (folder / f"metadata.{kind}").write_text("\n".join(lines) + "\n")
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_flat_folders_with_metadata(tmp_path, kind):
+    make_flat_folder(tmp_path / "data" / "train", kind)
+    make_flat_folder(tmp_path / "data" / "test", kind, count=2)
+    found = load(data_path=str(tmp_path / "data"))
+    assert (found.labels, len(found.train), len(found.validation)) == (list(COLOURS), 12, 6)
+    for row in found.validation:
+        channel = np.asarray(decode(row["image"], "image")).mean(axis=(0, 1)).argmax()
+        assert found.labels[row["label"]] == ("red", "green", "blue")[channel]
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "data"), split="test")
+    assert [found.labels[label] for label in found.validation["label"][:]] == theirs["label"][:]
+
+
+def test_a_flat_folder_without_splits(tmp_path):
+    make_flat_folder(tmp_path / "data", "csv", count=10)
+    found = load(data_path=str(tmp_path / "data"))
+    assert len(found.train) + len(found.validation) == 30
+    evaluated = load(train=False, data_path=str(tmp_path / "data"), validation_split="train")
+    assert len(evaluated.validation) == 30 and evaluated.train is None
+
+
+def test_what_is_wrong_with_a_flat_folder_is_named(tmp_path):
+    make_flat_folder(tmp_path / "data", "csv", count=10)
+    (tmp_path / "data" / "red0.png").unlink()
+    with pytest.raises(InputError, match=r"red0\.png"):
+        load(data_path=str(tmp_path / "data"))
+    (tmp_path / "data" / "metadata.csv").write_text("label\nred\n")
+    with pytest.raises(InputError, match=r"data with its metadata\.csv.*file_name"):
+        load(data_path=str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("splits", [(("validation", 2),), (("", 2),)], ids=["validation", "bare"])
+def test_classes_that_are_a_part_of_a_trained_models(tmp_path, splits):
+    root = make_image_folder(tmp_path / "data", splits=splits, classes=("green", "blue"))
+    found = load(train=False, data_path=str(root))
+    assert (found.labels, len(found.validation)) == (["blue", "green"], 4)
+    whole = {"red": 0, "green": 1, "blue": 2, "grey": 3}
+    mapped = data_module.as_classes_of(found, whole)
+    assert mapped.labels == list(whole) and any("2 of the model's 4 classes" in note for note in mapped.notes)
+    for before, after in zip(found.validation, mapped.validation):
+        assert before["image"] == after["image"]
+        assert found.labels[before["label"]] == mapped.labels[after["label"]]
+    assert data_module.as_classes_of(found, {"red": 0, "green": 1}) is found
+    with pytest.raises(InputError, match="no training split" if splits[0][0] else "holds no data set"):
+        load(data_path=str(root))
