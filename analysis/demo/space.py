@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from image_classification.errors import InputError, more
 from image_classification.hub import understood
+from image_classification.models.loading import base_of_adapter
 from image_classification.paths import PROJECT
 from image_classification.publishing.repository import Repository
 from image_classification.reports.card import code_span
@@ -78,6 +79,8 @@ def files(viewers: list[Viewer], examples: list[str]) -> dict[str, Path | bytes]
     words, on_hub, names = ["demo"], [], []
     for flag, viewer in zip(("--model", "--compare"), viewers):
         source = viewer.checkpoint.source
+        if (base := base_of_adapter(source)) is not None:
+            raise InputError(f"`{flag}` {source} is an adapter of {base}; a Space holds whole models: merge it first.")
         if Path(source).is_dir():
             name = f"models/{viewer.name.replace('/', '-')}"
             found = {path.name: path for pattern in MODEL_FILES for path in sorted(Path(source).glob(pattern))}

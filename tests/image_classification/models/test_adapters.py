@@ -79,6 +79,14 @@ def test_an_adapter_for_other_classes(tmp_path):
     assert load_model(str(tmp_path / "adapter"), "--model")[0].config.id2label[4] == "z"
 
 
+def test_a_space_takes_no_adapter(adapter):
+    from analysis.demo.space import files
+    from analysis.demo.viewer import Viewer
+
+    with pytest.raises(InputError, match=r"adapter of .*base"):
+        files([Viewer(load_checkpoint(str(adapter[0])), "adapter")], [])
+
+
 def test_an_adapter_folder_never_gets_base_weights(tmp_path):
     model = make_model()
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
