@@ -229,7 +229,7 @@ class Pipeline:
         """Measure the images per second that the data workers hand over to a process that does nothing with them."""
         trainer = self.trainer("alone", workers, 1, flags)
         loader = DataLoader(
-            trainer.train_dataset, self.batch, True, num_workers=workers, collate_fn=trainer.data_collator
+            trainer.train_dataset, self.batch, True, num_workers=workers, collate_fn=trainer.train_dataset.collate
         )
         return self._rate(iter(loader), workers, seconds)
 
@@ -280,7 +280,7 @@ def parts(pipeline: Pipeline, table: Rates, row: dict, repeats: int) -> None:
             per_second(f"a worker's part, {name}", lambda images=images: images.__getitems__(indices), len(indices))
         if trainer.augment is None:
             continue
-        batch = trainer.data_collator(images.__getitems__(list(range(pipeline.batch))))
+        batch = images.collate(images.__getitems__(list(range(pipeline.batch))))
         batch = send_to_device(batch, torch.device(pipeline.device))
 
         def augment(trainer=trainer, batch=batch):

@@ -21,12 +21,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from modeling_karat_vit.configuration_karat_vit import height_and_width
 
-from .data.augmentation import check_cutmix, collate, make_collate
 from .data.sources import ImageData, as_classes_of, load_data
-from .data.streaming import StreamedImageDataset, load_streamed
-from .data.transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
-from .device_pipeline.augmentation import build_augmentation
-from .device_pipeline.resident import CropTransform, ResidentDataset, ResidentEvaluation, collate_for_device
+from .data.streaming import load_streamed
+from .data.transforms import build_image_processor
 from .errors import InputError, run_command
 from .hub import find_token
 from .models import transfer
@@ -40,6 +37,7 @@ from .models.building import (
     sum_of_weights,
 )
 from .models.loading import find_file, load_config, load_image_processor
+from .pipeline import build_pipeline
 from .publishing.destination import Destination, prepare
 from .publishing.publisher import PUSHED, Publisher
 from .reports import trackers
@@ -372,57 +370,27 @@ def build_trainer(
     settings: Settings, model: PreTrainedModel, data: ImageData, processor, kind=ImageClassificationTrainer
 ) -> ImageClassificationTrainer:
     """The Trainer of a run, of the class `kind`; one that only evaluates where there are no training images."""
-    args, classes = settings.data, len(data.labels)
-    train, make_batch, augment = None, collate, None
-    if data.train is not None:
-        size, transform, kind_of_data = height_and_width(model.config.image_size), None, ImageDataset
-        check_cutmix(args, size)
-        augment = build_augmentation(settings, size, data, processor)
-        if augment is None:
-            transform, make_batch = TrainTransform(args, size, processor), make_collate(args, classes)
-        elif augment.images is None:
-            transform, make_batch = CropTransform(args, size), collate_for_device
-        else:
-            kind_of_data, make_batch = ResidentDataset, collate_for_device
-        if args.streaming:
-            train = StreamedImageDataset(data.train, transform, "training", settings.training.seed, args.shuffle_buffer)
-        else:
-            train = kind_of_data(data.train, transform, "training", settings.training.seed, args.repeated_aug)
-    teacher = settings.model.teacher_attention
+    run, teacher = settings.training, settings.model.teacher_attention
+    pipeline = build_pipeline(settings.data, run, height_and_width(model.config.image_size), data, processor)
     if teacher is not None:
-        run = settings.training
         dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else None
         loaded = transfer.load_teacher(teacher, model.config, processor, dtype)
         transfer.feed(model, loaded, transfer.short_name(teacher))
     trainer = kind(
         model=model,
-        args=settings.training,
-        data_collator=make_batch,
-        train_dataset=train,
-        eval_dataset=_held_out(settings, model, data, processor, augment),
+        args=run,
+        train_dataset=pipeline.train,
+        eval_dataset=pipeline.held_out,
         processing_class=processor,
         compute_metrics=ComputeMetrics(len(data.labels)),
         preprocess_logits_for_metrics=preprocess,
     )
-    trainer.augment = augment
+    trainer.augment = pipeline.augment
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trackers.name_tensorboard_folder(trainer)
     trainer.add_callback(EpochLines())
     return trainer
-
-
-def _held_out(settings: Settings, model: PreTrainedModel, data: ImageData, processor, augment):
-    """The images to evaluate on; where the device augments, they stay there, if they fit beside those of training."""
-    args, run = settings.data, settings.training
-    if args.streaming:
-        return StreamedImageDataset(data.validation, EvalTransform(processor), "validation")
-    size = height_and_width(model.config.image_size)
-    if augment is not None and ResidentEvaluation.fits(
-        len(data.validation), size, processor, run.device, args.resident_share, augment.images
-    ):
-        return ResidentEvaluation(data.validation, "validation", processor, run.device, run.dataloader_num_workers)
-    return ImageDataset(data.validation, EvalTransform(processor), "validation")
 
 
 def _check_resumed(model: PreTrainedModel, checkpoint: str, data: ImageData) -> None:

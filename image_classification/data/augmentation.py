@@ -128,7 +128,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 class Mix:
     """
-    `collate`, then, in training, mixup or CutMix by timm: labels become probabilities (B, classes). Label smoothing is
+    `collate`, then mixup or CutMix by timm: labels become probabilities (B, classes). Label smoothing is
     the loss's.
 
     The last image of a batch of odd size has no partner and stays as it is.
@@ -149,8 +149,6 @@ class Mix:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = collate(rows)
-        if "key" not in rows[0]:
-            return batch
         return self.mix(batch["pixel_values"], batch["labels"], rows[0]["key"])
 
     def mix(self, images: torch.Tensor, labels: torch.Tensor, key: tuple[int, ...]) -> dict[str, torch.Tensor]:

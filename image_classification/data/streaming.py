@@ -27,6 +27,7 @@ from datasets.distributed import split_dataset_by_node
 
 from ..errors import InputError, more
 from ..settings.arguments import DataArguments, RunArguments
+from .dataset import ImageDataset
 from .folders import files_below
 from .sources import (
     HUB_DATASETS,
@@ -39,7 +40,6 @@ from .sources import (
     known_set,
     reading,
 )
-from .transforms import ImageDataset
 
 
 logger = logging.getLogger(__name__)
@@ -182,14 +182,18 @@ class StreamedImageDataset(ImageDataset):
 
     Args:
         buffer: images within which training is shuffled.
+        how: `read` and `collate`, as `ImageDataset` has them.
     """
 
-    def __init__(self, split: StreamedSplit, transform, name: str, seed: int | None = None, buffer: int = 1):
-        super().__init__(split, transform, name, seed)
+    is_divided = True
+
+    def __init__(self, split: StreamedSplit, transform, name: str, seed: int | None = None, buffer: int = 1, **how):
+        super().__init__(split, transform, name, seed, **how)
         self.buffer = buffer
 
-    def sampler(self, process: int = 0, processes: int = 1) -> StreamSampler:
-        """What reads it, in one of several processes."""
+    def sampler(self, seed: int, process: int, processes: int) -> StreamSampler:
+        if self.seed is None:
+            process, processes = 0, 1  # In evaluation each reads all and decodes its own batches: every image counts.
         return StreamSampler(self.split, self.seed, self.buffer, process, processes)
 
     def __getitems__(self, items: list[tuple[int, dict]]) -> list[dict]:

@@ -6,10 +6,7 @@ Evaluation goes through the image processor that is saved with the model, so a p
 the pixels that the evaluation saw.
 """
 
-import contextlib
-
 import torch
-from datasets import Dataset
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
@@ -18,8 +15,7 @@ from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from ..errors import InputError
 from ..settings.arguments import DataArguments
-from .augmentation import REPEATS, auto_augment, own_generators, random_erasing, seed_generators
-from .images import decode
+from .augmentation import auto_augment, random_erasing
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -143,58 +139,3 @@ class EvalTransform:
 
     def __call__(self, image):
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-
-class ImageDataset(torch.utils.data.Dataset):
-    """
-    Images of one split, decoded and transformed as they are read.
-
-    Args:
-        split: columns `image` (undecoded) and `label`.
-        transform: of an image as `transform.read` decodes it, else a PIL image.
-        name: of the split, for errors.
-        seed: of the random numbers of the transform. They depend on it, the epoch and the index, and on nothing else:
-            not on the number of workers or processes, nor on what was read before. `None` in evaluation, which has
-            none.
-        repeated: the images are sampled by `RepeatedAugmentation`.
-    """
-
-    def __init__(self, split: Dataset, transform, name: str, seed: int | None = None, repeated: bool = False):
-        self.split, self.transform, self.name, self.repeated = split, transform, name, repeated
-        self.seed = seed
-        # In shared memory: data workers live longer than an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer; data workers that run already get to know it."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, index: int) -> dict:
-        """`pixel_values`, `labels`, and in training the `key` of the random numbers that were used."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        """A whole batch, for PyTorch's data loader: quicker than one by one."""
-        # Under repeated augmentation an index names the repetition, too.
-        positions = [index % len(self.split) if self.repeated else index for index in indices]
-        for index in indices:
-            if not 0 <= index < len(self.split) * (REPEATS if self.repeated else 1):
-                raise IndexError(index)
-        rows = self.split[positions]
-        where = [f"{self.name} image {position}" for position in positions]
-        return self.prepare(rows["image"], rows["label"], where, indices)
-
-    def prepare(self, images: list[dict], labels: list[int], where: list[str], indices: list[int]) -> list[dict]:
-        """Undecoded images with their indices in the epoch; `where` is what errors call them."""
-        read, epoch, prepared = getattr(self.transform, "read", decode), int(self._epoch), []
-        with contextlib.nullcontext() if self.seed is None else own_generators():
-            for item, label, name, index in zip(images, labels, where, indices, strict=True):
-                image, row = read(item, name), {"labels": label}
-                if self.seed is not None:
-                    row["key"] = (self.seed, epoch, index)
-                    seed_generators(*row["key"])
-                prepared.append({"pixel_values": self.transform(image), **row})
-        return prepared

@@ -23,7 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.augmentation import REPEATS, mixes
 from ..data.sources import ImageData
 from ..errors import InputError
-from ..settings.arguments import DataArguments, Settings
+from ..settings.arguments import DataArguments, RunArguments
 from .draws import BLOCK, BOX, CODES, FLIP, LAYERS, MIX, SEED, WORDS, Draws
 from .resident import ResidentImages, load_resident, resize
 
@@ -49,8 +49,8 @@ def kernels_on(device: torch.device):
 
 class DeviceAugmentation:
     """
-    A batch of `collate_for_device`, moved to the device -> `pixel_values`, fp32 (B, 3, height, width), normalised, and
-    `labels`: int64 (B,), or under mixup and CutMix probabilities, fp32 (B, classes).
+    A batch of `collate_for_device` or of `ResidentDataset`, moved to the device -> `pixel_values`, fp32 (B, 3, height,
+    width), normalised, and `labels`: int64 (B,), or under mixup and CutMix probabilities, fp32 (B, classes).
 
     Args:
         args: the data arguments.
@@ -220,7 +220,7 @@ class DeviceAugmentation:
 
 
 def build_augmentation(
-    settings: Settings, size: tuple[int, int], data: ImageData, processor: BaseImageProcessor
+    args: DataArguments, run: RunArguments, size: tuple[int, int], data: ImageData, processor: BaseImageProcessor
 ) -> DeviceAugmentation | None:
     """
     What `augment_on` asks for, with the images that fit on the device; `None`: the workers augment. The log says which
@@ -229,7 +229,6 @@ def build_augmentation(
     Raises:
         InputError: as `DeviceAugmentation` and `load_resident` have it.
     """
-    args, run = settings.data, settings.training
     if args.augment_on == "workers" or (args.augment_on == "auto" and run.device.type != "cuda"):
         return None
     if args.augment_on == "auto" and (why := _only_workers(args, run.device, processor)):

@@ -23,9 +23,9 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.augmentation import collate
+from ..data.dataset import ImageDataset, ImageSource
 from ..data.images import decode
-from ..data.transforms import ImageDataset, torchvision_transforms
+from ..data.transforms import torchvision_transforms
 from ..runs.signals import outlive_signals
 from ..settings.arguments import DataArguments
 
@@ -66,14 +66,13 @@ def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> to
 
 class CropTransform:
     """
-    uint8 image (height, width, 3) -> (*size, 3): the random crop of `TrainTransform`, by the same random numbers.
+    uint8 image (height, width, 3), as `read` returns it -> (*size, 3): the random crop of `TrainTransform`, by the same
+    random numbers.
 
     Args:
         args: the data arguments.
         size: height and width of the model's images.
     """
-
-    read = staticmethod(read)
 
     def __init__(self, args: DataArguments, size: tuple[int, int]):
         v2 = torchvision_transforms()
@@ -212,14 +211,19 @@ def in_workers(parts: torch.utils.data.Dataset, doing: str, workers: int) -> Ite
 class ResidentDataset(ImageDataset):
     """Indices of resident images, which need no data workers."""
 
+    needs_workers = False
+
+    def __init__(self, split: Dataset, name: str, repeated: bool = False):
+        super().__init__(split, None, name, repeated=repeated, collate=_indices)
+
     def __getitems__(self, indices: list[int]) -> list[dict]:
         return [{"index": torch.tensor(indices), "epoch": int(self._epoch)}]
 
 
-class ResidentEvaluation(torch.utils.data.Dataset):
+class ResidentEvaluation(ImageSource):
     """
     Images of an evaluation as the image processor resizes and crops them, which stay on the device as uint8 from the
-    first time that they are asked for. `batch` normalises them there, as the processor does.
+    first time that they are asked for. `finish` normalises them there, as the processor does.
 
     Args:
         split, name: as `load_resident` has them.
@@ -228,9 +232,11 @@ class ResidentEvaluation(torch.utils.data.Dataset):
         workers: processes that decode and resize.
     """
 
+    needs_workers = False
+
     def __init__(self, split: Dataset, name: str, processor: BaseImageProcessor, device: torch.device, workers: int):
         self.split, self.name, self.processor = split, name, processor
-        self.device, self.workers = device, workers
+        self.device, self.workers, self.collate = device, workers, _indices
         self.labels = torch.tensor(split["label"][:], device=device)
         self.pixels: torch.Tensor | None = None
 
@@ -259,8 +265,9 @@ class ResidentEvaluation(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict]:
         return [{"index": torch.tensor(indices)}]
 
-    def batch(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`pixel_values`, fp32 (B, 3, height, width), and `labels`, int64 (B,), of int64 (B,) indices."""
+    def finish(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`pixel_values`, fp32 (B, 3, height, width), and `labels`, int64 (B,), of the `index`, int64 (B,)."""
+        index = batch["index"]
         if self.pixels is None:
             self.pixels = self._load()
         processor = self.processor
@@ -294,14 +301,15 @@ def _processed(processor: BaseImageProcessor, item: dict[str, Any], where: str) 
 
 def collate_for_device(rows: list[dict]) -> dict[str, Any]:
     """
-    A batch that `DeviceAugmentation` makes a training batch of: `epoch`; `index` of the items in it, int64 (B,); and
-    where the images are not resident `pixels`, uint8 (B, height, width, 3), and `labels`, int64 (B,). In evaluation
-    `collate`, or `index` alone.
+    Rows of cropped images -> what `DeviceAugmentation` makes a training batch of: `epoch`; `index` of the items in it,
+    int64 (B,); `pixels`, uint8 (B, height, width, 3); and `labels`, int64 (B,). Of resident images `ResidentDataset`
+    has `epoch` and `index` alone.
     """
-    if "index" in rows[0]:
-        return rows[0]
-    if "key" not in rows[0]:
-        return collate(rows)
     kept = [{"pixels": row["pixel_values"], "labels": row["labels"], "index": row["key"][2]} for row in rows]
     indices = [row["index"] for row in kept]
     return {**default_collate(kept), "epoch": rows[0]["key"][1], "first": min(indices), "last": max(indices)}
+
+
+def _indices(rows: list[dict]) -> dict[str, Any]:
+    """The one row of indices is the batch."""
+    return rows[0]

@@ -21,6 +21,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
+from ..data.dataset import source_of
 from ..errors import InputError
 
 
@@ -68,8 +69,7 @@ class ParallelTrainer(Trainer):
         loader = super().get_train_dataloader()
         self._rows_at_end = 0  # Images in the last batch of an epoch over all processes, if it is not full.
         sampler: Any = getattr(loader, "batch_sampler", None)
-        # A streamed data set has a sampler for each process, whose batches are all this one's.
-        own = hasattr(self.train_dataset, "sampler")
+        own = source_of(self.train_dataset).is_divided
         while hasattr(sampler, "batch_sampler"):  # Accelerate's, around PyTorch's.
             if own and isinstance(sampler, BatchSamplerShard):
                 sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.models.vit.modeling_vit import ViTLayer
 
+from ..data.dataset import source_of
 from ..models.softmax_attention import UNMASKED
 from .divergence import SKIPPED_STEPS
 from .ema import WeightAverage
@@ -362,7 +363,7 @@ def obstacle(trainer) -> str | None:
         return f"the optimiser {args.optimizer_name} is not the fused one (adamw_torch_fused is)"
     if not isinstance(trainer.lr_scheduler, LambdaLR):
         return f"the schedule {type(trainer.lr_scheduler).__name__} decides on the host"
-    if args.world_size > 1 and hasattr(trainer.train_dataset, "sampler"):
+    if args.world_size > 1 and source_of(trainer.train_dataset).is_divided:
         return "the processes of a streamed data set tell each other at each step how many images they have"
     if trainer.average is not None and not trainer.average.is_beside_the_weights():
         return "`model_ema_device` keeps the average of the weights elsewhere"

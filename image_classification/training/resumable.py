@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..data.dataset import source_of
 from ..errors import InputError
 from ..runs import checkpoints
 from ..runs.signals import Stopped, StopSignals, outlive_signals
@@ -114,9 +115,13 @@ class ResumableTrainer(ParallelTrainer):
             logs["train_runtime"] = round(self._seconds(), 4)
         super().log(logs, start_time)
 
-    def _get_dataloader(self, *args, **kwargs):
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        loader, source = super()._get_dataloader(dataset, *args, **kwargs), source_of(dataset)
         inner = unwrapped(loader)
+        if source.collate is not None:
+            inner.collate_fn = source.collate
+        if not source.needs_workers:
+            inner.num_workers = 0
         # It draws when workers start, which is at each epoch or not: training must not depend on it.
         inner.generator = torch.Generator()
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)

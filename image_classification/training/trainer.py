@@ -24,8 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.augmentation import RepeatedAugmentation
-from ..device_pipeline.resident import ResidentDataset, ResidentEvaluation
+from ..data.dataset import source_of
 from ..errors import InputError
 from ..runs import checkpoints
 from ..settings.arguments import RunArguments
@@ -275,30 +274,15 @@ class ImageClassificationTrainer(ResumableTrainer):
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.update()
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        if not isinstance(dataset, (ResidentDataset, ResidentEvaluation)):
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        given, self.args = self.args, copy.copy(self.args)
-        try:
-            # Indices need no data workers.
-            self.args.dataloader_num_workers, self.args.dataloader_persistent_workers = 0, False
-            self.args.dataloader_prefetch_factor = self.args.dataloader_multiprocessing_context = None
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.args = given
-
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if getattr(dataset, "repeated", False):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return RepeatedAugmentation(len(dataset), seed)
-        if hasattr(dataset, "sampler"):
-            return dataset.sampler(self.args.process_index, self.args.world_size)
-        return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        own = source_of(dataset).sampler(seed, self.args.process_index, self.args.world_size)
+        return super()._get_train_sampler(train_dataset) if own is None else own
 
     def _get_eval_sampler(self, eval_dataset):
-        # Of a streamed split, each process reads all and decodes its own batches: every image counts once.
-        return eval_dataset.sampler() if hasattr(eval_dataset, "sampler") else super()._get_eval_sampler(eval_dataset)
+        own = source_of(eval_dataset).sampler(self.args.seed, self.args.process_index, self.args.world_size)
+        return super()._get_eval_sampler(eval_dataset) if own is None else own
 
     def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """
@@ -369,8 +353,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 )
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
-        if isinstance(self._evaluated_images, ResidentEvaluation):
-            inputs = self._evaluated_images.batch(inputs["index"])
+        inputs = source_of(self._evaluated_images).finish(inputs)
         if self.recorded is None or self.args.world_size > 1 or inputs.keys() != {"pixel_values", "labels"}:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         self.stop_if_asked()

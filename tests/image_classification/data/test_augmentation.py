@@ -19,7 +19,8 @@ from image_classification.data.augmentation import (
     make_collate,
     random_numbers,
 )
-from image_classification.data.transforms import ImageDataset, TrainTransform, build_image_processor
+from image_classification.data.dataset import ImageDataset
+from image_classification.data.transforms import TrainTransform, build_image_processor
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
 from tests.images import colour_image
@@ -122,10 +123,13 @@ def test_cutmix_labels_follow_the_area():
 
 
 def test_evaluation_is_not_mixed():
-    evaluation = [{key: value for key, value in row.items() if key != "key"} for row in rows(4)]
-    batch = make_collate(DataArguments(mixup=0.8), 3)(evaluation)
-    assert torch.equal(batch["pixel_values"], collate(rows(4))["pixel_values"])
-    assert batch["labels"].tolist() == [0, 1, 2, 0]
+    """A data set makes its own batches."""
+    args = DataArguments(**RECIPE)
+    train, held_out = make_dataset(4), make_dataset(4)
+    held_out.seed = None
+    train.collate = make_collate(args, 3)
+    batches = [dataset.collate(dataset.__getitems__(range(4))) for dataset in (train, held_out)]
+    assert batches[0]["labels"].shape == (4, 3) and batches[1]["labels"].tolist() == [0, 1, 2, 0]
     assert make_collate(DataArguments(), 3) is collate
 
 

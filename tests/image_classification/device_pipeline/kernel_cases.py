@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from image_classification.device_pipeline import augmentation, kernels, resident
 from image_classification.device_pipeline.draws import BOX, CODES, FLIP, LAYERS, MIX, SEED, WORDS
-from image_classification.device_pipeline.resident import ResidentImages, collate_for_device
+from image_classification.device_pipeline.resident import ResidentImages
 from tests.image_classification.device_pipeline.test_augmentation import (
     NOTHING,
     encode,
@@ -239,7 +239,7 @@ def test_batches(is_resident, options, monkeypatch):
     """The whole way from a data set, twice the same."""
     images = [encode(photo(seed, *((30, 44) if seed % 2 else (180, 130)))) for seed in range(8)]
     data, augment = pipeline(images, is_resident, DEVICE, **options)
-    made = to(collate_for_device(data.__getitems__([5, 2, 0])), DEVICE)
+    made = to(data.collate(data.__getitems__([5, 2, 0])), DEVICE)
     first, again = augment(made), augment(made)
     for name in first:
         assert torch.equal(first[name], again[name])
@@ -258,7 +258,7 @@ def test_nothing_waits_for_the_device(is_resident):
     """And a CUDA graph holds a batch's launches, with whatever rows and items come."""
     images = [encode(photo(seed, *((30, 44) if seed % 2 else (180, 130)))) for seed in range(8)]
     data, augment = pipeline(images, is_resident, DEVICE, random_erasing_mode="pixel")
-    batches = [to(collate_for_device(data.__getitems__(indices)), DEVICE) for indices in ([5, 3, 0, 1], [2, 6, 7, 4])]
+    batches = [to(data.collate(data.__getitems__(indices)), DEVICE) for indices in ([5, 3, 0, 1], [2, 6, 7, 4])]
     expected = [augment(made) for made in batches]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -289,7 +289,7 @@ def test_where_images_lie(monkeypatch):
             monkeypatch.setattr(resident.torch.cuda, "get_device_properties", lambda device, small=small: small)
         data, augment = pipeline(images, True, DEVICE)
         assert augment.images.pixels.is_cuda != in_use and augment.images.pixels.is_pinned() == in_use
-        made.append(augment(to(collate_for_device(data.__getitems__([5, 2, 0])), DEVICE)))
+        made.append(augment(to(data.collate(data.__getitems__([5, 2, 0])), DEVICE)))
     assert torch.equal(made[0]["pixel_values"], made[1]["pixel_values"])
 
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from timm.data import auto_augment as timm_operations
 
 from image_classification import main as script
+from image_classification.data.dataset import ImageDataset
 from image_classification.data.images import decode
 from image_classification.data.sources import ImageData
-from image_classification.data.transforms import EvalTransform, ImageDataset, TrainTransform, build_image_processor
+from image_classification.data.transforms import EvalTransform, TrainTransform, build_image_processor
 from image_classification.device_pipeline import augmentation, resident
 from image_classification.device_pipeline.augmentation import DeviceAugmentation, build_augmentation
 from image_classification.device_pipeline.draws import BOX, CODES, FLIP, LAYERS, MATRICES, MIX, WORDS
@@ -80,11 +81,12 @@ def pipeline(images: list[bytes], is_resident: bool, device: torch.device = CPU,
     args = DataArguments(**{**RECIPE, **options})
     split = make_split(images)
     kept = load_resident(split, "training", device, share)[0] if is_resident else None
-    kind, transform = (ResidentDataset, None) if is_resident else (ImageDataset, CropTransform(args, SIZE))
     items = len(split) * (3 if args.repeated_aug else 1)
     processor = build_image_processor(DataArguments(eval_crop_ratio=1.0), SIZE)
     augment = DeviceAugmentation(args, SIZE, 3, processor, 3, items, kept)
-    return kind(split, transform, "training", 3, args.repeated_aug), augment
+    if is_resident:
+        return ResidentDataset(split, "training", args.repeated_aug), augment
+    return ImageDataset(split, CropTransform(args, SIZE), "training", 3, read=read, collate=collate_for_device), augment
 
 
 def to(batch: dict, device: torch.device = CPU) -> dict:
@@ -95,7 +97,7 @@ def batch(images: list[bytes], is_resident: bool = True, epoch: int = 0, indices
     data, augment = pipeline(images, is_resident, device, **options)
     data.set_epoch(epoch)
     indices = list(range(len(images))) if indices is None else indices
-    return augment(to(collate_for_device(data.__getitems__(indices)), device))
+    return augment(to(data.collate(data.__getitems__(indices)), device))
 
 
 LEVELS = {
@@ -189,7 +191,7 @@ def test_batches_are_what_was_drawn(options, count):
     data, augment = pipeline(contents, True, **options)
     for epoch in range(2):
         data.set_epoch(epoch)
-        made = collate_for_device(data.__getitems__(list(range(count))))
+        made = data.collate(data.__getitems__(list(range(count))))
         rows, actual = augment.drawn(made).numpy(), augment(made)
         whole = torch.stack([expected_image(*pair, augment) for pair in zip(images, rows, strict=True)])
         expected, labels, targets = whole.clone(), torch.eye(3)[torch.arange(count) % 3], torch.zeros(count, 3)
@@ -244,7 +246,7 @@ def test_batches_of_workers(start, workers):
         data,
         4,
         num_workers=workers,
-        collate_fn=collate_for_device,
+        collate_fn=data.collate,
         multiprocessing_context=start,
         persistent_workers=True,
         timeout=120,
@@ -285,7 +287,7 @@ def test_numbers_of_several_blocks_and_repetitions(monkeypatch):
     monkeypatch.setattr(augmentation, "BLOCK", 4)
     images = [encode(photo(seed)) for seed in range(5)]
     data, augment = pipeline(images, True, repeated_aug=True, **NOTHING)
-    made = collate_for_device(data.__getitems__([1, 6, 11, 14]))
+    made = data.collate(data.__getitems__([1, 6, 11, 14]))
     assert augment.blocks == 4
     rows, sides = augment.drawn(made), augment.images.sides
     for row, index in zip(rows, (1, 6, 11, 14), strict=True):
@@ -359,12 +361,12 @@ def test_workers_that_are_started_anew_decode():
     try:
         kept, _ = load_resident(split, "training", CPU, 0.5, workers=1)
         held = ResidentEvaluation(split, "validation", processor, CPU, 1)
-        made = held.batch(torch.arange(5))
+        made = held.finish({"index": torch.arange(5)})
     finally:
         multiprocessing.set_start_method(before, force=True)
     here, _ = load_resident(split, "training", CPU, 0.5)
     assert torch.equal(kept.pixels, here.pixels)
-    expected = ResidentEvaluation(split, "validation", processor, CPU, 0).batch(torch.arange(5))
+    expected = ResidentEvaluation(split, "validation", processor, CPU, 0).finish({"index": torch.arange(5)})
     assert torch.equal(made["pixel_values"], expected["pixel_values"])
 
 
@@ -433,7 +435,7 @@ def test_who_augments(monkeypatch, caplog):
         monkeypatch.setattr(augmentation, "kernels_on", lambda device: kernels)
         monkeypatch.setattr(augmentation, "load_resident", lambda *_: load_resident(split, "training", CPU, 0.1))
         caplog.clear()
-        return build_augmentation(settings, SIZE, data, processor), caplog.text
+        return build_augmentation(settings.data, settings.training, SIZE, data, processor), caplog.text
 
     augment, note = choose()
     assert augment.images is not None and "on the device" in note and "decoded once" in note
@@ -487,9 +489,8 @@ def test_resident_evaluation_sees_what_the_pipeline_sees(workers):
     held = ResidentEvaluation(split, "validation", processor, CPU, workers)
     plain = ImageDataset(split, EvalTransform(processor), "validation")
     for indices in ([0, 1, 2, 3, 4], [4, 2]):
-        rows = collate_for_device(held.__getitems__(indices))
-        expected = collate_for_device(plain.__getitems__(indices))
-        found = held.batch(rows["index"])
+        expected = plain.collate(plain.__getitems__(indices))
+        found = held.finish(held.collate(held.__getitems__(indices)))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert held.pixels.dtype == torch.uint8 and len(held) == 5
@@ -499,7 +500,7 @@ def test_resident_evaluation_names_a_broken_image():
     split = make_split([*mixed_files()[:2], encode(photo(9))[:200]])
     held = ResidentEvaluation(split, "validation", build_image_processor(DataArguments(), 32), CPU, 0)
     with pytest.raises(InputError, match="validation image 2"):
-        held.batch(torch.tensor([0]))
+        held.finish({"index": torch.tensor([0])})
 
 
 def test_a_run_evaluates_resident_images(tmp_path, small, monkeypatch):

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How images come to the model: what is read, by whom it is transformed, and what the device does with it."""
+
+from dataclasses import dataclass
+
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .data.augmentation import check_cutmix, make_collate
+from .data.dataset import ImageDataset, ImageSource
+from .data.sources import ImageData
+from .data.streaming import StreamedImageDataset
+from .data.transforms import EvalTransform, TrainTransform
+from .device_pipeline.augmentation import DeviceAugmentation, build_augmentation
+from .device_pipeline.resident import CropTransform, ResidentDataset, ResidentEvaluation, collate_for_device, read
+from .settings.arguments import DataArguments, RunArguments
+
+
+@dataclass
+class InputPipeline:
+    """
+    The two data sets of a Trainer, and what its device does with a batch of training.
+
+    Args:
+        train: `None` where nothing is trained.
+        held_out: the images to evaluate on.
+        augment: makes a training batch of what was moved to the device; `None`: it is one.
+    """
+
+    train: ImageSource | None
+    held_out: ImageSource
+    augment: DeviceAugmentation | None = None
+
+
+def build_pipeline(
+    args: DataArguments, run: RunArguments, size: tuple[int, int], data: ImageData, processor: BaseImageProcessor
+) -> InputPipeline:
+    """
+    The pipeline of a run.
+
+    Args:
+        args, run: the settings of data and of training.
+        size: height and width of the model's images.
+        data: what is read.
+        processor: of the evaluation.
+
+    Raises:
+        InputError: as `build_augmentation` and the transforms have it.
+    """
+    if data.train is None:
+        return InputPipeline(None, _held_out(args, run, size, data, processor))
+    check_cutmix(args, size)
+    augment = build_augmentation(args, run, size, data, processor)
+    held_out = _held_out(args, run, size, data, processor, augment)
+    if augment is not None and augment.images is not None:
+        return InputPipeline(ResidentDataset(data.train, "training", args.repeated_aug), held_out, augment)
+    if augment is None:
+        transform, how = TrainTransform(args, size, processor), {"collate": make_collate(args, len(data.labels))}
+    else:
+        transform, how = CropTransform(args, size), {"read": read, "collate": collate_for_device}
+    if args.streaming:
+        train = StreamedImageDataset(data.train, transform, "training", run.seed, args.shuffle_buffer, **how)
+    else:
+        train = ImageDataset(data.train, transform, "training", run.seed, args.repeated_aug, **how)
+    return InputPipeline(train, held_out, augment)
+
+
+def _held_out(args, run, size, data, processor, augment: DeviceAugmentation | None = None) -> ImageSource:
+    """The images to evaluate on; where the device augments, they stay there, if they fit beside those of training."""
+    if args.streaming:
+        return StreamedImageDataset(data.validation, EvalTransform(processor), "validation")
+    if augment is not None and ResidentEvaluation.fits(
+        len(data.validation), size, processor, run.device, args.resident_share, augment.images
+    ):
+        return ResidentEvaluation(data.validation, "validation", processor, run.device, run.dataloader_num_workers)
+    return ImageDataset(data.validation, EvalTransform(processor), "validation")
