@@ -541,10 +541,8 @@ class RunArguments(TrainingArguments):
             raise InputError("`fp16` trains on GPUs: on the CPU it would not be used at all. Give --bf16, or none.")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # PyTorch warns at every epoch.
-        if scaled and self.scale_lr:
-            factor = self.global_batch_size / REFERENCE_BATCH
-            self.learning_rate = self.base_lr * factor
-            self.attn_lr = None if self.attn_lr is None else self.attn_lr * factor
+        if scaled:
+            self.learning_rate = self.base_lr * self.rate_factor
 
     def _try_ema_device(self) -> None:
         try:
@@ -622,13 +620,23 @@ class RunArguments(TrainingArguments):
         """Images in one step, over all devices and accumulated batches."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
+    @property
+    def rate_factor(self) -> float:
+        """What `base_lr`, and `attn_lr` beside it, are multiplied by: they are given for `REFERENCE_BATCH` images."""
+        return self.global_batch_size / REFERENCE_BATCH if self.base_lr is not None and self.scale_lr else 1.0
+
+    @property
+    def attn_learning_rate(self) -> float | None:
+        """The rate that KArAt parameters learn at, as `learning_rate` is that of the others; `None`: at the same."""
+        return None if self.attn_lr is None else self.attn_lr * self.rate_factor
+
     def describe_learning_rate(self) -> str:
         """One line that says which rates run, and why."""
         line = f"{self.learning_rate:.4g}"
         if self.base_lr is not None and self.scale_lr:
             line += f" (base_lr {self.base_lr:g} x batch {self.global_batch_size} / {REFERENCE_BATCH})"
         if self.attn_lr is not None:
-            line += f", KArAt parameters {self.attn_lr:.4g}"
+            line += f", KArAt parameters {self.attn_learning_rate:.4g}"
         if self.layer_decay not in (None, 1.0):
             line += f", times {self.layer_decay:g} for each block further down"
         if self.sched is None:

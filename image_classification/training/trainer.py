@@ -593,7 +593,7 @@ def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
             matrix = parameter.ndim > 1 and not name.endswith((".bias", *NO_DECAY))
             decay, rate = args.weight_decay if matrix else 0.0, args.learning_rate
             if name in karat:
-                rate = args.learning_rate if args.attn_lr is None else args.attn_lr
+                rate = args.learning_rate if args.attn_lr is None else args.attn_learning_rate
                 decay = decay if args.attn_weight_decay is None else args.attn_weight_decay
             scale = layer_scale(name, model.config.num_hidden_layers, args.layer_decay or 1.0)
             groups.setdefault((scale, rate, decay), {})[plain_name(name)] = parameter

@@ -450,10 +450,11 @@ def test_learning_rate_scales_with_the_batch_only_from_base_lr():
     training = parse(
         "--lr", "1e-3", "--attn_lr", "2e-3", "--batch-size", "128", "--gradient_accumulation_steps", "2"
     ).training
-    assert (training.learning_rate, training.attn_lr) == (pytest.approx(5e-4), pytest.approx(1e-3))
+    assert (training.learning_rate, training.attn_learning_rate) == (pytest.approx(5e-4), pytest.approx(1e-3))
+    assert (training.base_lr, training.attn_lr) == (1e-3, 2e-3)  # As they were written.
     assert "256 / 512" in training.describe_learning_rate()
     assert parse("--lr", "1e-3", "--unscale-lr").training.learning_rate == 1e-3
-    assert parse("--learning_rate", "1e-3", "--attn_lr", "2e-3").training.attn_lr == 2e-3
+    assert parse("--learning_rate", "1e-3", "--attn_lr", "2e-3").training.attn_learning_rate == 2e-3
     # The paper's: 5e-4 for 512 images.
     assert parse("--batch-size", "32").training.learning_rate == pytest.approx(3.125e-5)
 
