@@ -29,7 +29,7 @@ from image_classification.data.sources import load_data
 from image_classification.paths import CONFIGURATION
 from image_classification.settings.arguments import Settings
 from image_classification.settings.parser import parse_settings
-from image_classification.training.trainer import peak_memory
+from image_classification.training.throughput import peak_memory
 
 from . import runs
 

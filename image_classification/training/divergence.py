@@ -40,9 +40,6 @@ class DivergenceGuard:
         self._pending: tuple[int, list[str], torch.Tensor, torch.cuda.Event | None] | None = None
         self._losses: list[torch.Tensor] = []
         self._skipped = 0
-        # Of the last optimiser step: the gradients and their norms, in the model's order, if they are alike in kind.
-        self.gradients: list[torch.Tensor] = []
-        self.norms: torch.Tensor | None = None
         self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         # The backward pass has its own order (a block's MLP comes before its attention): it shows in the first step.
         self._order: list[str] = []
@@ -78,12 +75,7 @@ class DivergenceGuard:
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
         norms = list(torch._foreach_norm(local)) if local else []
         loss = torch.stack(self._losses).sum().float()
-        self.gradients, self.norms, values = local, None, loss[None]
-        if len({(norm.dtype, norm.device) for norm in norms}) == 1:
-            self.norms = torch.stack(norms)
-            values = torch.cat([values, self.norms.to(loss)])
-        elif norms:
-            values = torch.cat([values, torch.stack([norm.to(loss) for norm in norms])])
+        values = torch.stack([loss, *(norm.to(loss) for norm in norms)])
         self._losses = []
         event = None
         if values.is_cuda:

@@ -115,8 +115,12 @@ class ResumableTrainer(ParallelTrainer):
             logs["train_runtime"] = round(self._seconds(), 4)
         super().log(logs, start_time)
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        loader, source = super()._get_dataloader(dataset, *args, **kwargs), source_of(dataset)
+    def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
+        source, run = source_of(dataset), self.args
+        seed = run.seed if run.data_seed is None else run.data_seed
+        own = source.sampler(seed, run.process_index, run.world_size)
+        sampler_fn = sampler_fn if own is None else lambda _: own
+        loader = super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
         inner = unwrapped(loader)
         if source.collate is not None:
             inner.collate_fn = source.collate

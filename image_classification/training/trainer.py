@@ -8,12 +8,9 @@ import logging
 import math
 import os
 import re
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import skip_first_batches
 from torch import nn
@@ -32,6 +29,7 @@ from . import ema, optimizer_states
 from .divergence import SKIPPED_STEPS, Diverged, DivergenceGuard
 from .recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
 from .resumable import ResumableTrainer, plain_name
+from .throughput import Throughput, peak_memory
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +71,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         self._guard: DivergenceGuard | None = None
         self.recorded: RecordedStep | None = None
         self._operations: dict[torch.Size, int] = {}
-        self._forget_speed()
+        self.throughput = Throughput(self.args.device)
         self.add_callback(_Hooks(self))
 
     @property
@@ -89,23 +87,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         where += ", or bf16 in place of fp16." if self.args.fp16 else ", or more warm-up."
         self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
         self.recorded = self._make_recorded_step()
-        if self.args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.args.device)
-        self._forget_speed()
-        self._began = time.perf_counter()
-
-    def note_startup(self) -> None:
-        """When the first step is done: how long after the process's start that is."""
-        if self._startup_seconds is None:
-            if self.args.device.type == "cuda":
-                torch.cuda.synchronize(self.args.device)
-            self._startup_seconds = time.time() - psutil.Process().create_time()
-
-    def _forget_speed(self) -> None:
-        self._startup_seconds: float | None = None
-        # Images trained on, by all processes, and seconds that this took: in all, and at the last log.
-        self._images, self._images_logged = 0, 0
-        self._began, self._apart_seconds, self._seconds_logged = 0.0, 0.0, 0.0
+        self.throughput.begin()
 
     def make_average(self, checkpoint: str | Path | None = None) -> None:
         """Begin an average of the weights, or go on with that of a checkpoint."""
@@ -217,7 +199,7 @@ class ImageClassificationTrainer(ResumableTrainer):
                 step.record(batches[0]["pixel_values"], labels, self._guard.listening)
         with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
             step.run(batches, images * labels[0].numel())
-        self._images += images
+        self.throughput.images += images
         for batch in batches:
             self.current_flos += float(self.floating_point_ops(batch))
             self._track_num_input_tokens(batch)
@@ -246,20 +228,11 @@ class ImageClassificationTrainer(ResumableTrainer):
             self._guard.judge(step, loss, dict(zip(self.recorded.names, norms, strict=True)), SKIPPED_STEPS)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self._images += len(inputs["labels"]) * self.args.world_size
+        self.throughput.images += len(inputs["labels"]) * self.args.world_size
         with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
         return loss
-
-    def _clip_grad_norm(self, model) -> torch.Tensor:
-        """As PyTorch does it, by the norms that the guard has already."""
-        apart = self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if apart or (norms := self._guard.norms) is None:
-            return super()._clip_grad_norm(model)
-        total = torch.linalg.vector_norm(norms)
-        torch._foreach_mul_(self._guard.gradients, (self.args.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
-        return total
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         """As Transformers', which counts all parameters anew at each step."""
@@ -270,19 +243,8 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def after_step(self) -> None:
         """When the optimiser has stepped."""
-        self._guard.gradients, self._guard.norms = [], None  # Not to be kept beside the next ones.
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
             self.average.update()
-
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        own = source_of(dataset).sampler(seed, self.args.process_index, self.args.world_size)
-        return super()._get_train_sampler(train_dataset) if own is None else own
-
-    def _get_eval_sampler(self, eval_dataset):
-        own = source_of(eval_dataset).sampler(self.args.seed, self.args.process_index, self.args.world_size)
-        return super()._get_eval_sampler(eval_dataset) if own is None else own
 
     def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """
@@ -453,24 +415,15 @@ class ImageClassificationTrainer(ResumableTrainer):
         for name in [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]:
             del logs[name]  # The gradient's norm of a step that fp16 skips: JSON has no infinity.
         if "loss" in logs:
-            seconds, images = self._training_seconds() - self._seconds_logged, self._images - self._images_logged
-            self._seconds_logged, self._images_logged = self._seconds_logged + seconds, self._images
-            if images and seconds > 0:
-                logs["images_per_second"] = round(images / seconds, 2)
+            logs |= self.throughput.since_last_log()
         if "train_runtime" in logs:
             # Transformers' figures count evaluations, and images of before a resume.
             logs.pop("train_samples_per_second", None)
             logs.pop("train_steps_per_second", None)
-            if self._startup_seconds is not None:
-                logs["train_startup_seconds"] = round(self._startup_seconds, 2)
-            if self._images:
-                logs["train_images_per_second"] = round(self._images / self._training_seconds(), 2)
+            logs |= self.throughput.total()
             peak = torch.tensor(peak_memory(self.args.device), device=self.args.device)
             logs["train_peak_memory_gib"] = round(self.accelerator.gather(peak.reshape(1)).max().item(), 3)
         super().log(logs, start_time)
-
-    def _training_seconds(self) -> float:
-        return time.perf_counter() - self._began - self._apart_seconds
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
@@ -478,13 +431,8 @@ class ImageClassificationTrainer(ResumableTrainer):
         self._flush_guard()
         if self._guard is not None:
             self._guard.check_weights(self.state.global_step)
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize(self.args.device)
-        began = time.perf_counter()
-        try:
+        with self.throughput.excluded():
             yield
-        finally:
-            self._apart_seconds += time.perf_counter() - began
 
     def _steps_per_epoch(self) -> int:
         images = len(self.train_dataset) / self.args.global_batch_size
@@ -544,7 +492,7 @@ class _Hooks(TrainerCallback):
         self.trainer.after_step()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.note_startup()
+        self.trainer.throughput.note_startup()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.recorded = None  # And the memory of its graph.
@@ -560,16 +508,6 @@ def _setting_up(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what} cannot be set up: {reason}") from error
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB that this process has held at most: of the GPU, else of main memory (without the data workers)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # Not on Windows.
-
-    # In bytes on macOS, else in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
