@@ -127,7 +127,7 @@ def run(settings: Settings, lock: run_folder.FolderLock) -> dict[str, float]:
     """
     args = settings.training
     _set_up(settings)
-    transfer.check_settings(settings)
+    transfer.check_settings(settings.model, args)
     if not args.do_train:
         if args.push_to_hub:
             raise InputError(
@@ -180,8 +180,6 @@ def _destination(settings: Settings, plan: run_folder.Plan) -> Destination:
 def _set_up(settings: Settings) -> None:
     args = settings.training
     set_up_logging(args.process_index == 0)
-    for warning in settings.warnings:
-        logger.warning(warning)
     # Our lines say what matters; the libraries' informational ones and bars do not.
     if args.log_level == "passive":
         transformers.logging.set_verbosity_error()

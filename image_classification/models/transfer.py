@@ -20,7 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from ..errors import InputError
-from ..settings.arguments import Settings
+from ..settings.arguments import ModelArguments, RunArguments
 from .building import build_config
 from .loading import load_config, load_image_processor, load_model
 
@@ -72,7 +72,7 @@ class AttentionTeacher:
             return self.model.vit(pixels, output_attentions=True).attentions
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(args: ModelArguments, run: RunArguments) -> None:
     """
     What can be said before anything is loaded but configurations.
 
@@ -80,18 +80,18 @@ def check_settings(settings: Settings) -> None:
         InputError: there is no such teacher, the student is no softmax ViT, they differ in blocks, heads, patches or
             image size, or a setting does not go with a teacher.
     """
-    source = settings.model.teacher_attention
+    source = args.teacher_attention
     if source is None:
         return
-    if settings.model.attn_implementation is not None:
+    if args.attn_implementation is not None:
         raise InputError(
             "`attn_implementation` says how attention is computed, and with `teacher_attention` the model computes "
             "none: its teacher does, by eager. Leave it out."
         )
-    if settings.training.torch_compile:
+    if run.torch_compile:
         raise InputError("`torch_compile` does not work with `teacher_attention`. Leave it out.")
-    if settings.model.model is not None or settings.model.finetune is not None:
-        check_teacher(source, load_config(source, FIELD), build_config(settings.model))
+    if args.model is not None or args.finetune is not None:
+        check_teacher(source, load_config(source, FIELD), build_config(args))
 
 
 def check_teacher(source: str, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:

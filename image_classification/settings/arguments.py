@@ -658,7 +658,6 @@ class Settings:
         record: all of them by name, as given, before anything is derived from them.
         recipe: the YAML file, if any.
         reported: what the paper reports for this recipe, in percent: `top1`, `top5`.
-        warnings: what was given and has no effect.
     """
 
     model: ModelArguments
@@ -667,7 +666,6 @@ class Settings:
     record: dict[str, Any]
     recipe: Path | None = None
     reported: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
 
 def fields_of_settings() -> list[tuple[type, str]]:

@@ -151,12 +151,11 @@ class OfficialFlag:
     """
     Args:
         flag: as the official code spells it.
-        setting: ours; several where the flag sets several, none where it is accepted and not active.
+        setting: ours; several where the flag sets several, none where what it asks for is always so.
         convert: from the flag's value (`True` for a switch) to our setting's; for several settings, one value each.
         kind: type of the flag's value, `None` for a switch.
         nargs: of argparse.
         note: what the flag does, where the setting's own help does not say it.
-        off: a value that turns an inactive flag off, and so needs no warning.
     """
 
     flag: str
@@ -165,7 +164,6 @@ class OfficialFlag:
     kind: type | None = str
     nargs: str | int | None = None
     note: str = ""
-    off: Any = None
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -254,7 +252,7 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--eval", "do_train", _constant(False), None, note="evaluate the checkpoint of `--resume`"),
     OfficialFlag("--run_name", "run_name", note="reported to Weights & Biases or TensorBoard, if installed"),
     OfficialFlag("--run_id", "run_id"),
-    OfficialFlag("--dist-eval", kind=None, note="as it is: evaluation always uses all processes", off=True),
+    OfficialFlag("--dist-eval", kind=None, note="as it is: evaluation always uses all processes"),
 )
 
 BY_NAME = {flag.name: flag for flag in OFFICIAL_FLAGS}
@@ -272,7 +270,7 @@ class Given:
     value: Any
 
 
-def translate(name: str, spelling: str, value: Any) -> tuple[list[Given], str | None]:
+def translate(name: str, spelling: str, value: Any) -> list[Given]:
     """
     Translate one official flag.
 
@@ -280,18 +278,11 @@ def translate(name: str, spelling: str, value: Any) -> tuple[list[Given], str | 
         name: key of `BY_NAME`.
         spelling: as the user wrote it.
         value: as argparse read it; `True` for a switch.
-
-    Returns:
-        The settings, and a warning where the flag has no effect yet.
     """
     flag = BY_NAME[name]
-    if not flag.settings:
-        shown = spelling if flag.kind is None else f"{spelling} {_shown(value)}"
-        warning = f"{shown} is accepted, but has no effect yet: this part of the training recipe is not built in."
-        return [], None if value == flag.off else warning
-    if len(flag.settings) > 1:
-        return [Given(spelling, *pair) for pair in zip(flag.settings, value, strict=True)], None
-    return [Given(spelling, flag.settings[0], flag.convert(value) if flag.convert else value)], None
+    if len(flag.settings) == 1:
+        value = [flag.convert(value) if flag.convert else value]
+    return [Given(spelling, *pair) for pair in zip(flag.settings, value, strict=True)] if flag.settings else []
 
 
 def combine(given: list[Given]) -> list[Given]:
@@ -374,7 +365,3 @@ def markdown_table() -> str:
 
 def _name(spelling: str) -> str:
     return spelling.split(" ")[0].lstrip("-").replace("-", "_")
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

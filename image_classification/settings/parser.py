@@ -189,7 +189,7 @@ def parse_settings(argv: list[str]) -> Settings:
     # Defaults come later: a namespace that already has them keeps argparse from writing (and converting) its own.
     blank = {action.dest: None for action in parser._actions}
     namespace = parser.parse_args(argv, argparse.Namespace(**blank, given=[]))
-    flags, warnings = _from_flags(namespace.given)
+    flags = _from_flags(namespace.given)
     for name in {"sched", "optim"} & flags.keys():
         parser.check_choice(name, flags[name])
     recipe = namespace.recipe
@@ -220,7 +220,7 @@ def parse_settings(argv: list[str]) -> Settings:
     except Exception as error:  # Whatever Transformers, accelerate and DeepSpeed say of a setting.
         reason = " ".join(str(error).split())
         raise InputError(f"The settings of training cannot be used: {reason or type(error).__name__}") from error
-    return Settings(*parts, arguments, record, Path(recipe) if recipe else None, reported, warnings)
+    return Settings(*parts, arguments, record, Path(recipe) if recipe else None, reported)
 
 
 # Settings whose value is a mapping: in a recipe as such, on the command line in JSON.
@@ -247,17 +247,15 @@ REPORTED = {"top1", "top5"}
 _DATA_SOURCES = ("data_set", "data_path", "dataset_name")
 
 
-def _from_flags(spelt: list[tuple[str, str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    given, warnings = [], []
+def _from_flags(spelt: list[tuple[str, str, Any]]) -> dict[str, Any]:
+    given = []
     # Of one flag given twice, the last one wins.
     last = {spelling.lstrip("-").replace("-", "_"): (spelling, *rest) for spelling, *rest in spelt}
     for spelling, name, value in last.values():
         official = name.startswith("official.")
         name = name.removeprefix("official.")
         if official:
-            items, warning = official_flags.translate(name, spelling, value)
-            given += items
-            warnings += [warning] if warning else []
+            given += official_flags.translate(name, spelling, value)
         else:
             given.append(Given(spelling, name, _normalised(name, value)))
     given = official_flags.combine(given)
@@ -275,7 +273,7 @@ def _from_flags(spelt: list[tuple[str, str, Any]]) -> tuple[dict[str, Any], list
                 f"{settings[name].spelling} and {settings[other].spelling} are two ways to set one thing "
                 f"(`{name}`, `{other}`). Give one of them."
             )
-    return {name: item.value for name, item in settings.items()}, warnings
+    return {name: item.value for name, item in settings.items()}
 
 
 def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, float]]:

@@ -51,7 +51,7 @@ class ResumableTrainer(ParallelTrainer):
 
     `resumed_from` is the checkpoint folder of this part of the run, or `None`; `identity`, where it is set, is kept in
     every checkpoint. A subclass with weights of its own
-    hands them out in `_more_weights`, and loads them when training begins.
+    hands them out in `_more_weights`, and loads them when training begins, and in `_load_more_weights`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -116,6 +116,7 @@ class ResumableTrainer(ParallelTrainer):
         super().log(logs, start_time)
 
     def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
+        """Ask the data set who samples and reads it, and keep random numbers out of when workers start."""
         source, run = source_of(dataset), self.args
         seed = run.seed if run.data_seed is None else run.data_seed
         own = source.sampler(seed, run.process_index, run.world_size)
@@ -156,6 +157,7 @@ class ResumableTrainer(ParallelTrainer):
     # Going on
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """Transformers takes the best checkpoint for where it was written, and may train a step beyond the last."""
         self._epoch_steps = num_update_steps_per_epoch
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         if self.resumed_from is not None and self.args.load_best_model_at_end:
@@ -222,6 +224,7 @@ class ResumableTrainer(ParallelTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Transformers only warns of weights that are missing, and knows no layout but its own."""
         model = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
         weights = checkpoints.read_weights(folder)
@@ -233,21 +236,26 @@ class ResumableTrainer(ParallelTrainer):
             model.load_state_dict(weights)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """What is wrong with the file has to be said with its name."""
         name = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
         with checkpoints.reading(Path(checkpoint or "") / name):
             super()._load_rng_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
+        """As for `_load_rng_state`."""
         with checkpoints.reading(Path(checkpoint or "") / "scaler.pt"):
             super()._load_scaler(checkpoint)
 
     def _load_best_model(self) -> None:
+        """As for `_load_from_checkpoint`; further weights go with them."""
         if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_more_weights(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Transformers loads by position, whatever the groups; and not what another layout has saved."""
         if checkpoint is None or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint)
@@ -269,6 +277,7 @@ class ResumableTrainer(ParallelTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
     ):
+        """The one place between two steps where a signal can be answered, and the last step's figures are known."""
         self._last_step = (grad_norm, learning_rate)
         self._may_stop = True
         try:
@@ -295,6 +304,7 @@ class ResumableTrainer(ParallelTrainer):
             raise _Asked(number)
 
     def _save_checkpoint(self, model, trial, due: list[str] = ()) -> None:
+        """Transformers writes in place, so that a run that is killed leaves half a checkpoint."""
         run, step = Path(self.args.output_dir), self.state.global_step
         folder = checkpoints.checkpoint_folder(run, step)
         self.store_flos()
@@ -382,6 +392,9 @@ class ResumableTrainer(ParallelTrainer):
     def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Further safetensors files of a checkpoint, by name: a subclass's. All processes call it."""
         return {}
+
+    def _load_more_weights(self, folder: Path) -> None:
+        """Load those of a checkpoint: a subclass's."""
 
     def _in_all(self, folder: Path, action) -> None:
         """Do something in all processes, and fail in all if it fails in one."""

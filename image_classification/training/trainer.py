@@ -444,6 +444,7 @@ class ImageClassificationTrainer(ResumableTrainer):
         return round(self.args.warmup_epochs * self._steps_per_epoch())
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
+        """Its time is not that of training, whose state a recorded step has on the device."""
         with self._apart():
             if self.recorded is not None:
                 rate, (norm, logged) = self._catch_up_with_device(), self._last_step
@@ -453,10 +454,9 @@ class ImageClassificationTrainer(ResumableTrainer):
     def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
         return {ema.FILE: self.average.whole(self.bare_model)} if self.average is not None else {}
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
+    def _load_more_weights(self, folder: Path) -> None:
         if self.average is not None:
-            self.average.load(Path(self.state.best_model_checkpoint) / ema.FILE, self.bare_model)
+            self.average.load(folder / ema.FILE, self.bare_model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model, processor and configuration; no pickle of the arguments, which the run's record has."""
