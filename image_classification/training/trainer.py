@@ -126,51 +126,23 @@ class ImageClassificationTrainer(ResumableTrainer):
             world=self.args.world_size,
         )
 
-    def _run_epoch(
-        self,
-        *,
-        model,
-        epoch,
-        train_dataloader,
-        steps_in_epoch,
-        trial,
-        ignore_keys_for_eval,
-        start_time,
-        resume_from_checkpoint,
-        epochs_trained,
-        steps_trained_in_current_epoch,
-        **rest,
-    ):
+    def _run_epoch(self, *, epoch, train_dataloader, **told):
         """As Transformers', without what it does on the host at each step, where the step is recorded."""
         if self.recorded is None:
-            return super()._run_epoch(
-                model=model,
-                epoch=epoch,
-                train_dataloader=train_dataloader,
-                steps_in_epoch=steps_in_epoch,
-                trial=trial,
-                ignore_keys_for_eval=ignore_keys_for_eval,
-                start_time=start_time,
-                resume_from_checkpoint=resume_from_checkpoint,
-                epochs_trained=epochs_trained,
-                steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-                **rest,
-            )
+            return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **told)
         self.tell_epoch(epoch, train_dataloader)
+        steps_in_epoch, checkpoint, skipped = told["steps_in_epoch"], told["resume_from_checkpoint"], 0
         # As Transformers: what iterating draws comes after the state of an epoch's end, and before that of a step.
-        skipped = 0
-        if epoch == epochs_trained and resume_from_checkpoint is not None:
-            if skipped := steps_trained_in_current_epoch:
+        if epoch == told["epochs_trained"] and checkpoint is not None:
+            if skipped := told["steps_trained_in_current_epoch"]:
                 train_dataloader = skip_first_batches(train_dataloader, skipped)
             else:
-                self._load_rng_state(resume_from_checkpoint)
+                self._load_rng_state(checkpoint)
         if hasattr(train_dataloader, "set_epoch"):
             train_dataloader.set_epoch(epoch)
         batches, handler, state = iter(train_dataloader), self.callback_handler, self.state
-        log_save_evaluate = functools.partial(
-            self._maybe_log_save_evaluate, self._tr_loss, model=model, trial=trial, epoch=epoch,
-            ignore_keys_for_eval=ignore_keys_for_eval, start_time=start_time,
-        )  # fmt: skip
+        these = {name: told[name] for name in ("model", "trial", "ignore_keys_for_eval", "start_time")}
+        log_save_evaluate = functools.partial(self._maybe_log_save_evaluate, self._tr_loss, epoch=epoch, **these)
         done = skipped
         while done < steps_in_epoch:
             some = min(self.args.gradient_accumulation_steps, steps_in_epoch - done)
@@ -178,7 +150,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             if not some:
                 break
             if 0 < done == skipped:
-                self._load_rng_state(resume_from_checkpoint)
+                self._load_rng_state(checkpoint)
             self.control = handler.on_step_begin(self.args, state, self.control)
             self._take_recorded_step(some, images)
             done += len(some)
