@@ -8,6 +8,7 @@ process, DDP and FSDP2, so a run may go on under another layout. (DeepSpeed writ
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -121,12 +122,17 @@ class ResumableTrainer(ParallelTrainer):
         seed = run.seed if run.data_seed is None else run.data_seed
         own = source.sampler(seed, run.process_index, run.world_size)
         sampler_fn = sampler_fn if own is None else lambda _: own
-        loader = super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
+        if not source.needs_workers:
+            self.args = copy.copy(run)
+            self.args.dataloader_num_workers, self.args.dataloader_persistent_workers = 0, False
+            self.args.dataloader_prefetch_factor = self.args.dataloader_multiprocessing_context = None
+        try:
+            loader = super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
+        finally:
+            self.args = run
         inner = unwrapped(loader)
         if source.collate is not None:
             inner.collate_fn = source.collate
-        if not source.needs_workers:
-            inner.num_workers = 0
         # It draws when workers start, which is at each epoch or not: training must not depend on it.
         inner.generator = torch.Generator()
         inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
