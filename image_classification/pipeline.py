@@ -2,6 +2,7 @@
 """How images come to the model: what is read, by whom it is transformed, and what the device does with it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -53,10 +54,11 @@ def build_pipeline(
     held_out = _held_out(args, run, size, data, processor, augment)
     if augment is not None and augment.images is not None:
         return InputPipeline(ResidentDataset(data.train, "training", args.repeated_aug), held_out, augment)
+    transform: TrainTransform | CropTransform = CropTransform(args, size)
+    how: dict[str, Any] = {"read": read, "collate": collate_for_device}
     if augment is None:
         transform, how = TrainTransform(args, size, processor), {"collate": make_collate(args, len(data.labels))}
-    else:
-        transform, how = CropTransform(args, size), {"read": read, "collate": collate_for_device}
+    train: ImageDataset
     if args.streaming:
         train = StreamedImageDataset(data.train, transform, "training", run.seed, args.shuffle_buffer, **how)
     else:
