@@ -94,7 +94,8 @@ class ImageDataset(ImageSource):
         epoch, prepared = int(self._epoch), []
         with contextlib.nullcontext() if self.seed is None else own_generators():
             for item, label, name, index in zip(images, labels, where, indices, strict=True):
-                image, row = self.read(item, name), {"labels": label}
+                image = self.read(item, name)
+                row: dict[str, Any] = {"labels": label}
                 if self.seed is not None:
                     row["key"] = (self.seed, epoch, index)
                     seed_generators(*row["key"])
