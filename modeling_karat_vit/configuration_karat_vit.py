@@ -73,6 +73,7 @@ STRUCTURAL_FIELDS = (
     "project_l1",
 )
 
+_MOST_LAYERS = 10_000
 # The two ways to name a backbone's stages, of which one follows from the other.
 _STAGES = ("out_features", "out_indices")
 # Keys that are taken although they are no dataclass fields.
@@ -271,6 +272,8 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 1 or more.")
+        if self.num_hidden_layers > _MOST_LAYERS:  # Each has a name.
+            raise ValueError(f"`num_hidden_layers` is {self.num_hidden_layers}, expected at most {_MOST_LAYERS}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) is no multiple of `num_attention_heads` "

@@ -58,7 +58,8 @@ AUTO_CLASSES = {
 }
 
 # What `forward` takes beyond its named arguments: what this model reads, and what Transformers hands to any model.
-FORWARD_KEYWORDS = {*TransformersKwargs.__annotations__, "output_attention_scores", "return_dict"}
+# Transformers' Trainer sets `use_cache` in every configuration, from where every model is handed it.
+FORWARD_KEYWORDS = {*TransformersKwargs.__annotations__, "output_attention_scores", "return_dict", "use_cache"}
 
 
 def karat_attention_forward(module, query, key, value, attention_mask, **kwargs):
