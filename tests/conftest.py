@@ -42,8 +42,13 @@ def pytest_collection_finish() -> None:
     What is imported stays: later garbage collections need not look at it. accelerate collects after every training,
     which with all modules of all tests loaded took nine tenths of the time of a small one.
     """
+    import torch
+
     gc.collect()
     gc.freeze()
+    # Some tests train in forks. They may not where the process's first backward pass follows `torch.compile`, which
+    # brings a device of its own: PyTorch then starts threads for it.
+    torch.ones((), requires_grad=True).backward()
 
 
 def pytest_unconfigure() -> None:
