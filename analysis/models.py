@@ -19,7 +19,7 @@ from image_classification.models.loading import load_config, load_image_processo
 from image_classification.runs import checkpoints
 from image_classification.runs.run_folder import RECORD, read_record
 from image_classification.settings.arguments import ModelArguments
-from modeling_karat_vit.configuration_karat_vit import height_and_width
+from modeling_karat_vit.configuration_karat_vit import patches_of
 from modeling_karat_vit.karat_operator import KArAtOperator
 
 
@@ -63,9 +63,7 @@ class Checkpoint:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        sides = height_and_width(self.model.config.image_size)
-        patch = height_and_width(self.model.config.patch_size)
-        return sides[0] // patch[0], sides[1] // patch[1]
+        return patches_of(self.model.config.image_size, self.model.config.patch_size)
 
     @property
     def tokens(self) -> int:

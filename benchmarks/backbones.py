@@ -9,15 +9,14 @@ models on for the same epochs, with the same batches. It prints, for each, how f
 model's before fine-tuning, and the accuracy before and after it.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
+from image_classification.data.images import decode
 from image_classification.data.sources import load_data
 from image_classification.flags import Parser
 from modeling_karat_vit import karatize
@@ -31,7 +30,7 @@ LAYERS = [-2, -1]
 
 def tensors(rows, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, 32, 32), normalised to [-1, 1], and labels (N,), on the device."""
-    images = [np.asarray(Image.open(io.BytesIO(x["bytes"])).convert("RGB").resize((SIZE, SIZE))) for x in rows["image"]]
+    images = [np.asarray(decode(item, "an image").resize((SIZE, SIZE))) for item in rows["image"]]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
     return pixels / 127.5 - 1.0, torch.tensor(rows["label"], device=device)
 

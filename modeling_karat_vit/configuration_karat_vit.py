@@ -46,6 +46,20 @@ BASE_FUNCTIONS = (
     "tanh",
 )
 
+# What an operator computes, wherever it is.
+OPERATOR_STRUCTURE = (
+    "basis_type",
+    "wavelet_type",
+    "grid_size",
+    "spline_order",
+    "grid_range",
+    "rational_order",
+    "base_fn",
+    "karat_rank",
+    "karat_depth",
+    "modular_mode",
+    "project_l1",
+)
 # What the weights of a checkpoint were trained for: changing one of these makes another model.
 STRUCTURAL_FIELDS = (
     "hidden_size",
@@ -57,20 +71,10 @@ STRUCTURAL_FIELDS = (
     "patch_size",
     "num_channels",
     "qkv_bias",
-    "basis_type",
-    "wavelet_type",
-    "grid_size",
-    "spline_order",
-    "grid_range",
-    "rational_order",
-    "base_fn",
-    "karat_rank",
-    "karat_depth",
-    "modular_mode",
+    *OPERATOR_STRUCTURE,
     "sharing",
     "num_karat_heads",
     "karat_layers",
-    "project_l1",
 )
 
 _MOST_LAYERS = 10_000
@@ -314,9 +318,7 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
 
     def patch_grid(self, image_size: "int | Sequence[int] | None" = None) -> tuple[int, int]:
         """Count the patches along (height, width) of an image of `image_size` pixels (default: the model's own)."""
-        height, width = height_and_width(self.image_size if image_size is None else image_size)
-        patch_height, patch_width = height_and_width(self.patch_size)
-        return height // patch_height, width // patch_width
+        return patches_of(self.image_size if image_size is None else image_size, self.patch_size)
 
     @property
     def num_tokens(self) -> int:
@@ -434,6 +436,12 @@ def height_and_width(size) -> tuple[int, int]:
     """A size in pixels, a number or a pair, as (height, width)."""
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     return int(sides[0]), int(sides[-1])
+
+
+def patches_of(image_size, patch_size) -> tuple[int, int]:
+    """Count the patches along (height, width) of an image; sizes in pixels as `height_and_width` takes them."""
+    (height, width), (rows, columns) = height_and_width(image_size), height_and_width(patch_size)
+    return height // rows, width // columns
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:

@@ -55,7 +55,7 @@ from transformers.models.vitdet.modeling_vitdet import (
 )
 
 from .basis import EdgeFunctions
-from .configuration_karat_vit import height_and_width
+from .configuration_karat_vit import height_and_width, patches_of
 from .karat_heads import KARAT_IMPLEMENTATIONS, STARTS, KArAtHeads, OperatorConfig
 from .karat_operator import KArAtOperator
 
@@ -71,8 +71,7 @@ def _vision(config):
 
 def _patch_grid(config, image_size, index: int) -> tuple[int, int]:
     """Patches of an image along (height, width); the same in each block."""
-    (height, width), patch = height_and_width(image_size), height_and_width(_vision(config).patch_size)
-    return height // patch[0], width // patch[1]
+    return patches_of(image_size, _vision(config).patch_size)
 
 
 def _swin_window(config, image_size, index: int) -> tuple[int, int]:

@@ -24,29 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_karat_vit import KArAtViTConfig
+from .configuration_karat_vit import OPERATOR_STRUCTURE, KArAtViTConfig
 from .karat_operator import KArAtOperator, why_not_fused
 from .modeling_karat_vit import KARAT_IMPLEMENTATIONS
 from .portable import floats_per_score, is_traced, no_autocast
 
 
 STARTS = ("residual", "replace")
-OPERATOR_FIELDS = (
-    "basis_type",
-    "wavelet_type",
-    "grid_size",
-    "spline_order",
-    "grid_range",
-    "rational_order",
-    "base_fn",
-    "karat_rank",
-    "karat_depth",
-    "modular_mode",
-    "project_l1",
-    "train_basis",
-    "train_base",
-    "karat_init",
-)
+OPERATOR_FIELDS = (*OPERATOR_STRUCTURE, "train_basis", "train_base", "karat_init")
 _CHUNK = 2**24  # Floats that a chunk of biased scores may take.
 
 

@@ -99,7 +99,8 @@ def _take_over(source: PreTrainedModel, made: PreTrainedModel) -> None:
 def calibrate(model: PreTrainedModel, batches, steps: int = 300, learning_rate: float = 0.01) -> dict:
     """
     Fit the KArAt heads of a model with `start="replace"` to the softmax heads that they replaced: Adam on the squared
-    error of each block's output, for the queries, keys and values of the softmax model. The best step is kept.
+    error of each block's output, for the queries, keys and values of the softmax model. A fit that is no
+    better than the start is taken back.
 
     Args:
         model: made by `karatize`.
@@ -140,8 +141,8 @@ def _fit(heads: KArAtHeads, records: list, steps: int, learning_rate: float) -> 
         with torch.no_grad():
             return sum(float(loss_of(*record)) for record in records)
 
-    before = best = total()
-    best_state = [parameter.detach().clone() for parameter in parameters]
+    before = total()
+    start = [parameter.detach().clone() for parameter in parameters]
     with torch.enable_grad():
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
@@ -153,10 +154,10 @@ def _fit(heads: KArAtHeads, records: list, steps: int, learning_rate: float) -> 
             schedule.step()
         optimizer.zero_grad()
     after = total()
-    if not after < best:
-        after = best
+    if not after < before:
+        after = before
         with torch.no_grad():
-            for parameter, value in zip(parameters, best_state):
+            for parameter, value in zip(parameters, start):
                 parameter.copy_(value)
     return before**0.5, after**0.5
 
