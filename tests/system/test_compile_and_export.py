@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from modeling_karat_vit import KArAtViTModel, karat_operator
 from tests.modeling_karat_vit.conftest import BASES, VARIANTS
@@ -88,7 +89,7 @@ def test_another_image_size_compiles(make_model):
 
 def test_batches_of_any_size_need_one_more_compilation_at_most(make_model, pixels):
     model = make_model(num_hidden_layers=1)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         for batch in (4, 4, 3, 2, 3):
@@ -103,7 +104,7 @@ def test_batches_of_any_size_need_one_more_compilation_at_most(make_model, pixel
 def test_equal_blocks_are_compiled_once(make_model, pixels, changes, cudagraphs):
     """Block by block, in training with stochastic depth."""
     model = make_model(num_hidden_layers=5, drop_path_rate=0.1, **changes).train()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     for layer in model.vit.layers:
         layer.compile(backend=counter, fullgraph=True)
     # With CUDA graphs a number that changes makes a code for each of its values.
