@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_karat_vit import OPERATOR_STRUCTURE, KArAtViTConfig
-from .karat_operator import KArAtOperator, why_not_fused
+from .karat_operator import KArAtOperator
 from .modeling_karat_vit import KARAT_IMPLEMENTATIONS
 from .portable import floats_per_score, is_traced, no_autocast
 
@@ -185,7 +185,8 @@ class KArAtHeads(nn.Module):
             )
         if attention_mask is None or attention_mask.dim() == 2:
             keep = None if attention_mask is None else attention_mask.bool()
-            output, maps, _ = self.operator(query, key, value, scaling, self._way(implementation, query), keep)
+            way = self.operator.way(implementation, query)
+            output, maps, _ = self.operator(query, key, value, scaling, way, keep)
             return output, maps
         if attention_mask.dtype == torch.bool:
             bias, keep = None, attention_mask
@@ -195,15 +196,6 @@ class KArAtHeads(nn.Module):
         return biased_karat_attention(
             self.operator, query, key, value, scaling, bias, keep, with_maps=implementation == "eager"
         )
-
-    def _way(self, implementation: str, query: torch.Tensor) -> str:
-        """How KArAt heads are computed under `implementation`: what it names, or else the fastest that applies."""
-        if implementation in ("eager", "karat_portable"):
-            return implementation
-        traced = is_traced() and not torch.compiler.is_compiling()
-        fused = not traced and query.shape[0] > 0
-        fused = fused and why_not_fused(self.operator.config, query.device.type, query.dtype) is None
-        return "karat_triton" if fused else "karat_portable"
 
 
 def biased_karat_attention(operator, query, key, value, scaling, bias, keep, with_maps: bool = False):

@@ -20,9 +20,10 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .basis import EdgeFunctions, FrozenParameter, Start, make_edges
-from .portable import no_autocast, portable_karat_attention
+from .portable import is_traced, no_autocast, portable_karat_attention
 
 
 fused_karat_attention: Any
@@ -30,6 +31,8 @@ try:
     from .fused import INTERPRET, MAX_HEAD_SIZE, MAX_RANK, fused_karat_attention
 except ImportError:  # no Triton
     fused_karat_attention = None
+
+logger = logging.get_logger(__name__)
 
 _MEAN_COMPONENT = slice(0, 1)
 
@@ -71,6 +74,12 @@ class KArAtOperator(nn.Module):
         if self.mode is not None:
             shape = (tokens, rank) if self.mode == "phi1_w2" else (rank, tokens)
             self.projector = nn.Parameter(torch.empty(heads, *shape))
+        # Why the fused kernels do not apply, by all that may change between calls: asked at every call.
+        self._obstacles: dict[tuple, str | None] = {}
+
+    def __getstate__(self):
+        # A copy may get another configuration, and a pickle another machine.
+        return {**self.__dict__, "_obstacles": {}}
 
     def extra_repr(self) -> str:
         projector = "" if self.projector is None else f", projector={tuple(self.projector.shape)}"
@@ -206,6 +215,26 @@ class KArAtOperator(nn.Module):
         if self.config.project_l1:
             return project_on_simplex(x, keep)
         return x if keep is None else x * keep
+
+    def way(self, implementation: str, query: torch.Tensor) -> str:
+        """Choose how to attend (see `forward`): as `implementation` names it, or else the fastest way that applies."""
+        if implementation in ("eager", "karat_portable"):
+            return implementation
+        device, dtype = query.device.type, query.dtype
+        if torch.compiler.is_compiling():
+            obstacle = why_not_fused(self.config, device, dtype)
+        elif is_traced():
+            obstacle = "tracers and `torch.func` cannot look into them"
+        else:
+            kind = device, dtype, self.config.project_l1
+            if kind not in self._obstacles:
+                self._obstacles[kind] = why_not_fused(self.config, device, dtype)
+            obstacle = self._obstacles[kind]
+        if obstacle is None and query.shape[0] > 0:
+            return "karat_triton"
+        if implementation == "karat_triton" and obstacle and not torch.compiler.is_compiling():
+            logger.warning_once(f"KArAt heads run 'karat_portable' and not the fused kernels: {obstacle}.")
+        return "karat_portable"
 
     def forward(self, query, key, value, scaling: float, way: str, keep=None, grids=None):
         """

@@ -184,12 +184,6 @@ class KArAtViTAttention(ViTAttention):
         self.is_karat = config.is_karat_layer(layer_index)
         self.karat_heads = (config.num_karat_heads or config.num_attention_heads) if self.is_karat else 0
         self.operator = KArAtOperator(config) if self.is_karat and config.sharing == "blockwise" else None
-        # Why the fused kernels do not apply, by all that may change between calls: asked at every call.
-        self._obstacles: dict[tuple, str | None] = {}
-
-    def __getstate__(self):
-        # A copy may get another configuration, and a pickle another machine.
-        return {**self.__dict__, "_obstacles": {}}
 
     def forward(
         self,
@@ -226,7 +220,7 @@ class KArAtViTAttention(ViTAttention):
         if split:
             operator = operator if self.operator is None else self.operator
             assert operator is not None, "a universal operator is handed to each block"
-            way = "eager" if masks.per_query else self.karat_way(implementation, query)
+            way = "eager" if masks.per_query else operator.way(implementation, query)
             keep = masks.of_heads(slice(0, split)).keep
             own = (query, key, value)
             if split < self.num_attention_heads:
@@ -244,26 +238,6 @@ class KArAtViTAttention(ViTAttention):
             outputs, maps, scores = zip(*parts)
             output, maps, scores = torch.cat(outputs, dim=2), _join(maps), _join(scores)
         return self.o_proj(output.flatten(2)), maps, scores
-
-    def karat_way(self, implementation: str, query: torch.Tensor) -> str:
-        """Choose how KArAt heads are computed: as `implementation` names it, or else the fastest way that applies."""
-        if implementation in ("eager", "karat_portable"):
-            return implementation
-        device, dtype = query.device.type, query.dtype
-        if torch.compiler.is_compiling():
-            obstacle = why_not_fused(self.config, device, dtype)
-        elif is_traced():
-            obstacle = "tracers and `torch.func` cannot look into them"
-        else:
-            kind = device, dtype, self.config.project_l1
-            if kind not in self._obstacles:
-                self._obstacles[kind] = why_not_fused(self.config, device, dtype)
-            obstacle = self._obstacles[kind]
-        if obstacle is None and query.shape[0] > 0:
-            return "karat_triton"
-        if implementation == "karat_triton" and obstacle and not torch.compiler.is_compiling():
-            logger.warning_once(f"KArAt heads run 'karat_portable' and not the fused kernels: {obstacle}.")
-        return "karat_portable"
 
     def softmax_heads(self, query, key, value, masks: "AttentionMasks", implementation: str):
         """Attend by softmax the Transformers way: output (B, N, h, d), and with `eager` the maps and scores."""

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.models.vit.modeling_vit import ViTLayer
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
 
 from ..data.dataset import source_of
 from ..models.softmax_attention import UNMASKED
@@ -46,7 +46,7 @@ class RecordedStep:
 
     Args:
         model: called as `model(pixel_values=...)`; its output has `logits`.
-        blocks: of the model, that are compiled, each by itself: equal ones share the work.
+        parts: of the model, that are compiled, each by itself: equal ones share the work.
         parameters: the trainable ones by name.
         loss: of (outputs, labels, number of elements of all labels of the step).
         optimizer: torch's fused Adam, AdamW or SGD (see `obstacle`).
@@ -64,7 +64,7 @@ class RecordedStep:
     def __init__(
         self,
         model: nn.Module,
-        blocks: list[nn.Module],
+        parts: list[nn.Module],
         parameters: dict[str, nn.Parameter],
         loss: Callable,
         optimizer: torch.optim.Optimizer,
@@ -79,7 +79,7 @@ class RecordedStep:
         accumulated: int = 1,
         world: int = 1,
     ):
-        self.model, self.blocks, self.loss_of, self.optimizer = model, blocks, loss, optimizer
+        self.model, self.parts, self.loss_of, self.optimizer = model, parts, loss, optimizer
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.max_norm, self.scaler, self.average = max_norm, scaler, average
         self.accumulated, self.world = accumulated, world
@@ -140,8 +140,8 @@ class RecordedStep:
         generator = torch.cuda.get_rng_state(images.device)
         self.model.train()
         self._make_momentum()
-        for block in self.blocks:
-            block.compile(options=COMPILED)
+        for part in self.parts:
+            part.compile(options=COMPILED)
         try:
             for index in range(WARM_UPS):
                 with listen() if index == 0 else contextlib.nullcontext():
@@ -157,8 +157,8 @@ class RecordedStep:
             for last in (True, False) if self.accumulated > 1 else (True,):
                 self.graphs[last], _ = self._capture(lambda last=last: self._compute(self.images, self.labels, last))
         finally:
-            for block in self.blocks:
-                block._compiled_call_impl = None  # Evaluation, and batches of other sizes, would compile anew.
+            for part in self.parts:
+                part._compiled_call_impl = None  # Evaluation, and batches of other sizes, would compile anew.
         if self.accumulated == 1:
             self._drop_gradients()
         torch.cuda.set_rng_state(generator, images.device)
@@ -316,11 +316,15 @@ class RecordedStep:
             parameter.grad = None
 
 
-def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks of a ViT that can be compiled: none where a teacher hands each its maps."""
+def parts_to_compile(model: PreTrainedModel) -> list[nn.Module]:
+    """Blocks, embeddings and last norm of a ViT: all but the head. None where a teacher hands each block its maps."""
     if getattr(model.config, "teacher_attention", None):
         return []
-    return [module for module in model.modules() if isinstance(module, ViTLayer)]
+    parts = [module for module in model.modules() if isinstance(module, ViTLayer)]
+    for module in model.modules():
+        if isinstance(getattr(module, "embeddings", None), ViTEmbeddings):
+            parts += [module.embeddings, module.layernorm]
+    return parts
 
 
 def table_of_rates(scheduler: LambdaLR, steps: int) -> torch.Tensor:

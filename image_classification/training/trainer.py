@@ -27,7 +27,7 @@ from ..runs import checkpoints
 from ..settings.arguments import RunArguments
 from . import ema, optimizer_states
 from .divergence import SKIPPED_STEPS, Diverged, DivergenceGuard
-from .recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
+from .recorded_step import RecordedStep, obstacle, parts_to_compile, table_of_rates
 from .resumable import ResumableTrainer, plain_name
 from .throughput import Throughput, peak_memory
 
@@ -105,13 +105,13 @@ class ImageClassificationTrainer(ResumableTrainer):
             if self.args.device.type == "cuda":
                 logger.info(f"Step    launch by launch: {reason}")
             return None
-        blocks = blocks_of(self.bare_model)
-        logger.info(f"Step    recorded as one CUDA graph{', its blocks compiled' if blocks else ''}")
+        parts = parts_to_compile(self.bare_model)
+        logger.info(f"Step    recorded as one CUDA graph{', its blocks compiled' if parts else ''}")
         model = self.bare_model if self.args.world_size > 1 else self.model_wrapped
         trainable = {name: weight for name, weight in self.bare_model.named_parameters() if weight.requires_grad}
         return RecordedStep(
             model,
-            blocks,
+            parts,
             trainable,
             self.cross_entropy,
             self.optimizer.optimizer,

@@ -72,16 +72,16 @@ def test_what_the_kernels_apply_to(monkeypatch, options, reason):
 
 
 def test_what_was_found_out_about_the_kernels_holds_for_this_configuration_and_machine(monkeypatch):
-    where = "modeling_karat_vit.modeling_karat_vit.why_not_fused"
+    where = "modeling_karat_vit.karat_operator.why_not_fused"
     monkeypatch.setattr(where, lambda config, *_: "project_l1" if config.project_l1 else None)
     network, query = model(), torch.zeros(1, 2, 5, 16)
-    attention = next(module for module in network.modules() if hasattr(module, "karat_way"))
-    assert attention.karat_way("sdpa", query) == "karat_triton"
+    operator = next(module for module in network.modules() if isinstance(module, KArAtOperator))
+    assert operator.way("sdpa", query) == "karat_triton"
     monkeypatch.setattr(where, lambda *_: "another machine")
-    assert attention.karat_way("sdpa", query) == "karat_triton"
-    assert copy.deepcopy(attention).karat_way("sdpa", query) == "karat_portable"
+    assert operator.way("sdpa", query) == "karat_triton"
+    assert copy.deepcopy(operator).way("sdpa", query) == "karat_portable"
     network.config.project_l1 = True
-    assert attention.karat_way("sdpa", query) == "karat_portable"
+    assert operator.way("sdpa", query) == "karat_portable"
 
 
 def test_fused_without_triton_is_an_error_that_says_what_to_do(monkeypatch):

@@ -101,13 +101,13 @@ def train(
         eval_dataset=[{"pixel_values": p, "labels": label} for p, label in zip(pixels[:40], labels[:40])],
         callbacks=[callback] if callback is not None else [],
     )
-    before = trainer_module.blocks_of
-    trainer_module.blocks_of = before if compiled else lambda model: []
+    before = trainer_module.parts_to_compile
+    trainer_module.parts_to_compile = before if compiled else lambda model: []
     try:
         for _ in range(times):
             trainer.train(resume_from_checkpoint=resume)
     finally:
-        trainer_module.blocks_of = before
+        trainer_module.parts_to_compile = before
     return trainer
 
 
@@ -183,11 +183,12 @@ def test_two_runs_are_equal_and_resuming_is_exact(tmp_path):
 
 @pytest.mark.parametrize("kind", ["softmax", "blockwise"])
 def test_equal_blocks_are_compiled_once(kind, tmp_path):
-    """With stochastic depth, whose rate each block has its own of: two compilations at most, for 4 blocks."""
+    """With stochastic depth, whose rate each block has its own of: two compilations at most, for 4 blocks; and one each
+    for embeddings and last norm."""
     torch._dynamo.reset()
     counters.clear()
     train(tmp_path, True, kind, steps=4, drop_path_rate=0.3, bf16=True, eval_strategy="no")
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert 3 <= counters["stats"]["unique_graphs"] <= 4
 
 
 def test_divergence_is_found(tmp_path):

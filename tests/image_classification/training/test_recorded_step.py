@@ -16,7 +16,7 @@ from image_classification.settings.arguments import RunArguments
 from image_classification.training import recorded_step
 from image_classification.training import trainer as trainer_module
 from image_classification.training.ema import WeightAverage
-from image_classification.training.recorded_step import RecordedStep, blocks_of, obstacle, table_of_rates
+from image_classification.training.recorded_step import RecordedStep, obstacle, parts_to_compile, table_of_rates
 from image_classification.training.trainer import ImageClassificationTrainer
 from tests import models as tiny
 
@@ -269,12 +269,13 @@ def test_a_batch_of_no_images_of_its_own_is_not_replayed():
 
 
 @pytest.mark.parametrize("kind", ["softmax", "karat"])
-def test_blocks_are_found_within_what_wraps_a_model(kind):
+def test_parts_are_found_within_what_wraps_a_model(kind):
     """As PEFT does."""
     model = make_model(kind)
     wrapper = torch.nn.ModuleDict({"base_model": model})
     wrapper.config = model.config
-    assert blocks_of(wrapper) == list(model.base_model.layers)
+    vit = model.base_model
+    assert parts_to_compile(wrapper) == [*vit.layers, vit.embeddings, vit.layernorm]
 
 
 def test_what_is_not_recorded_says_why(tmp_path, monkeypatch):
