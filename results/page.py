@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the tables of docs/results.md anew from results/runs.csv: `python -m results.page`.
+Makes the tables and figures of docs/results.md anew from results/runs.csv: `python -m results.page`.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`. Rows that were judged on the test images
 are finals, with mean and 90 % interval where there are several seeds; all others are screens.
@@ -14,6 +14,9 @@ from pathlib import Path
 import yaml
 from scipy.stats import t
 
+from analysis import style
+
+from .figures import figures
 from .screen import ROOT, TABLE
 
 
@@ -64,10 +67,14 @@ def screens(rows: list[dict]) -> list[str]:
 TABLES = {"finals": finals, "screens": screens}
 
 
-def regenerate(text: str, table: Path = TABLE) -> str:
-    """The text of a page, with its tables made anew from the CSV at `table`."""
+def read(table: Path = TABLE) -> list[dict]:
+    """The rows of the CSV."""
     with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def regenerate(text: str, rows: list[dict]) -> str:
+    """The text of a page, with its tables made anew from the rows of the CSV."""
 
     def fill(found: re.Match) -> str:
         return "\n".join([found[1], *TABLES[found[2]](rows), found[3]])
@@ -75,5 +82,14 @@ def regenerate(text: str, table: Path = TABLE) -> str:
     return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end of results -->)", fill, text, flags=re.DOTALL)
 
 
+def main() -> None:
+    """Write the page and its figures."""
+    rows = read()
+    PAGE.write_text(regenerate(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    with style.context():
+        for name, figure in figures(rows, TABLE.parent / "logs", TEST).items():
+            figure.savefig(PAGE.parent / f"{name}.svg", metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    PAGE.write_text(regenerate(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

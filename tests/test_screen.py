@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from image_classification.settings.parser import parse_settings
 from results import screen
+from results.figures import figures
 
 
 @pytest.fixture
@@ -51,3 +53,26 @@ def test_a_file_of_arms_is_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         screen.main(["--data", str(tmp_path)])
     assert ended.value.code == 2 and "arms" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((screen.ROOT / "results" / "arms").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_arms_of_this_project_are_commands(path):
+    """Before a GPU is asked: recipes exist, and the parser takes their flags."""
+    for run in screen.read_arms(path):
+        settings = parse_settings([str(screen.ROOT / run["recipe"]), *run["flags"], "--use_cpu", "--bf16", "false"])
+        assert settings.training.num_train_epochs >= 12
+
+
+def test_the_figures_show_what_the_table_says(tmp_path):
+    common = {"screen": "s", "judged_on": "test images", "images_per_second": "100"}
+    rows = [common | {"arm": "softmax", "seed": seed, "best": best} for seed, best in (("1", "60"), ("2", "62"))]
+    rows += [common | {"arm": "karat", "seed": "1", "best": "70", "images_per_second": "80"}]
+    for row in rows:
+        accuracies = [float(row["best"]) - 10, float(row["best"])]
+        history = [{"epoch": float(epoch), "eval_accuracy": x / 100} for epoch, x in enumerate(accuracies, 1)]
+        (tmp_path / f"s-{row['arm']}-{row['seed']}.json").write_text(json.dumps(history))
+    made = figures(rows, tmp_path, "test images")
+    curves, cost = ([line.get_xydata().tolist() for line in f.axes[0].lines] for f in made.values())
+    assert curves == [[[1, 51], [2, 61]], [[1, 60], [2, 70]]]
+    assert cost == [[[1, 60], [1, 62]], [[1.25, 70]]]
+    assert figures([row | {"judged_on": "held out"} for row in rows[:2]], tmp_path, "test images") == {}
