@@ -10,6 +10,8 @@ JOBS ?= 2
 PYTHON ?= python3.12 python3.11 python3.13 python3.14 python3 python
 
 python := $(VENV)/bin/python
+# A process that is done takes over half of what another one has left: neighbours mostly stay together with what they share.
+pytest := $(python) -m pytest -n $(JOBS) --dist worksteal
 lowest := $(VENV)/lowest-transformers
 # What a clean-up may delete: nothing that training wrote, and no environment.
 caches := .pytest_cache .ruff_cache .mypy_cache .hypothesis build karat_vit.egg-info
@@ -38,17 +40,17 @@ test: ## Lint, then run the tests with the pinned and with the lowest Transforme
 	@$(MAKE) --no-print-directory test-lowest
 
 test-quick: $(VENV)/.installed-test ## Run the tests that start no processes and compile nothing: 3 minutes on two cores
-	$(python) -m pytest -n $(JOBS) --ignore=tests/system -m "not system" $(ARGS)
+	$(pytest) --ignore=tests/system -m "not system" $(ARGS)
 
 test-pinned: $(VENV)/.installed-test ## Run the tests with the versions of constraints.txt; ARGS go to pytest
-	$(python) -m pytest -n $(JOBS) $(ARGS)
+	$(pytest) $(ARGS)
 
 # Not the arithmetic of the operator, which Transformers has no part in.
 arithmetic := basis initialisation karat_operator kernels projection
 export := tests/system/test_compile_and_export.py
 
 test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version with the lowest
-	PYTHONPATH=$(lowest) $(python) -m pytest -n $(JOBS) \
+	PYTHONPATH=$(lowest) $(pytest) \
 		tests/modeling_karat_vit $(arithmetic:%=--ignore=tests/modeling_karat_vit/test_%.py) \
 		$(export) --deselect=$(export)::test_operators_export \
 		--deselect=$(export)::test_onnx_by_the_exporter_of_torchscript \
@@ -57,12 +59,12 @@ test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version w
 		tests/system/test_publisher.py::test_from_the_shell_to_a_stranger
 
 # Transformers' tests have marks of their own. Of each test that is skipped the reason is shown.
-hf-options := -n $(JOBS) -o addopts='-rs --import-mode=importlib' -W ignore::pytest.PytestUnknownMarkWarning
+hf-options := -o addopts='-rs --import-mode=importlib' -W ignore::pytest.PytestUnknownMarkWarning
 test-hf: $(lowest)/.installed ## Run Transformers' own common tests, of the pinned and of the lowest one, on our models
 	$(python) tests/hf/fetch.py $(VENV)/transformers-tests
-	$(python) -m pytest $(hf-options) $(ARGS) tests/hf/common.py
+	$(pytest) $(hf-options) $(ARGS) tests/hf/common.py
 	PYTHONPATH=$(lowest) $(python) tests/hf/fetch.py $(VENV)/transformers-tests
-	PYTHONPATH=$(lowest) $(python) -m pytest $(hf-options) $(ARGS) tests/hf/common.py
+	PYTHONPATH=$(lowest) $(pytest) $(hf-options) $(ARGS) tests/hf/common.py
 
 lint: $(VENV)/.installed-test ## Check style, formatting and types
 	$(python) -m ruff check .

@@ -9,6 +9,7 @@ the interpreters that tests start inherit it.
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,9 +33,20 @@ os.environ["MPLBACKEND"] = "Agg"
 if _workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(_workers))))
 
+# Whoever starts the tests in the background may let them ignore Ctrl-C, and what they start with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Timings on shared machines vary too much for a deadline, and CI has to give the same answer twice.
 hypothesis.settings.register_profile("karat", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("karat")
+
+
+# What takes longest begins first, so that nobody waits for it at the end.
+FIRST = ("system/test_kernels.py", "system/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [f"tests/{name}" not in item.nodeid for name in FIRST])
 
 
 def pytest_collection_finish() -> None:

@@ -80,9 +80,9 @@ def test_the_tests_run_twice(clone):
     ran = [call for call in calls.read_text().splitlines() if "pip" not in call]
     *lint, pinned, lowest = ran
     assert lint == ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
-    assert pinned == "-m pytest -n 2"
-    assert lowest.startswith("-m pytest -n 2 tests/modeling_karat_vit ")
-    named = [word for word in lowest.split()[4:] if not word.startswith("--")]
+    assert pinned == "-m pytest -n 2 --dist worksteal"
+    assert lowest.startswith(f"{pinned} tests/modeling_karat_vit ")
+    named = [word for word in lowest.removeprefix(pinned).split() if not word.startswith("--")]
     assert all((PROJECT / path.partition("::")[0]).exists() for path in named)
 
 
