@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from image_classification.data.images import decode
-from image_classification.data.sources import VALIDATION_NAMES
+from image_classification.data.local import VALIDATION_NAMES
 from image_classification.errors import InputError
 
 from .images import Found, draw_numbers, processor_of

@@ -81,9 +81,14 @@ def one_line(text: str) -> str:
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
-def reason_of(error: BaseException) -> str:
-    """What went wrong, on one line: the first of the message, or the last where a data worker's traceback is in it."""
+def reason_of(error: BaseException, whole: bool = False) -> str:
+    """
+    What went wrong, on one line: the first of the message, or the last where a data worker's traceback is in it; or
+    with `whole` all of them.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if whole:
+        return " ".join(" ".join(lines).split())
     if "Traceback (most recent call last):" in lines:
         return lines[-1]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
-from .errors import InputError
+from .errors import InputError, reason_of
 
 
 LAST_CHECKPOINT = "last-checkpoint"
@@ -60,21 +60,21 @@ def explain(error: BaseException) -> Trouble:
         if isinstance(link, LocalTokenNotFoundError):
             return Trouble("nobody is logged in: log in with `hf auth login`", passing=False)
         if isinstance(link, HFValidationError):
-            return Trouble(f"this is no name of a repository: {first_line(link)}", passing=False)
+            return Trouble(f"this is no name of a repository: {reason_of(link)}", passing=False)
         if isinstance(link, OfflineModeIsEnabled):
             return Trouble("HF_HUB_OFFLINE is set", passing=False, reached=False)
         response = getattr(link, "response", None)
         if isinstance(link, HfHubHTTPError) and response is not None:
             return _explain_answer(link, response.status_code)
         if isinstance(link, HTTPError):
-            return Trouble(f"the Hub cannot be reached ({first_line(link)})", passing=True, reached=False)
+            return Trouble(f"the Hub cannot be reached ({reason_of(link)})", passing=True, reached=False)
     if isinstance(error, FileNotFoundError):
         return Trouble(f"{error.filename} is not there any more", passing=False)
-    return Trouble(first_line(error), passing=True, reached=False)
+    return Trouble(reason_of(error), passing=True, reached=False)
 
 
 def _explain_answer(error: HfHubHTTPError, status: int) -> Trouble:
-    said = " ".join((error.server_message or first_line(error)).split()).rstrip(".")
+    said = " ".join((error.server_message or reason_of(error)).split()).rstrip(".")
     if isinstance(error, RepositoryNotFoundError):
         return Trouble("there is no such repository, or your token may not see it", passing=False)
     if status == 401:
@@ -88,11 +88,6 @@ def _explain_answer(error: HfHubHTTPError, status: int) -> Trouble:
     if status in _PASSING:
         return Trouble(f"the Hub answers {status} ({said})", passing=True, reached=False)
     return Trouble(f"the Hub refuses it ({status}: {said})", passing=False)
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

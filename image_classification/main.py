@@ -22,7 +22,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from .data.sources import ImageData, as_classes_of, load_data
-from .data.streaming import load_streamed
 from .data.transforms import build_image_processor
 from .errors import InputError, run_command
 from .hub import find_token
@@ -326,9 +325,7 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
         raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")
     config = load_config(checkpoint, "resume_from_checkpoint")
     transfer.check_evaluated(checkpoint, config, settings.model.teacher_attention)
-    data = _load_data(settings, train=False)
-    if not settings.data.streaming:
-        data = as_classes_of(data, config.label2id)
+    data = as_classes_of(_load_data(settings, train=False), config.label2id)
     model = load_trained(checkpoint, settings.model, data.labels)
     saved = load_image_processor(checkpoint, "resume_from_checkpoint", config.image_size)
     changed = [
@@ -359,9 +356,9 @@ def _evaluate_only(settings: Settings) -> dict[str, float]:
 
 
 def _load_data(settings: Settings, train: bool = True) -> ImageData:
-    if settings.data.streaming:
-        return load_streamed(settings.data, settings.training, train)
-    return load_data(settings.data, settings.training.seed, train)
+    run = settings.training
+    images = run.max_steps * run.global_batch_size if run.max_steps > 0 else None
+    return load_data(settings.data, run.seed, train, images, run.world_size)
 
 
 def build_trainer(

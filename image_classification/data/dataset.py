@@ -78,7 +78,7 @@ class ImageDataset(ImageSource):
         """`pixel_values`, `labels`, and in training the `key` of the random numbers that were used."""
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict]:
+    def __getitems__(self, indices: list[Any]) -> list[dict]:
         """A whole batch, for PyTorch's data loader: quicker than one by one."""
         # Under repeated augmentation an index names the repetition, too.
         positions = [index % len(self.split) if self.repeated else index for index in indices]

@@ -26,9 +26,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
 
-from ..errors import InputError, more
+from ..errors import InputError, more, reason_of
 from ..files import sha256
-from ..hub import LAST_CHECKPOINT, PATIENCE, PATIENCE_OF_A_PUSH, explain, first_line, patience
+from ..hub import LAST_CHECKPOINT, PATIENCE, PATIENCE_OF_A_PUSH, explain, patience
 from .repository import Content, Repository
 
 
@@ -184,7 +184,7 @@ def prepare(destination: Destination) -> str | None:
         validate_repo_id(destination.name)
     except HFValidationError as error:
         raise InputError(
-            f"The repository would be called {destination.name}, which the Hub does not take ({first_line(error)}). "
+            f"The repository would be called {destination.name}, which the Hub does not take ({reason_of(error)}). "
             "Give --hub_model_id, as USER/NAME or NAME."
         ) from error
     try:

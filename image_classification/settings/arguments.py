@@ -209,8 +209,8 @@ class DataArguments:
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read the images from the Hub, or from local parquet or arrow files, while training: for data sets "
-            "larger than the disk."
+            "help": "Read the images from the Hub, or from a local folder, one after the other while training: for "
+            "data sets larger than the disk."
         },
     )
     shuffle_buffer: Annotated[int, COUNT] = field(

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.training_args import OptimizerNames
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, reason_of
 from ..paths import CONFIGURATION
 from . import official_flags
 from .arguments import (
@@ -218,8 +218,7 @@ def parse_settings(argv: list[str]) -> Settings:
     except InputError:
         raise
     except Exception as error:  # Whatever Transformers, accelerate and DeepSpeed say of a setting.
-        reason = " ".join(str(error).split())
-        raise InputError(f"The settings of training cannot be used: {reason or type(error).__name__}") from error
+        raise InputError(f"The settings of training cannot be used: {reason_of(error, whole=True)}") from error
     return Settings(*parts, arguments, record, Path(recipe) if recipe else None, reported)
 
 
@@ -349,7 +348,7 @@ def _read_yaml(path: Path) -> dict[str, str | list[str] | dict | None]:
         loader.flatten_mapping(node)
         return {str(key.value): _as_written(loader, value) for key, value in node.value}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is no valid YAML in UTF-8: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is no valid YAML in UTF-8: {reason_of(error, whole=True)}") from error
 
 
 def _as_written(loader: yaml.SafeLoader, node: yaml.Node) -> str | list[str] | dict | None:

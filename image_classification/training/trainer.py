@@ -22,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.dataset import source_of
-from ..errors import InputError
+from ..errors import InputError, reason_of
 from ..runs import checkpoints
 from ..settings.arguments import RunArguments
 from . import ema, optimizer_states
@@ -478,8 +478,7 @@ def _setting_up(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} cannot be set up: {reason}") from error
+        raise InputError(f"{what} cannot be set up: {reason_of(error, whole=True)}") from error
 
 
 def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:

@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from image_classification import main as script
-from image_classification.data.sources import decode, load_data
+from image_classification.data.images import decode
+from image_classification.data.sources import load_data
 from image_classification.data.transforms import EvalTransform
 from image_classification.settings.arguments import DataArguments
 from modeling_karat_vit.modeling_karat_vit import AUTO_CLASSES

@@ -14,12 +14,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from image_classification.data import sources as data_module
-from image_classification.data.sources import HUB_DATASETS, decode, load_data
-from image_classification.data.streaming import load_streamed
+from image_classification.data import columns
+from image_classification.data.images import decode
+from image_classification.data.sources import as_classes_of, load_data
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
-from tests.image_classification.training.test_trainer import run_arguments
 from tests.images import COLOURS, colour_image, make_image_folder
 
 
@@ -175,7 +174,7 @@ def test_hub_schemas(name, monkeypatch):
     repository, _, features = SCHEMAS[name]
     assert asked == [(repository, False)] and found.hub_name == repository[0]
     label = features.get("fine_label") or features["label"]
-    assert found.labels == label.names and len(found.labels) == HUB_DATASETS[name].classes
+    assert found.labels == label.names
     assert (len(found.train), len(found.validation)) == (COUNTS["train"], COUNTS[USED.get(name, "test")])
     assert found.train["label"][:4] == [0, 1, 2, 0]
     assert decode(found.train[0]["image"], "image").mode == "RGB"
@@ -193,7 +192,8 @@ def test_local_copies_of_hub_repositories(name, tmp_path):
         hub_split(name, split).to_parquet(path)
     found = load(data_set=name, data_path=str(tmp_path))
     assert (len(found.train), len(found.validation)) == (COUNTS["train"], COUNTS[USED.get(name, "test")])
-    assert len(found.labels) == HUB_DATASETS[name].classes
+    features = SCHEMAS[name][2]
+    assert found.labels == (features.get("fine_label") or features["label"]).names
 
 
 def test_labels_that_are_plain_integers_or_names(tmp_path):
@@ -315,7 +315,7 @@ def test_hidden_parquet_files_are_nothing(tmp_path):
     (tmp_path / "loop").symlink_to(".")
     found = load(data_path=str(tmp_path))
     assert (len(found.train), len(found.validation)) == (9, 6)
-    streamed = load_streamed(DataArguments(data_path=str(tmp_path), streaming=True), run_arguments(tmp_path / "o"))
+    streamed = load(data_path=str(tmp_path), streaming=True)
     assert (len(streamed.train), len(streamed.validation)) == (9, 6)
 
 
@@ -339,7 +339,7 @@ def test_no_training_split(tmp_path, split):
             load(data_path=str(path))
         assert len(load(data_path=str(path), train=False).validation) == 6
     with pytest.raises(InputError, match="no training split"):
-        load_streamed(DataArguments(data_path=str(tmp_path / "parquet"), streaming=True), run_arguments(tmp_path / "o"))
+        load(data_path=str(tmp_path / "parquet"), streaming=True)
 
 
 GARBAGE = {
@@ -358,7 +358,7 @@ def test_data_files_of_garbage_name_the_file(tmp_path, kind, content):
         (tmp_path / f"{split}.{kind}").write_bytes(GARBAGE[content])
     for read in (
         lambda: load(data_path=str(tmp_path)),
-        lambda: load_streamed(DataArguments(data_path=str(tmp_path), streaming=True), run_arguments(tmp_path / "o")),
+        lambda: load(data_path=str(tmp_path), streaming=True),
     ):
         with pytest.raises(InputError, match=rf"\.{kind}|empty") as raised:
             read()
@@ -533,7 +533,7 @@ def test_too_few_images_that_can_be_read(image_folder):
 
 def test_large_sets_are_checked_as_they_are_read(image_folder, monkeypatch):
     truncate(image_folder / "train" / "green" / "1.jpg")
-    monkeypatch.setattr(data_module, "CHECK_UP_TO", 10)
+    monkeypatch.setattr(columns, "CHECK_UP_TO", 10)
     assert "--check_images all" in load(data_path=str(image_folder)).notes[-1]
     with pytest.raises(InputError, match="truncated"):
         load(data_path=str(image_folder), check_images="all")
@@ -614,11 +614,11 @@ def test_classes_that_are_a_part_of_a_trained_models(tmp_path, splits):
     found = load(train=False, data_path=str(root))
     assert (found.labels, len(found.validation)) == (["blue", "green"], 4)
     whole = {"red": 0, "green": 1, "blue": 2, "grey": 3}
-    mapped = data_module.as_classes_of(found, whole)
+    mapped = as_classes_of(found, whole)
     assert mapped.labels == list(whole) and any("2 of the model's 4 classes" in note for note in mapped.notes)
     for before, after in zip(found.validation, mapped.validation):
         assert before["image"] == after["image"]
         assert found.labels[before["label"]] == mapped.labels[after["label"]]
-    assert data_module.as_classes_of(found, {"red": 0, "green": 1}) is found
+    assert as_classes_of(found, {"red": 0, "green": 1}) is found
     with pytest.raises(InputError, match="no training split" if splits[0][0] else "holds no data set"):
         load(data_path=str(root))

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
@@ -14,10 +15,13 @@ from datasets.splits import SplitDict, SplitInfo
 from safetensors.torch import load_file
 
 from image_classification import main as script
-from image_classification.data import streaming
-from image_classification.data.streaming import StreamSampler, load_streamed, read_ahead
+from image_classification.data import local
+from image_classification.data.images import decode
+from image_classification.data.sources import load_data
+from image_classification.data.streaming import StreamSampler, read_ahead
 from image_classification.errors import InputError
-from image_classification.settings.arguments import DataArguments, RunArguments
+from image_classification.settings.arguments import DataArguments
+from tests.image_classification.data.test_sources import make_flat_folder
 from tests.images import COLOURS, colour_image
 from tests.system.processes import in_two_forks
 
@@ -61,13 +65,8 @@ def shards(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def training(tmp_path):
-    return RunArguments(output_dir=str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=4)
-
-
-def load(path, training, train=True, **options):
-    return load_streamed(DataArguments(data_path=str(path), streaming=True, **options), training, train)
+def load(path, train=True, images=None, streaming=True, **options):
+    return load_data(DataArguments(data_path=str(path), streaming=streaming, **options), 0, train, images)
 
 
 def numbers(sampler, epoch: int = 0) -> list[int]:
@@ -75,26 +74,26 @@ def numbers(sampler, epoch: int = 0) -> list[int]:
     return [int(row["image"]["path"]) for _, row in sampler]
 
 
-def test_columns_classes_and_lengths(shards, training):
-    data = load(shards, training)
+def test_columns_classes_and_lengths(shards):
+    data = load(shards)
     assert data.labels == list(COLOURS) and (len(data.train), len(data.validation)) == (38, 11)
     assert data.validation[2] == {"image": {"bytes": content(102), "path": "102"}, "label": 0}
-    assert "streamed from 4 files, shuffled within 4,096 images" in data.notes[-1]
-    assert load(shards, training, train=False).train is None
+    assert "streamed in 4 parts, shuffled within 4,096 images" in data.notes[-1]
+    assert load(shards, train=False).train is None
     with pytest.raises(IndexError):
         data.validation[11]
 
 
-def test_arrow_files(tmp_path, training):
+def test_arrow_files(tmp_path):
     for name, first, count in (("train", 0, 7), ("test", 50, 4)):
         make_split(range(first, first + count)).save_to_disk(str(tmp_path / name))
-    data = load(tmp_path, training)
+    data = load(tmp_path)
     assert (len(data.train), len(data.validation)) == (7, 4)
     assert numbers(StreamSampler(data.validation, None, 1)) == [50, 51, 52, 53]
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_from_the_hub(shards, training, monkeypatch, told):
+def test_from_the_hub(shards, monkeypatch, told):
     """As `load_dataset` gives it: with the numbers of images that the repository names, if it does."""
     local = datasets.load_dataset
 
@@ -112,17 +111,17 @@ def test_from_the_hub(shards, training, monkeypatch, told):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     args = DataArguments(data_set="cifar10", streaming=True)
     if not told:
-        with pytest.raises(InputError, match=r"uoft-cs/cifar10 does not say how many training images"):
-            load_streamed(args, training)
-        assert len(load_streamed(args, training, train=False).validation) == 11
+        with pytest.raises(InputError, match=r"uoft-cs/cifar10, train split does not say how many images"):
+            load_data(args, 0)
+        assert len(load_data(args, 0, train=False).validation) == 11
         return
-    data = load_streamed(args, training)
+    data = load_data(args, 0)
     assert (len(data.train), len(data.validation), data.hub_name) == (38, 11, "uoft-cs/cifar10")
     assert sorted(numbers(StreamSampler(data.train, 1, 8))) == list(range(38))
 
 
-def test_every_image_once_an_epoch_in_another_order(shards, training):
-    split = load(shards, training).train
+def test_every_image_once_an_epoch_in_another_order(shards):
+    split = load(shards).train
     first, again, second = (numbers(StreamSampler(split, 3, 16), epoch) for epoch in (0, 0, 1))
     assert first == again and first != second and first != sorted(first)
     assert sorted(first) == sorted(second) == list(range(38))
@@ -130,9 +129,9 @@ def test_every_image_once_an_epoch_in_another_order(shards, training):
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_processes_share_the_images(shards, training, processes):
+def test_processes_share_the_images(shards, processes):
     """Two and four divide the four files, three do not: then it is one image of every three."""
-    split = load(shards, training).train
+    split = load(shards).train
     samplers = [StreamSampler(split, 3, 8, process, processes) for process in range(processes)]
     found = [numbers(sampler) for sampler in samplers]
     assert {len(each) for each in found} == {38 // processes} == {len(sampler) for sampler in samplers}
@@ -144,8 +143,8 @@ def test_processes_share_the_images(shards, training, processes):
     assert max(Counter(image for each in found for image in each).values()) == (1 if processes == 3 else 2)
 
 
-def test_limits_take_the_first(shards, training):
-    data = load(shards, training, max_train_samples=20, max_eval_samples=3)
+def test_limits_take_the_first(shards):
+    data = load(shards, max_train_samples=20, max_eval_samples=3)
     assert sorted(numbers(StreamSampler(data.train, 1, 8))) == list(range(20))
     assert numbers(StreamSampler(data.validation, None, 1)) == [100, 101, 102]
     assert "the first 20 train images are used" in data.notes
@@ -153,41 +152,32 @@ def test_limits_take_the_first(shards, training):
     assert [len(half) for half in halves] == [10, 10] and not set(halves[0]) & set(halves[1])
 
 
-def without_counts(path, *args):
-    splits, _ = LOCAL(path, *args)
-    return splits, dict.fromkeys(splits)
-
-
-LOCAL = streaming._local
-
-
-def test_unknown_number_of_images(shards, tmp_path, training, monkeypatch):
-    monkeypatch.setattr(streaming, "_local", without_counts)
-    with pytest.raises(InputError, match=r"does not say how many training images.*--max_steps"):
-        load(shards, training)
-    training.max_steps = 20  # Of four images: two passes and a bit.
-    data = load(shards, training)
+def test_unknown_number_of_images(shards, monkeypatch):
+    monkeypatch.setattr(local, "rows_in", lambda file: 0)
+    with pytest.raises(InputError, match=r"does not say how many images.*--max_steps"):
+        load(shards)
+    data = load(shards, images=80)  # Two passes and a bit.
     assert (len(data.train), len(data.validation)) == (80, 11)
     found = numbers(StreamSampler(data.train, 3, 16))
     assert sorted(found[:38]) == sorted(found[38:76]) == list(range(38)) and found[:38] != found[38:76]
-    assert len(load(shards, training, max_train_samples=10).train) == 10
+    assert len(load(shards, max_train_samples=10).train) == 10
 
 
-def test_what_an_evaluation_lacks_is_told(shards, training):
-    split = load(shards, training).validation
+def test_what_an_evaluation_lacks_is_told(shards):
+    split = load(shards).validation
     split.length = 12
     with pytest.raises(InputError, match="has 11 images, and was said to have 12"):
         numbers(StreamSampler(split, None, 1))
 
 
-def test_labels_are_checked_as_they_are_read(tmp_path, training):
+def test_labels_are_checked_as_they_are_read(tmp_path):
     write_files(tmp_path, "train", (4,))
     rows = make_split(range(4))
     rows.cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1}).cast(rows.features).to_parquet(
         str(tmp_path / "test.parquet")
     )
     with pytest.raises(InputError, match=r"validation split: an image has the label (-1|None), expected 0 to 2"):
-        numbers(StreamSampler(load(tmp_path, training).validation, None, 1))
+        numbers(StreamSampler(load(tmp_path).validation, None, 1))
 
 
 @pytest.mark.parametrize(
@@ -197,30 +187,48 @@ def test_labels_are_checked_as_they_are_read(tmp_path, training):
         ({"skip_bad_images": True}, "`skip_bad_images` does not go with"),
         ({"check_images": "all"}, "`check_images: all` does not go with"),
         ({"data_set": "digits"}, "`data_set: digits` does not go with"),
-        ({"data_path": None}, "No data set to stream is named"),
+        ({"data_path": None}, "No data set is named"),
         ({"data_path": "gone"}, "gone does not exist"),
         ({"validation_split": "extra"}, "has train, validation"),
         ({"label_column": "img"}, r"are one column, 'img'"),
     ],
 )
-def test_refused(shards, training, options, message):
+def test_refused(shards, options, message):
     with pytest.raises(InputError, match=message):
-        load_streamed(DataArguments(**{"data_path": str(shards), "streaming": True, **options}), training)
+        load_data(DataArguments(**{"data_path": str(shards), "streaming": True, **options}), 0)
 
 
-def test_folders_that_cannot_be_streamed(image_folder, tmp_path, training):
-    with pytest.raises(InputError, match="no parquet or arrow files"):
-        load(image_folder, training)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "classes"])
+def test_folders_of_image_files(tmp_path, image_folder, kind):
+    """The same images with the same labels as without streaming, in parts that processes share."""
+    root = image_folder
+    if kind != "classes":
+        root = tmp_path / "flat"
+        make_flat_folder(root / "train", kind)
+        make_flat_folder(root / "test", kind, count=2)
+    plain, data = load(root, streaming=False), load(root)
+    assert (data.labels, len(data.train), len(data.validation)) == (list(COLOURS), 12, 6)
+    assert [row for _, row in StreamSampler(data.validation, None, 1)] == list(plain.validation)
+    shares = [[row for _, row in StreamSampler(data.train, 3, 4, process, 2)] for process in (0, 1)]
+    rows = sorted(shares[0] + shares[1], key=lambda row: row["image"]["path"])
+    assert rows == sorted(plain.train, key=lambda row: row["image"]["path"])
+    assert shares[0] + shares[1] != list(plain.train)
+    for row in rows:
+        channel = np.asarray(decode(row["image"], "image")).mean(axis=(0, 1)).argmax()
+        assert data.labels[row["label"]] == ("red", "green", "blue")[channel]
+
+
+def test_folders_that_cannot_be_streamed(tmp_path):
     (tmp_path / "only").mkdir()
     write_files(tmp_path / "only", "train", (3,))
     with pytest.raises(InputError, match="no split to evaluate on, and none is held out of a stream"):
-        load(tmp_path / "only", training)
+        load(tmp_path / "only")
     write_files(tmp_path / "only", "test", (3,), names=("a", "b", "c"))
     with pytest.raises(InputError, match="the classes of the training and the validation split differ"):
-        load(tmp_path / "only", training)
+        load(tmp_path / "only")
     (tmp_path / "only" / "test-00000-of-00001.parquet").write_bytes(b"text")
-    with pytest.raises(InputError, match=r"test-00000-of-00001\.parquet is no parquet file"):
-        load(tmp_path / "only", training)
+    with pytest.raises(InputError, match=r"test-00000-of-00001\.parquet cannot be read"):
+        load(tmp_path / "only")
 
 
 def test_reading_ahead():
@@ -282,7 +290,7 @@ def test_two_processes(shards, tmp_path, small, capfd):
     statuses = in_two_forks(lambda: script.main(words))
     out, errors = capfd.readouterr()
     assert statuses == [0, 0], out + errors
-    assert "2 processes" in out and "each process reads 2 of the files" in out
+    assert "2 processes" in out and "each process reads 2 of them" in out
     state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] == 6
     found = json.loads((tmp_path / "run" / "all_results.json").read_text())
