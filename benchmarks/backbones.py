@@ -2,30 +2,62 @@
 """
 Fine-tuning with KArAt heads beside fine-tuning without:
 
-    python -m benchmarks.backbones --data-path path/to/cifar10 --device cuda
+    python -m benchmarks.backbones --device cuda --data_set CIFAR10 --data_path path/to/cifar10
 
-trains a small DINOv2 on 32x32 images, puts KArAt heads into its last two blocks with either start, and trains the three
-models on for the same epochs, with the same batches. It prints, for each, how far the logits are from the untouched
-model's before fine-tuning, and the accuracy before and after it.
+trains a small backbone on 32x32 images, puts KArAt heads into its last two blocks with either start, and trains the
+three models on for the same epochs, with the same batches. For each it tells how far the logits are from the untouched
+model's before fine-tuning, and the accuracy on the evaluation images before and after it. Which images: by the settings
+of the training script.
 """
 
+import json
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import Dinov2Config, Dinov2ForImageClassification
+from transformers import DeiTForImageClassification, Dinov2ForImageClassification, SwinForImageClassification
 
 from image_classification.data.images import decode
 from image_classification.data.sources import load_data
 from image_classification.flags import Parser
+from image_classification.settings.parser import parse_settings
 from modeling_karat_vit import karatize
 
-from .rivals import settings_of
+from .common import Table
 
 
 SIZE = 32
 LAYERS = [-2, -1]
+PLAIN = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "patch_size": 4}
+BACKBONES = {
+    "dinov2": (Dinov2ForImageClassification, PLAIN),
+    "deit": (DeiTForImageClassification, {**PLAIN, "intermediate_size": 768}),
+    "swin": (
+        SwinForImageClassification,
+        {"embed_dim": 48, "depths": [2, 4], "num_heads": [3, 6], "window_size": 4, "patch_size": 2},
+    ),
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+class FineTuning(Table):
+    """Rows of accuracies."""
+
+    measured = (
+        *("benchmark", "backbone", "sizes", "seed", "model", "training_images", "test_images", "epochs"),
+        *("fine_tuning", "logits_distance", "logits_relative", "before", "after", "seconds", "command", "commit"),
+    )
+
+    def add(self, **row) -> None:
+        self.rows.append({**row, **self.constant})
+        names = ("logits_distance", "logits_relative", "before", "after")
+        numbers = (f"{name} {row[name]:.4f}" for name in names)
+        print(f"{row['backbone']:8} seed {row['seed']} {row['model']:10} {', '.join(numbers)}", flush=True)
 
 
 def tensors(rows, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +75,7 @@ def augmented(images: torch.Tensor) -> torch.Tensor:
 
 
 def train(model, images, labels, epochs: int, rate: float, batch: int, seed: int) -> None:
-    """AdamW with a cosine schedule; the same seed gives the same batches."""
+    """AdamW with a one-cycle schedule; the same seed gives the same batches."""
     torch.manual_seed(seed)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
@@ -67,57 +99,76 @@ def logits_of(model, images, batch: int) -> torch.Tensor:
     return torch.cat([model(part).logits.float() for part in images.split(batch)])
 
 
-def compare(data, device: str, epochs: int, fine_tuning: int, batch: int, seed: int, **sizes) -> list[dict]:
+def compare(data, device: str, name: str, sizes: dict, epochs: int, fine_tuning: int, batch: int, seed: int):
     """
-    Rows with `model`, `logits_distance` (mean absolute, from the untouched model), `before` and `after` (accuracies).
+    Yield a row for each of three models, with `model`, `logits_distance` (mean absolute, from the untouched model's),
+    `logits_relative` (the norm of that over the norm of the untouched model's), `before` and `after` (accuracies).
 
     Args:
         data: an `ImageData`.
+        name, sizes: of `BACKBONES`, and fields of its configuration other than those there.
         epochs, fine_tuning: of training the backbone, and of training each model on.
-        sizes: fields of `Dinov2Config` other than the default's.
     """
     (images, labels), (unseen, expected) = (tensors(rows, device) for rows in (data.train, data.validation))
-    small = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "patch_size": 4, **sizes}
+    cls, small = BACKBONES[name]
     torch.manual_seed(seed)
-    config = Dinov2Config(**small, image_size=SIZE, num_labels=len(data.labels))
-    backbone = Dinov2ForImageClassification(config).to(device)
+    config = cls.config_class(**{**small, **sizes}, image_size=SIZE, num_labels=len(data.labels))
+    backbone = cls(config).to(device)
     train(backbone, images, labels, epochs, 1e-3, batch, seed)
     untouched = logits_of(backbone, unseen, batch)
     models = {
-        "residual": karatize(backbone, LAYERS),
-        "replace": karatize(backbone, LAYERS, start="replace", images=images[:batch]),
-        "softmax": backbone,  # Last, because it is trained on itself.
+        "residual": lambda: karatize(backbone, LAYERS),
+        "replace": lambda: karatize(backbone, LAYERS, start="replace", images=images[:batch]),
+        "softmax": lambda: backbone,  # Last, because it is trained on itself.
     }
-    rows = []
-    for name, model in models.items():
+    for start, make in models.items():
+        began = time.perf_counter()
+        torch.manual_seed(seed)
+        model = make()
         logits = logits_of(model, unseen, batch)
         train(model, images, labels, fine_tuning, 2e-4, batch, seed + 1)
-        rows.append(
-            {
-                "model": name,
-                "logits_distance": float((logits - untouched).abs().mean()),
-                "before": float((logits.argmax(1) == expected).float().mean()),
-                "after": float((logits_of(model, unseen, batch).argmax(1) == expected).float().mean()),
-            }
-        )
-    return rows
+        yield {
+            "model": start,
+            "logits_distance": float((logits - untouched).abs().mean()),
+            "logits_relative": float((logits - untouched).norm() / untouched.norm()),
+            "before": float((logits.argmax(1) == expected).float().mean()),
+            "after": float((logits_of(model, unseen, batch).argmax(1) == expected).float().mean()),
+            "training_images": len(images),
+            "test_images": len(unseen),
+            "seconds": time.perf_counter() - began,
+        }
 
 
 def main() -> None:
     parser = Parser(prog="python -m benchmarks.backbones", description=__doc__.partition("\n\n")[0].strip())
-    parser.add_argument(
-        "--data-path", type=Path, required=True, help="folder with CIFAR-10, as the training script has it"
-    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backbone", default="dinov2", choices=list(BACKBONES))
+    parser.add_argument("--sizes", type=json.loads, default={}, help="as '{\"hidden_size\": 64}'")
     parser.add_argument("--epochs", type=int, default=60, help="of training the backbone")
     parser.add_argument("--fine-tuning", type=int, default=20, help="epochs of each model afterwards")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    data = load_data(settings_of(args.data_path, args.device).data, args.seed)
-    print(f"{'model':10} {'logits':>8} {'before':>8} {'after':>8}")
-    for row in compare(data, args.device, args.epochs, args.fine_tuning, args.batch, args.seed):
-        print(f"{row['model']:10} {row['logits_distance']:8.4f} {row['before']:8.4f} {row['after']:8.4f}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, help="CSV to append to (default: results/DEVICE_backbones.csv)")
+    args, words = parser.parse_known_args()
+    settings = parse_settings([*words, *(["--use_cpu"] if args.device == "cpu" else [])])
+    data = load_data(settings.data, settings.training.seed)
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
+    same = {
+        "benchmark": "backbones",
+        "backbone": args.backbone,
+        "sizes": json.dumps(args.sizes),
+        "epochs": args.epochs,
+        "fine_tuning": args.fine_tuning,
+        "command": shlex.join(["python", "-m", "benchmarks.backbones", *sys.argv[1:]]),
+        "commit": done.stdout.strip(),
+    }
+    for seed in args.seeds:
+        table = FineTuning(args.device)
+        for row in compare(
+            data, args.device, args.backbone, args.sizes, args.epochs, args.fine_tuning, args.batch, seed
+        ):
+            table.add(**same, seed=seed, **row)
+        table.write(args.output or RESULTS / f"{args.device}_backbones.csv")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def test_fine_tuning_karatized_backbones():
     with runs.workspace(None, 20) as (_, folder):
         data = load_data(rivals.settings_of(folder, "cpu").data, 0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
-    residual, replace, softmax = backbones.compare(data, "cpu", epochs=1, fine_tuning=1, batch=10, seed=0, **sizes)
+    how = {"epochs": 1, "fine_tuning": 1, "batch": 10, "seed": 0}
+    residual, replace, softmax = backbones.compare(data, "cpu", "dinov2", sizes, **how)
     assert [row["model"] for row in (residual, replace, softmax)] == ["residual", "replace", "softmax"]
     assert residual["logits_distance"] == softmax["logits_distance"] == 0.0 < replace["logits_distance"]
     assert residual["before"] == softmax["before"]
