@@ -10,6 +10,7 @@ model's before fine-tuning, and the accuracy on the evaluation images before and
 of the training script.
 """
 
+import copy
 import json
 import shlex
 import subprocess
@@ -117,9 +118,9 @@ def compare(data, device: str, name: str, sizes: dict, epochs: int, fine_tuning:
     train(backbone, images, labels, epochs, 1e-3, batch, seed)
     untouched = logits_of(backbone, unseen, batch)
     models = {
+        "softmax": lambda: copy.deepcopy(backbone),
         "residual": lambda: karatize(backbone, LAYERS),
         "replace": lambda: karatize(backbone, LAYERS, start="replace", images=images[:batch]),
-        "softmax": lambda: backbone,  # Last, because it is trained on itself.
     }
     for start, make in models.items():
         began = time.perf_counter()
@@ -162,13 +163,12 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "benchmarks.backbones", *sys.argv[1:]]),
         "commit": done.stdout.strip(),
     }
+    how = (args.device, args.backbone, args.sizes, args.epochs, args.fine_tuning, args.batch)
     for seed in args.seeds:
-        table = FineTuning(args.device)
-        for row in compare(
-            data, args.device, args.backbone, args.sizes, args.epochs, args.fine_tuning, args.batch, seed
-        ):
+        for row in compare(data, *how, seed):
+            table = FineTuning(args.device)  # Written at once: the next takes as long.
             table.add(**same, seed=seed, **row)
-        table.write(args.output or RESULTS / f"{args.device}_backbones.csv")
+            table.write(args.output or RESULTS / f"{args.device}_backbones.csv")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from transformers.utils import is_torchvision_available
 
 from .configuration_karat_vit import KArAtViTConfig
 from .conversion import convert_timm_state_dict
-from .karat_backbones import MODELS as KARATIZED_MODELS
+from .karatize import MODELS as KARATIZED_MODELS
 from .karatize import karatize
 from .modeling_karat_vit import (
     KArAtViTBackbone,

@@ -9,8 +9,8 @@ has made its modules; what a family has of its own is its `Family`.
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +61,7 @@ from .karat_operator import KArAtOperator
 
 
 # What a checkpoint of a karatized model has to bring. A classifier or pooler may be new.
-_ENCODER = re.compile(r"(^|\.)(embeddings|layers?|blocks|encoder)\.")
+_ENCODER = re.compile(r"(^|\.)(embeddings|layers?|blocks|encoder)\.|^timm_model\.(?!head\.)")
 
 
 def _vision(config):
@@ -69,13 +69,14 @@ def _vision(config):
     return getattr(config, "vision_config", config)
 
 
-def _patch_grid(config, image_size, index: int) -> tuple[int, int]:
+def _patch_grid(model, image_size, index: int) -> tuple[int, int]:
     """Patches of an image along (height, width); the same in each block."""
-    return patches_of(image_size, _vision(config).patch_size)
+    return patches_of(image_size, _vision(model.config).patch_size)
 
 
-def _swin_window(config, image_size, index: int) -> tuple[int, int]:
+def _swin_window(model, image_size, index: int) -> tuple[int, int]:
     """The window of block `index`, counted through the stages: Swin shrinks it to the smaller side of the stage."""
+    config = model.config
     stage = next(stage for stage in range(len(config.depths)) if index < sum(config.depths[: stage + 1]))
     sides = [
         -(-side // patch) for side, patch in zip(height_and_width(image_size), height_and_width(config.patch_size))
@@ -86,11 +87,12 @@ def _swin_window(config, image_size, index: int) -> tuple[int, int]:
     return window, window
 
 
-def _vitdet_window(config, image_size, index: int) -> tuple[int, int]:
+def _vitdet_window(model, image_size, index: int) -> tuple[int, int]:
     """The window of a block with windows, and all patches in the others."""
+    config = model.config
     if config.window_size > 0 and index in config.window_block_indices:
         return config.window_size, config.window_size
-    return _patch_grid(config, image_size, index)
+    return _patch_grid(model, image_size, index)
 
 
 class KArAtVitDetAttention(VitDetAttention):
@@ -140,19 +142,21 @@ class Family:
 
     Args:
         attention: names of the modules that call the attention interface (they differ between Transformers' versions).
-        prefix_tokens: special tokens of a configuration.
-        grid: patches that attend to each other, (rows, columns), by configuration, image size and block.
+        prefix_tokens: special tokens, by model and block.
+        grid: patches that attend to each other, (rows, columns), by model, image size and block.
+        image_size: of a model, pixels or [height, width].
         lowest: scores are masked by adding this or less.
         check: raises a `ValueError` for a configuration that cannot be supported.
-        module: what the attention modules become, where they do not go through the attention interface.
+        modules: what the attention modules become, by their names, where they do not go through the attention interface.
     """
 
     attention: tuple[str, ...]
-    prefix_tokens: Callable = lambda config: 1
+    prefix_tokens: Callable = lambda model, index: 1
     grid: Callable = _patch_grid
+    image_size: Callable = lambda model: _vision(model.config).image_size
     lowest: float = -math.inf
     check: Callable = lambda config: None
-    module: type | None = None
+    modules: Mapping[str, type] = field(default_factory=dict)
 
 
 if TYPE_CHECKING:  # What it is mixed into.
@@ -171,6 +175,7 @@ class KArAtBackbone(_Mixed):
 
     family: Family
     auto_name: str
+    auto_map: dict[str, str]
     # Trainer has to divide the loss by the accumulation steps itself: the losses take no `num_items_in_batch`.
     accepts_loss_kwargs = False
 
@@ -192,8 +197,7 @@ class KArAtBackbone(_Mixed):
         modules = attention_modules(self, self.family)
         for index in checked_layers(karat["layers"], len(modules)):
             attention: Any = modules[index]
-            if self.family.module is not None:
-                attention.__class__ = self.family.module
+            attention.__class__ = self.family.modules.get(type(attention).__name__, type(attention))
             heads = getattr(attention, "num_attention_heads", None) or attention.num_heads
             count = karat["heads"]
             if count is not None and count > heads:
@@ -202,12 +206,14 @@ class KArAtBackbone(_Mixed):
                 heads,
                 count,
                 getattr(attention, "head_dim", None) or attention.attention_head_size,
-                self.family.prefix_tokens(self.config),
-                self.family.grid(self.config, karat["image_size"], index),
+                self.family.prefix_tokens(self, index),
+                self.family.grid(self, karat["image_size"], index),
                 karat["operator"],
             )
             attention.karat = KArAtHeads(operator, karat["start"], self.family.lowest)
-            if self.family.module is None:
+            if self.family.modules:
+                attention.karat.model_config = self.config
+            else:
                 attention.karat.put_into(attention)
 
     def initialize_weights(self):
@@ -258,7 +264,7 @@ class KArAtBackbone(_Mixed):
         As in Transformers, with two differences: parameters keep their present names, and `auto_map` names all auto
         classes of the family.
         """
-        self.config.auto_map = auto_map(type(self))
+        self.config.auto_map = self.auto_map
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
@@ -277,14 +283,6 @@ def checked_layers(layers, count: int) -> list[int]:
     if not chosen or len(chosen) != len(list(layers)):
         raise ValueError(f"`layers` is {list(layers)}, expected blocks, each once.")
     return chosen
-
-
-def auto_map(cls) -> dict[str, str]:
-    """What `config.auto_map` says of a model of this class: its family's auto classes, itself among them."""
-    same = [other for other in MODELS if other.config_class is cls.config_class]
-    names = {other.auto_name: f"karat_backbones.{other.__name__}" for other in reversed(same)}
-    names[cls.auto_name] = f"karat_backbones.{cls.__name__}"
-    return {"AutoConfig": f"karat_backbones.{cls.config_class.__name__}", **names}
 
 
 @strict
@@ -392,20 +390,25 @@ def _nothing_hidden(config) -> None:
 
 
 _VIT = Family(("ViTAttention",))
-_DEIT = Family(("DeiTAttention",), prefix_tokens=lambda config: 2)
+_DEIT = Family(("DeiTAttention",), prefix_tokens=lambda model, index: 2)
 _DINOV2 = Family(("Dinov2Attention", "Dinov2SelfAttention"))
 _REGISTERS = Family(
     ("Dinov2WithRegistersAttention", "Dinov2WithRegistersSelfAttention"),
-    prefix_tokens=lambda config: 1 + config.num_register_tokens,
+    prefix_tokens=lambda model, index: 1 + model.config.num_register_tokens,
 )
 _VIT_MAE = Family(("ViTMAEAttention",), check=_nothing_hidden)
 _BEIT = Family(("BeitAttention",))
 _CLIP = Family(("CLIPAttention",))
-_SIGLIP = Family(("SiglipAttention",), prefix_tokens=lambda config: 0)
+_SIGLIP = Family(("SiglipAttention",), prefix_tokens=lambda model, index: 0)
 # Swin adds -100 to the scores of pairs from different windows, together with the bias.
-_SWIN = Family(("SwinAttention",), prefix_tokens=lambda config: 0, grid=_swin_window, lowest=-50.0)
+_SWIN = Family(("SwinAttention",), prefix_tokens=lambda model, index: 0, grid=_swin_window, lowest=-50.0)
 
-_VITDET = Family(("VitDetAttention",), prefix_tokens=lambda config: 0, grid=_vitdet_window, module=KArAtVitDetAttention)
+_VITDET = Family(
+    ("VitDetAttention",),
+    prefix_tokens=lambda model, index: 0,
+    grid=_vitdet_window,
+    modules={"VitDetAttention": KArAtVitDetAttention},
+)
 
 
 class KArAtPlainViTModel(KArAtBackbone, ViTModel):
@@ -456,7 +459,7 @@ class KArAtViTMAEModel(KArAtBackbone, ViTMAEModel):
             noise: order of the patches, (B, patches), ascending; `None`: natural.
         """
         if noise is None:
-            patches = math.prod(_patch_grid(self.config, pixel_values.shape[2:], 0))
+            patches = math.prod(_patch_grid(self, pixel_values.shape[2:], 0))
             noise = torch.arange(patches, device=pixel_values.device).expand(len(pixel_values), -1)
         elif not (noise.diff(dim=-1) > 0).all():
             raise ValueError(
@@ -505,8 +508,34 @@ class KArAtVitDetBackbone(KArAtBackbone, VitDetBackbone):
     config_class, family, auto_name = KArAtVitDetConfig, _VITDET, "AutoBackbone"
 
 
-# Of two models with one auto class, the first is what the auto class makes of a configuration.
-MODELS = (
+def parent(cls) -> Any:
+    """Transformers' class of a model or configuration of this module."""
+    return cls.__bases__[-1]
+
+
+def register(*models) -> tuple:
+    """
+    Register the models of a file, of all families in it, for remote code. Of two models with one configuration and one
+    auto class, the first is what the auto class makes, unless the other was saved.
+    """
+    for model in models:
+        config, file = model.config_class, model.__module__.rpartition(".")[2]
+        same = [other for other in reversed(models) if other.config_class is config]
+        names = {"AutoConfig": config.__name__} | {other.auto_name: other.__name__ for other in (*same, model)}
+        model.auto_map = {auto: f"{file}.{name}" for auto, name in names.items()}
+        model.register_for_auto_class(model.auto_name)
+        config.register_for_auto_class()
+        # Renamings of weights are looked up by class or by model type, and do not reach subclasses.
+        for ours, theirs in (
+            (model.__name__, parent(model).__name__),
+            (config.model_type, parent(config).model_type),
+        ):
+            if (mapping := get_checkpoint_conversion_mapping(theirs)) is not None:
+                register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
+    return models
+
+
+MODELS = register(
     KArAtPlainViTModel,
     KArAtPlainViTForImageClassification,
     KArAtDeiTModel,
@@ -528,20 +557,3 @@ MODELS = (
     KArAtVitDetModel,
     KArAtVitDetBackbone,
 )
-
-
-def parent(cls) -> Any:
-    """Transformers' class of a model or configuration of this module."""
-    return cls.__bases__[-1]
-
-
-for _model in MODELS:
-    _model.register_for_auto_class(_model.auto_name)
-    _model.config_class.register_for_auto_class()
-    # Renamings of weights are looked up by class or by model type, and do not reach subclasses.
-    for _ours, _theirs in (
-        (_model.__name__, parent(_model).__name__),
-        (_model.config_class.model_type, parent(_model.config_class).model_type),
-    ):
-        if (_mapping := get_checkpoint_conversion_mapping(_theirs)) is not None:
-            register_checkpoint_conversion_mapping(_ours, _mapping, overwrite=True)

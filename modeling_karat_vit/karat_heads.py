@@ -124,6 +124,7 @@ class KArAtHeads(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         implementation: str | None = None,
+        weight: torch.Tensor | None = None,
         **kwargs,
     ):
         """
@@ -135,6 +136,7 @@ class KArAtHeads(nn.Module):
             attention_mask: as the interface has it: `None`, keys (B, N), or (B or 1, h or 1, N, N), boolean or added to
                 the scores.
             implementation: how to attend; default: as the model's configuration says.
+            weight: factor of `gamma`, (KArAt heads, 1, 1).
 
         Returns:
             Output (B, N, h, d); with `eager` the attention maps (B, h, N, N), otherwise `None`. Under the residual
@@ -163,10 +165,11 @@ class KArAtHeads(nn.Module):
                 maps = karat_maps if maps is None else torch.cat([karat_maps, maps], dim=1)
             return output.contiguous(), maps if implementation == "eager" else None
         others = query.shape[1] - self.heads
-        gamma = self.gamma.to(karat.dtype)
-        output = output + F.pad(karat * gamma[:, None], (0, 0, 0, others))
+        gamma = self.gamma.to(karat.dtype)[:, None, None]
+        gamma = gamma if weight is None else gamma * weight
+        output = output + F.pad(karat * gamma[:, 0], (0, 0, 0, others))
         if karat_maps is not None and maps is not None:
-            maps = maps + F.pad(karat_maps * gamma[:, None, None], (0, 0, 0, 0, 0, others))
+            maps = maps + F.pad(karat_maps * gamma, (0, 0, 0, 0, 0, others))
         return output, maps
 
     def attend(self, query, key, value, attention_mask, scaling: float, implementation: str):

@@ -8,12 +8,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_karat_vit import KArAtViTConfig
-from .karat_backbones import MODELS, KArAtBackbone, _vision, attention_modules, checked_layers, parent
+from .karat_backbones import MODELS as BACKBONES
+from .karat_backbones import KArAtBackbone, attention_modules, checked_layers, parent
+from .karat_convit import MODELS as CONVIT
 from .karat_heads import STARTS, KArAtHeads
 
 
 logger = logging.get_logger(__name__)
 
+MODELS = (*BACKBONES, *CONVIT)
 _DROPPED = ("model_type", "architectures", "auto_map", "transformers_version")
 
 
@@ -49,6 +52,7 @@ def karatize(
         ValueError: the model cannot be supported, or a setting is out of range; the message says why.
     """
     cls = _class_for(model)
+    cls.family.check(model.config)
     if start not in STARTS:
         raise ValueError(f"`start` is {start!r}, expected one of {', '.join(map(repr, STARTS))}.")
     if (images is None) == (start == "replace"):
@@ -61,7 +65,7 @@ def karatize(
         "layers": checked_layers(layers, count),
         "heads": heads,
         "start": start,
-        "image_size": _vision(model.config).image_size if image_size is None else image_size,
+        "image_size": cls.family.image_size(model) if image_size is None else image_size,
         "operator": dict(operator),
     }
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _DROPPED}

@@ -29,6 +29,9 @@ from transformers import (
     SwinConfig,
     SwinForImageClassification,
     SwinModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperModel,
     ViTConfig,
     VitDetBackbone,
     VitDetConfig,
@@ -55,6 +58,9 @@ SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "nu
 # Block 0: windows of 2x2 of 3x3 patches, padded. Block 1: all patches.
 VITDET = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4}
 VITDET |= {"pretrain_image_size": 12, "window_size": 2, "window_block_indices": [0]}
+# Block 0: GPSA, 4 tokens. Block 1: plain, with the class token.
+CONVIT = {"architecture": "convit_tiny", "num_labels": 3, "model_args": {"img_size": 8, "patch_size": 4, "depth": 2}}
+CONVIT["model_args"] |= {"embed_dim": 8, "num_heads": 2, "local_up_to_layer": 1}
 
 
 def _clip():
@@ -95,6 +101,8 @@ MAKERS = {
     "vitdet_backbone": lambda: VitDetBackbone(
         VitDetConfig(**VITDET, use_relative_position_embeddings=True, out_features=["stage2"])
     ),
+    "convit": lambda: TimmWrapperModel(TimmWrapperConfig(**CONVIT)),
+    "convit_classifier": lambda: TimmWrapperForImageClassification(TimmWrapperConfig(**CONVIT)),
 }
 OPERATOR = {"grid_size": 1, "karat_rank": 3}
 
@@ -112,7 +120,8 @@ def make(name: str):
 def images_for(model, count: int = 2):
     """Images of the model's size, (count, 3, H, W)."""
     config = getattr(model.config, "vision_config", model.config)
-    return torch.randn(count, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+    size = getattr(config, "image_size", 8)
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def features(model, images, **kwargs):

@@ -17,6 +17,9 @@ from transformers import (
     LlamaModel,
     T5Config,
     T5Model,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperModel,
     ViTMAEConfig,
     ViTMAEForPreTraining,
     ViTMAEModel,
@@ -45,6 +48,17 @@ def set_gamma(model, value: float):
         for heads in heads_of(model):
             heads.gamma.fill_(value)
     return model
+
+
+def maps_of(model, images):
+    """Maps of the last block; of timm's, which gives none, by its own projection."""
+    if not type(model).__name__.startswith("TimmWrapper"):
+        return model(pixel_values=images, output_attentions=True).attentions[-1]
+    attention, tokens = model.timm_model.blocks[-1].attn, []
+    with attention.register_forward_pre_hook(lambda module, args: tokens.append(args[0])):
+        model(images)
+    query, key, _ = attention.qkv(tokens[0]).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return (query @ key.mT * attention.scale).softmax(-1)
 
 
 def set_attention(model, implementation: str):
@@ -116,13 +130,13 @@ def test_some_heads_and_maps_of_the_reference(source):
     set_attention(source, "eager")
     images = images_for(source)
     last = karatize(source, layers=[-1], heads=1, start="replace", images=images, calibration_steps=0, **OPERATOR)
-    maps = [model(pixel_values=images, output_attentions=True).attentions[-1] for model in (source, last)]
+    maps = [maps_of(model, images) for model in (source, last)]
     if "MAE" not in type(source).__name__:  # shuffled there
         torch.testing.assert_close(maps[1][:, 1:], maps[0][:, 1:])
     assert (maps[1][:, :1] - maps[0][:, :1]).abs().max() > 1e-3
     residual = set_gamma(karatize(source, layers=[-1], heads=1, **OPERATOR), 1.0)
     heads_of(residual)[0].load_state_dict(heads_of(last)[0].state_dict(), strict=False)
-    both = residual(pixel_values=images, output_attentions=True).attentions[-1]
+    both = maps_of(residual, images)
     if "MAE" not in type(source).__name__:
         torch.testing.assert_close(both[:, :1], maps[0][:, :1] + maps[1][:, :1])
 
@@ -211,6 +225,45 @@ def test_swin_windows_do_not_see_each_other():
     assert not torch.allclose(before[region], after[region])
 
 
+@pytest.mark.parametrize("start", ["residual", "replace"])
+def test_gates_and_positions_stay(start):
+    """In ConViT's gated blocks KArAt is in the place of one of two softmaxes, or beside it; the other heads are timm's."""
+    source = make("convit_classifier")
+    images, gated = images_for(source), source.timm_model.blocks[0].attn
+    tokens = []
+    gated.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
+    source(images)
+    settings = {} if start == "residual" else {"images": images, "calibration_steps": 0}
+    model = karatize(source, layers=[0], heads=1, start=start, **settings, **OPERATOR)
+    if start == "residual":
+        set_gamma(model, 0.7)
+    (heads,) = heads_of(model)
+    assert heads.operator.config.num_tokens == 4  # No class token yet.
+    maps = model(images, output_attentions=True).attentions
+    assert [tuple(found.shape) for found in maps] == [(2, 2, 4, 4), (2, 2, 5, 5)]
+    expected = gated.get_attention(tokens[0])
+    query, key = gated.qk(tokens[0]).unflatten(2, (2, 2, -1)).permute(2, 0, 3, 1, 4)
+    scores = (query @ key.mT * gated.scale)[:, :1]
+    karat = heads.operator.activate(scores, heads.operator.tensors(torch.float32), None)
+    gate = gated.gating_param[0].sigmoid()
+    own = expected[:, :1] - (1 - gate) * scores.softmax(-1) if start == "replace" else expected[:, :1]
+    torch.testing.assert_close(maps[0][:, :1], own + (1 - gate) * karat * (0.7 if start == "residual" else 1.0))
+    torch.testing.assert_close(maps[0][:, 1:], expected[:, 1:])
+    values = gated.v(tokens[0]).unflatten(2, (2, -1)).permute(0, 2, 1, 3)
+    block = model.timm_model.blocks[0].attn
+    torch.testing.assert_close(block(tokens[0]), gated.proj((maps[0] @ values).transpose(1, 2).flatten(2)))
+    assert block.maps is None and model(images).attentions is None
+    torch.testing.assert_close(model(images, output_attentions=True, return_dict=False)[1], maps, rtol=0, atol=0)
+
+
+def test_convit_of_the_paper():
+    """The last two blocks are the plain ones, with a class token; those before have 196 tokens."""
+    config = TimmWrapperConfig(architecture="convit_tiny", num_labels=10)
+    model = karatize(TimmWrapperForImageClassification(config), layers=[0, -2, -1], heads=1)
+    assert [heads.operator.config.num_tokens for heads in heads_of(model)] == [196, 197, 197]
+    assert [type(block.attn).__name__ for block in model.timm_model.blocks] == ["KArAtGPSA"] * 10 + ["KArAtMHSA"] * 2
+
+
 def test_mask_of_keys():
     """Keys that may not be seen leave no trace."""
     model = set_gamma(karatize(make("vit"), **OPERATOR), 1.0)
@@ -277,6 +330,8 @@ def test_checkpoint_without_a_weight_is_refused(tmp_path):
         (lambda: BertModel(BertConfig(**LIMITS, vocab_size=8)), "no adapter"),
         (lambda: ViTMAEForPreTraining(ViTMAEConfig(**LIMITS, image_size=8, patch_size=4)), "hides"),
         (lambda: ViTMAEModel(ViTMAEConfig(**LIMITS, image_size=8, patch_size=4)), "mask_ratio"),
+        (lambda: TimmWrapperModel(TimmWrapperConfig(architecture="resnet18")), "resnet18"),
+        (lambda: TimmWrapperModel(TimmWrapperConfig(architecture="vit_tiny_patch16_224")), "convert_timm_state_dict"),
         (lambda: karatize(make("vit"), **OPERATOR), "already"),
     ],
 )
