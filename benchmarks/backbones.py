@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from .common import Table
 SIZE = 32
 LAYERS = [-2, -1]
 PLAIN = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "patch_size": 4}
-BACKBONES = {
+BACKBONES: dict[str, tuple[Any, dict]] = {
     "dinov2": (Dinov2ForImageClassification, PLAIN),
     "deit": (DeiTForImageClassification, {**PLAIN, "intermediate_size": 768}),
     "swin": (

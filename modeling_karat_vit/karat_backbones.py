@@ -147,7 +147,7 @@ class Family:
         image_size: of a model, pixels or [height, width].
         lowest: scores are masked by adding this or less.
         check: raises a `ValueError` for a configuration that cannot be supported.
-        modules: what the attention modules become, by their names, where they do not go through the attention interface.
+        modules: what attention modules become, by their names, where they do not go through the attention interface.
     """
 
     attention: tuple[str, ...]

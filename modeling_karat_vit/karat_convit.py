@@ -23,12 +23,15 @@ from .karat_backbones import Family, KArAtBackbone, register
 try:
     from timm.models.convit import GPSA, MHSA
 except ImportError:
-    GPSA = MHSA = nn.Module
+    GPSA = MHSA = nn.Module  # type: ignore[misc, assignment]
 
 
 class _Heads(nn.Module):
     """What both kinds of attention have in common: softmax as timm computes it, KArAt heads, and maps if wanted."""
 
+    num_heads: int
+    scale: float
+    proj: nn.Linear
     maps: torch.Tensor | None = None  # Of the last images, where `wants_maps`.
     wants_maps = False
 

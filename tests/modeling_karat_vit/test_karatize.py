@@ -227,7 +227,7 @@ def test_swin_windows_do_not_see_each_other():
 
 @pytest.mark.parametrize("start", ["residual", "replace"])
 def test_gates_and_positions_stay(start):
-    """In ConViT's gated blocks KArAt is in the place of one of two softmaxes, or beside it; the other heads are timm's."""
+    """In ConViT's gated blocks KArAt is in the place of one of two softmaxes, or beside it; other heads are timm's."""
     source = make("convit_classifier")
     images, gated = images_for(source), source.timm_model.blocks[0].attn
     tokens = []

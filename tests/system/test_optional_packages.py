@@ -29,6 +29,15 @@ model = AutoModelForImageClassification.from_pretrained(folder)
 assert type(model) is modeling_karat_vit.KArAtViTForImageClassification
 print(pipeline("image-classification", model=folder)(image)[0]["label"])
 assert not set(hidden) & set(sys.modules), set(hidden) & set(sys.modules)
+
+from modeling_karat_vit.karat_convit import KArAtConViTForImageClassification
+
+try:
+    KArAtConViTForImageClassification(KArAtConViTForImageClassification.config_class(architecture="convit_tiny"))
+except ImportError as error:
+    assert "KArAtConViTForImageClassification requires the timm library" in str(error), error
+else:
+    raise AssertionError("a ConViT without timm")
 """
 
 PREDICT = """
