@@ -232,7 +232,7 @@ def _train(settings: Settings, plan: run_folder.Plan, destination: Destination |
         _check_resumed(model, plan.checkpoint, data)
         if settings.data.streaming:
             logger.info("What was seen of the epoch is read again, without decoding it, before training goes on.")
-    processor = build_image_processor(settings.data, model.config.image_size, finetuned)
+    processor = build_image_processor(settings.data, model.config.image_size, finetuned, model.config.model_type)
     with tempfile.TemporaryDirectory() as place:
         # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
         processor.save_pretrained(place)

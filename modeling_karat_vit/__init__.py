@@ -11,8 +11,6 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
-    ViTImageProcessor,
-    ViTImageProcessorPil,
 )
 
 # Under its top-level name, the lowest supported Transformers demands torchvision of it.
@@ -21,6 +19,7 @@ from transformers.utils import is_torchvision_available
 
 from .configuration_karat_vit import KArAtViTConfig
 from .conversion import convert_timm_state_dict
+from .image_processing_karat_vit import KArAtViTImageProcessor, KArAtViTImageProcessorPil
 from .karatize import MODELS as KARATIZED_MODELS
 from .karatize import karatize
 from .modeling_karat_vit import (
@@ -37,8 +36,9 @@ AutoModel.register(KArAtViTConfig, KArAtViTModel, exist_ok=True)
 AutoModelForImageClassification.register(KArAtViTConfig, KArAtViTForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(KArAtViTConfig, KArAtViTForMaskedImageModeling, exist_ok=True)
 AutoBackbone.register(KArAtViTConfig, KArAtViTBackbone, exist_ok=True)
-# Without torchvision, Transformers has a placeholder for its class.
-_processors = {"pil": ViTImageProcessorPil} | ({"torchvision": ViTImageProcessor} if is_torchvision_available() else {})
+_processors: dict[str, type] = {"pil": KArAtViTImageProcessorPil}
+if is_torchvision_available():
+    _processors["torchvision"] = KArAtViTImageProcessor
 AutoImageProcessor.register(KArAtViTConfig, image_processor_classes=_processors, exist_ok=True)
 
 _auto_classes = {auto.__name__: auto for auto in (AutoBackbone, AutoModel, AutoModelForImageClassification)}
@@ -52,6 +52,8 @@ __all__ = [
     "KArAtViTConfig",
     "KArAtViTForImageClassification",
     "KArAtViTForMaskedImageModeling",
+    "KArAtViTImageProcessor",
+    "KArAtViTImageProcessorPil",
     "KArAtViTModel",
     "KArAtViTPreTrainedModel",
     "convert_timm_state_dict",

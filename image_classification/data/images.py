@@ -3,7 +3,7 @@
 The reader of images, for every command. Images are read as Transformers' image-classification pipeline reads them:
 upright, in RGB, the first of several frames, without transparency.
 
-Needs Pillow and NumPy alone.
+Needs nothing of the training side.
 """
 
 import io
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
+
+from modeling_karat_vit.image_processing_karat_vit import has_eight_bits, to_upright_rgb
 
 from ..errors import InputError, reason_of
 
@@ -60,7 +62,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises:
         InputError: it has more than 8 bits a channel, or cannot be converted.
     """
-    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+    if not has_eight_bits(image):
         finite = bool(np.isfinite(np.asarray(image)).all())
         kind = f"has pixels of mode {image.mode}" if finite else "has pixels that are NaN or infinite"
         raise InputError(f"The image {name} {kind}. Expected 8 bits a channel: convert it first.")
@@ -70,11 +72,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
             "other. Crop or remove it."
         )
     try:
-        if image.getexif().get(ExifTags.Base.Orientation) is not None:
-            image = ImageOps.exif_transpose(image)
-        upright = image.convert("RGB")
-        upright.info = {}  # Whoever takes it need not stumble over damaged EXIF data, nor turn it once more.
-        return upright
+        return to_upright_rgb(image)
     except Exception as error:  # Damaged EXIF data, or colours that Pillow does not convert, such as CIE Lab.
         raise InputError(
             f"The image {name} cannot be read as upright RGB ({reason_of(error)}): convert it first."

@@ -11,6 +11,7 @@ from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
+from modeling_karat_vit import KArAtViTImageProcessor, KArAtViTImageProcessorPil
 from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from ..errors import InputError
@@ -24,7 +25,7 @@ BICUBIC = 3  # PIL's number
 
 
 def build_image_processor(
-    args: DataArguments, image_size, checkpoint: BaseImageProcessor | None = None
+    args: DataArguments, image_size, checkpoint: BaseImageProcessor | None = None, model_type: str = "karat_vit"
 ) -> BaseImageProcessor:
     """
     The image processor of the evaluation, by the backend that Transformers' auto class takes here (torchvision's where
@@ -34,10 +35,11 @@ def build_image_processor(
         args: the data arguments; what they leave unset is the checkpoint's.
         image_size: the model's, in pixels or as (height, width).
         checkpoint: the processor that came with the weights, if any.
+        model_type: the model's. Beside a `vit`, which Transformers loads without any code of ours, lies its own class.
 
     Returns:
-        A `ViTImageProcessor`: resize of the shorter side to image size / crop ratio (bicubic) and centre crop; a plain
-        resize for a ratio of 1; then rescale and normalise.
+        A `KArAtViTImageProcessor` or `ViTImageProcessor`: resize of the shorter side to image size / crop ratio
+        (bicubic) and centre crop; a plain resize for a ratio of 1; then rescale and normalise.
     """
     height, width = height_and_width(image_size)
     mean = args.image_mean or getattr(checkpoint, "image_mean", None) or IMAGENET_MEAN
@@ -53,9 +55,11 @@ def build_image_processor(
         shorter = int(height / ratio)
         crop = {"height": height, "width": width}
         geometry = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": crop}
-    kind = ViTImageProcessor if is_torchvision_available() else ViTImageProcessorPil
-    return kind(
-        do_convert_rgb=True,  # Grey, palette and RGBA images, for those who call it with images as they are.
+    kinds = ViTImageProcessorPil, ViTImageProcessor
+    if model_type != "vit":
+        kinds = KArAtViTImageProcessorPil, KArAtViTImageProcessor
+    return kinds[is_torchvision_available()](
+        do_convert_rgb=True,
         do_resize=True,
         resample=getattr(checkpoint, "resample", None) or BICUBIC,
         do_rescale=True,

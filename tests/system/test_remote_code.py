@@ -10,7 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_karat_vit import KArAtViTBackbone, KArAtViTForMaskedImageModeling, KArAtViTModel
+from modeling_karat_vit import (
+    KArAtViTBackbone,
+    KArAtViTForMaskedImageModeling,
+    KArAtViTImageProcessor,
+    KArAtViTImageProcessorPil,
+    KArAtViTModel,
+)
 from modeling_karat_vit.configuration_karat_vit import BASIS_TYPES, WAVELET_TYPES
 from modeling_karat_vit.modeling_karat_vit import AUTO_CLASSES
 from tests.models import make_model, save_checkpoint
@@ -156,3 +162,37 @@ def test_a_stranger_loads_backbone_and_masked_image_modelling(hub, tmp_path, fre
     repositories = [f"me/{cls.__name__}" for cls in (KArAtViTBackbone, KArAtViTForMaskedImageModeling)]
     hide = ["modeling_karat_vit", "image_classification"]
     fresh_interpreter(STRANGER_OF_OTHERS, tmp_path / "expected.pt", *repositories, hide=hide)
+
+
+# Run by the interpreter without the package: arguments are a folder with a processor, an image and its expected pixels,
+# and a repository with the same.
+STRANGER_WITH_IMAGES = """
+import sys
+import torch
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+folder, repository, again = sys.argv[1:]
+for place in (folder, repository, again):
+    processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=True)
+    assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    pixels = processor(Image.open(f"{folder}/image.png"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, torch.load(f"{folder}/pixels.pt")), place
+    processor.save_pretrained(again)
+"""
+
+
+@pytest.mark.parametrize("kind", [KArAtViTImageProcessor, KArAtViTImageProcessorPil])
+def test_a_stranger_prepares_images(kind, hub, tmp_path, fresh_interpreter):
+    """With and without torchvision, whichever class was saved: a partly transparent image gives the same pixels."""
+    folder = tmp_path / "saved"
+    other = KArAtViTImageProcessor if kind is KArAtViTImageProcessorPil else KArAtViTImageProcessorPil
+    other(size={"height": 8, "width": 8}).save_pretrained(folder)
+    hub.add("me/model", {path.name: path.read_bytes() for path in folder.iterdir()})
+    image = Image.new("RGBA", (12, 9), (200, 80, 40, 100))
+    image.save(folder / "image.png")
+    pixels = kind(size={"height": 8, "width": 8})(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    torch.save(pixels, folder / "pixels.pt")
+    hide = ["modeling_karat_vit", "image_classification"]
+    hide += ["torchvision"] if kind is KArAtViTImageProcessorPil else []
+    fresh_interpreter(STRANGER_WITH_IMAGES, folder, "me/model", tmp_path / "again", hide=hide)
