@@ -2,20 +2,20 @@
 """
 Small training runs for the tests of several processes: the same images and the same steps, whatever the layout.
 
-Run by a launcher, this file makes them in as many processes as that started: `processes.py OWN OTHERS [fsdp2]` writes
-into the folder OWN, and goes on from the checkpoints in OTHERS, which another layout wrote. Starting processes takes
-far longer than training, so that all runs share a start.
+The processes are forks of the tests' own, since to start others takes far longer than the training.
 """
 
-import gc
 import os
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -171,11 +171,18 @@ def in_two_forks(function: Callable[[], int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks]
 
 
+def launched_by(config: Path) -> None:
+    """Set the environment of a process that `accelerate launch` starts by this file, without mixed precision."""
+    args = launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
+    args.mixed_precision = "no"
+    os.environ.update(prepare_multi_gpu_env(_validate_launch_command(args)[0]))
+    torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        shard_on_the_cpu()
+
+
 def shard_on_the_cpu() -> None:
     """Let accelerate use FSDP2 over gloo: it does so on accelerators only, PyTorch also on the CPU."""
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
     original = AcceleratorState.__init__
 
     def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -187,13 +194,14 @@ def shard_on_the_cpu() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
-if __name__ == "__main__":
-    if "fsdp2" in sys.argv:
-        shard_on_the_cpu()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # As in conftest.py.
-    mine, theirs = Path(sys.argv[1]), Path(sys.argv[2])
-    train_all(mine, None, 2)
-    train_all(mine, theirs, 2)
-    torch.distributed.destroy_process_group()
+def train_in_two(config: Path, own: Path, others: Path) -> None:
+    """Every run in two processes; and on from the checkpoints in `others`, which one process wrote."""
+
+    def train_all_twice() -> int:
+        launched_by(config)
+        train_all(own, None, 2)
+        train_all(own, others, 2)
+        torch.distributed.destroy_process_group()
+        return 0
+
+    assert in_two_forks(train_all_twice) == [0, 0]

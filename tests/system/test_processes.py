@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
@@ -38,12 +37,6 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_po
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}
 
 
-def launch(config, *words):
-    command = [*LAUNCH, "--config_file", str(config), *map(str, words)]
-    result = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The runs in one process."""
@@ -58,16 +51,14 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ddp(one, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    launch(CONFIGS / "cpu_two_processes.yaml", processes.__file__, folder, one)
+    processes.train_in_two(CONFIGS / "cpu_two_processes.yaml", folder, one)
     return folder
 
 
 @pytest.fixture(scope="module")
 def fsdp2(one, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp2")
-    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "mixed_precision": "no", "num_processes": 2}))
-    launch(folder / "config.yaml", processes.__file__, folder, one, "fsdp2")
+    processes.train_in_two(CONFIGS / "fsdp2.yaml", folder, one)
     return folder
 
 

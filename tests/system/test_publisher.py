@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import HfApi, ModelCard, close_session, constants
 from safetensors.torch import load, load_file
 from transformers import pipeline
@@ -656,10 +655,7 @@ def test_of_several_processes_one_pushes(hub, tmp_path, layout, capfd):
 
     def run():
         if layout == "fsdp2":
-            config = yaml.safe_load((PROJECT / "accelerate_configs" / "fsdp2.yaml").read_text())
-            settings = {key.upper(): str(value) for key, value in config["fsdp_config"].items()}
-            os.environ.update(settings | {"ACCELERATE_USE_FSDP": "true"})
-            processes.shard_on_the_cpu()
+            processes.launched_by(PROJECT / "accelerate_configs" / "fsdp2.yaml")
             gather = ImageClassificationTrainer._whole_weights
             ImageClassificationTrainer._whole_weights = lambda self: print("gathered", flush=True) or gather(self)
         return script.main(argv)
