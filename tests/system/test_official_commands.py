@@ -10,8 +10,6 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from image_classification import main as script
-from image_classification.models.building import build_config
-from image_classification.settings.parser import parse_settings
 from tests.documents import commands
 from tests.images import make_image_folder, own_library_settings  # noqa: F401
 
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_library_settings")
 
 # Contradictory values are errors, so what a test needs smaller is replaced, not repeated.
 FASTER = {"--epochs 100": "--epochs 1", "--num_workers 8": "--num_workers 0"}
-EXTRA = "--input-size 32 --warmup-epochs 0 --device cpu"
+EXTRA = "--input-size 32 --num_hidden_layers 2 --warmup-epochs 0 --device cpu"
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +62,9 @@ def test_universal_command(imagenet, tmp_path, capsys):
 
 def test_evaluation(trained, imagenet, capsys):
     folder, _ = trained
-    words = ["--eval", "--resume", str(folder), "--data-path", str(imagenet), "--data-set", "IMNET", "--device", "cpu"]
-    assert (
-        script.main([*words, "--model", "vit_tiny_patch16_224_karat", "--input-size", "32", "--base_not_trainable"])
-        == 0
-    )
+    words = f"--eval --resume {folder} --data-path {imagenet} --data-set IMNET --device cpu --input-size 32"
+    shape = "--model vit_tiny_patch16_224_karat --num_hidden_layers 2 --base_not_trainable"
+    assert script.main(shlex.split(f"{words} {shape}")) == 0
     accuracy = json.loads((folder / "all_results.json").read_text())["eval_accuracy"]
     assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
 
@@ -86,22 +82,3 @@ def test_finetuning_at_another_size_on_other_classes(trained, tmp_path, capsys):
     assert "`run_name` has no effect: `report_to` is none" in out
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
     assert (config.image_size, config.num_labels, config.hidden_dropout_prob) == (48, 2, 0.1)
-
-
-@pytest.mark.parametrize(
-    "flags, operator",
-    [
-        ("--basis_type SplineBasis --grid 4 --order 2 --grid_range -2 2", "phi1_w2, r=12, B-spline (G=4, order 2"),
-        (
-            "--basis_type WaveletBasis --wavelet_type Morlet --modular_attn --modular_mode w1_phi2",
-            "w1_phi2, r=12, wavelet",
-        ),
-        ("--basis_type RationalBasis --rational_order 3 2 --base_fn nn.SiLU", "rational (3, 2), base silu"),
-        ("--depth 2 --project_l1", "depth 2, all steps learnable, r=12, Fourier (G=3), base zero, L1"),
-        ("--depth 1 --grid 1 --basis_not_trainable", "full rank"),
-        ("--mixed_head --drop-path 0.1", "1 of 3 heads"),
-    ],
-)
-def test_the_operator_is_the_one_of_the_flags(flags, operator):
-    words = f"--model vit_tiny_patch16_224_karat --device cpu {flags}"
-    assert operator in build_config(parse_settings(words.split()).model).describe_operator()
