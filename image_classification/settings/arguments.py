@@ -2,6 +2,7 @@
 """Settings of a run: three dataclasses, with the ranges of their numbers, and what follows from them."""
 
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass, field
@@ -73,6 +74,27 @@ class Range:
         return f"{bounds[0] or 'at least '}{self.low:g} and {bounds[1] or 'at most '}{self.high:g}"
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """
+    How many numbers a list has.
+
+    Args:
+        counts: one of these.
+        rising: the first is not larger than the second.
+    """
+
+    counts: tuple[int, ...]
+    rising: bool = False
+
+    def __contains__(self, numbers: list[float]) -> bool:
+        return len(numbers) in self.counts and not (self.rising and numbers[0] > numbers[1])
+
+    def __str__(self) -> str:
+        return f"{' or '.join(map(str, self.counts))} numbers" + ", the smaller first" * self.rising
+
+
+SIDES, TWO, INTERVAL, CHANNELS = Numbers((1, 2)), Numbers((2,)), Numbers((2,), rising=True), Numbers((3,))
 NOT_NEGATIVE, POSITIVE, COUNT = Range(0), Range(0, above=True), Range(1)
 SHARE, POSITIVE_SHARE, DROPPED = Range(0, 1), Range(0, 1, above=True), Range(0, 1, below=True)
 SIDE, WIDTH, DEGREE = Range(1, 2**14), Range(1, 2**16), Range(0, 64)
@@ -107,8 +129,14 @@ def cores_to_use() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _optional(help: str, **metadata: Any) -> Any:
-    return field(default=None, metadata={"help": help, **metadata})
+def _setting(default: Any, help: str, **metadata: Any) -> Any:
+    told = {"help": help, **metadata}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=told)
+    return field(default=default, metadata=told)
+
+
+_optional = functools.partial(_setting, None)
 
 
 @dataclass
@@ -125,8 +153,8 @@ class ModelArguments:
         "Start from these weights: a checkpoint folder or Hub name. A ViT or DeiT gives its backbone to a KArAt "
         "--model; another --image_size resamples positions and operator; another set of classes gets a new head."
     )
-    drop_distillation_token: bool = field(
-        default=False, metadata={"help": "Start from a distilled DeiT without its distillation token and head."}
+    drop_distillation_token: bool = _setting(
+        False, "Start from a distilled DeiT without its distillation token and head."
     )
     teacher_attention: str | None = _optional(
         "Attend with the maps of this trained model, a checkpoint folder or Hub name: attention transfer to a softmax "
@@ -137,8 +165,8 @@ class ModelArguments:
         "How attention is computed: eager (the reference), karat_portable, or for softmax heads sdpa, ... Unset: the "
         "fastest that applies."
     )
-    image_size: Annotated[list[int] | None, SIDE] = _optional("Image side in pixels, or height and width.")
-    patch_size: Annotated[list[int] | None, SIDE] = _optional("Patch side in pixels, or height and width.")
+    image_size: Annotated[list[int] | None, SIDE, SIDES] = _optional("Image side in pixels, or height and width.")
+    patch_size: Annotated[list[int] | None, SIDE, SIDES] = _optional("Patch side in pixels, or height and width.")
     hidden_size: Annotated[int | None, WIDTH] = _optional("Width of the model.")
     num_hidden_layers: Annotated[int | None, Range(1, 1024)] = _optional("Number of blocks.")
     num_attention_heads: Annotated[int | None, Range(1, 1024)] = _optional("Heads in each block.")
@@ -159,8 +187,10 @@ class ModelArguments:
         "G: harmonics of the Fourier basis, or intervals of the spline's grid."
     )
     spline_order: Annotated[int | None, DEGREE] = _optional("Degree of the B-splines.")
-    grid_range: list[float] | None = _optional("The two scores between which the splines' grid lies.")
-    rational_order: Annotated[list[int] | None, DEGREE] = _optional("Degrees of numerator and denominator.")
+    grid_range: Annotated[list[float] | None, Range(), INTERVAL] = _optional(
+        "The two scores between which the splines' grid lies."
+    )
+    rational_order: Annotated[list[int] | None, DEGREE, TWO] = _optional("Degrees of numerator and denominator.")
     base_fn: str | None = _optional("Base function: zero, or the name of an activation (silu, gelu, ...).")
     karat_rank: Annotated[int | None, Range(1, 2**14)] = _optional("r, the width between the operator's two steps.")
     karat_depth: Annotated[int | None, Range(1, 64)] = _optional("Steps of the operator; 1 is full rank.")
@@ -202,20 +232,16 @@ class DataArguments:
     validation_split: str | None = _optional("Split to evaluate on; unset: validation, valid, val or test.")
     image_column: str | None = _optional("Column of the images; unset: the one that holds images.")
     label_column: str | None = _optional("Column of the labels; unset: the one that holds class labels.")
-    validation_fraction: Annotated[float, SHARE] = field(
-        default=0.1,
-        metadata={"help": "Where there is no split to evaluate on: the part of the training split that is held out."},
+    validation_fraction: Annotated[float, SHARE] = _setting(
+        0.1, "Where there is no split to evaluate on: the part of the training split that is held out."
     )
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the images from the Hub, or from a local folder, one after the other while training: for "
-            "data sets larger than the disk."
-        },
+    streaming: bool = _setting(
+        False,
+        "Read the images from the Hub, or from a local folder, one after the other while training: for "
+        "data sets larger than the disk.",
     )
-    shuffle_buffer: Annotated[int, COUNT] = field(
-        default=4096,
-        metadata={"help": "With streaming: images, undecoded in memory, among which the next one is drawn."},
+    shuffle_buffer: Annotated[int, COUNT] = _setting(
+        4096, "With streaming: images, undecoded in memory, among which the next one is drawn."
     )
     max_train_samples: Annotated[int | None, COUNT] = _optional(
         "Train on this many images, drawn with the seed (of a stream: the first)."
@@ -223,103 +249,78 @@ class DataArguments:
     max_eval_samples: Annotated[int | None, COUNT] = _optional(
         "Evaluate on this many images, drawn with the seed (of a stream: the first)."
     )
-    check_images: str = field(
-        default="auto",
-        metadata={
-            "help": "Decode every image before training starts: all, none, or auto (up to 20,000 images; of larger "
-            "sets each image is checked when it is first read).",
-            "choices": ["auto", "all", "none"],
-        },
+    check_images: str = _setting(
+        "auto",
+        "Decode every image before training starts: all, none, or auto (up to 20,000 images; of larger "
+        "sets each image is checked when it is first read).",
+        choices=["auto", "all", "none"],
     )
-    skip_bad_images: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave out images that cannot be read, name and count them; every image is decoded once before "
-            "training starts."
-        },
+    skip_bad_images: bool = _setting(
+        False,
+        "Leave out images that cannot be read, name and count them; every image is decoded once before "
+        "training starts.",
     )
-    image_mean: Annotated[list[float] | None, SHARE] = _optional(
+    image_mean: Annotated[list[float] | None, SHARE, CHANNELS] = _optional(
         "Mean of each channel, pixels from 0 to 1; unset: of the --finetune checkpoint, else ImageNet's."
     )
-    image_std: Annotated[list[float] | None, POSITIVE] = _optional(
+    image_std: Annotated[list[float] | None, POSITIVE, CHANNELS] = _optional(
         "Standard deviation of each channel; unset as for the mean."
     )
     eval_crop_ratio: Annotated[float | None, POSITIVE_SHARE] = _optional(
         "Evaluation resizes the shorter side to image size / ratio, bicubic, and crops the centre; 1 keeps it whole. "
         "Unset: of the checkpoint, else 0.9."
     )
-    train_crop_scale: Annotated[list[float], POSITIVE_SHARE] = field(
-        default_factory=lambda: [0.08, 1.0],
-        metadata={"help": "Training crops a random part of this size, as a share of the image, and resizes it."},
+    train_crop_scale: Annotated[list[float], POSITIVE_SHARE, INTERVAL] = _setting(
+        [0.08, 1.0], "Training crops a random part of this size, as a share of the image, and resizes it."
     )
-    train_crop_ratio: Annotated[list[float], POSITIVE] = field(
-        default_factory=lambda: [3 / 4, 4 / 3], metadata={"help": "Aspect ratios of the random crops."}
+    train_crop_ratio: Annotated[list[float], POSITIVE, INTERVAL] = _setting(
+        [3 / 4, 4 / 3], "Aspect ratios of the random crops."
     )
-    train_interpolation: str = field(
-        default="bicubic",
-        metadata={"help": "Interpolation of the training crops.", "choices": ["bicubic", "bilinear", "nearest"]},
+    train_interpolation: str = _setting(
+        "bicubic", "Interpolation of the training crops.", choices=["bicubic", "bilinear", "nearest"]
     )
-    horizontal_flip: Annotated[float, SHARE] = field(
-        default=0.5, metadata={"help": "Probability of a horizontal flip in training."}
-    )
-    color_jitter: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.4,
-        metadata={
-            "help": "Strength of the random changes of brightness, contrast and saturation; not beside auto_augment."
-        },
+    horizontal_flip: Annotated[float, SHARE] = _setting(0.5, "Probability of a horizontal flip in training.")
+    color_jitter: Annotated[float, NOT_NEGATIVE] = _setting(
+        0.4, "Strength of the random changes of brightness, contrast and saturation; not beside auto_augment."
     )
     auto_augment: str | None = _optional(
         "RandAugment, AutoAugment or AugMix by timm's string, as rand-m15-n2-mstd1.0-inc1; none: none."
     )
-    random_erasing: Annotated[float, SHARE] = field(
-        default=0.0, metadata={"help": "Probability of erasing a part of a training image."}
+    random_erasing: Annotated[float, SHARE] = _setting(0.0, "Probability of erasing a part of a training image.")
+    random_erasing_mode: str = _setting(
+        "pixel",
+        "Erase with: const (the mean colour), rand (one random colour) or pixel (noise).",
+        choices=["const", "rand", "pixel"],
     )
-    random_erasing_mode: str = field(
-        default="pixel",
-        metadata={
-            "help": "Erase with: const (the mean colour), rand (one random colour) or pixel (noise).",
-            "choices": ["const", "rand", "pixel"],
-        },
-    )
-    random_erasing_count: Annotated[int, Range(1, 1024)] = field(
-        default=1, metadata={"help": "Erase up to this many parts."}
-    )
-    mixup: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none."})
-    cutmix: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none."})
-    cutmix_minmax: Annotated[list[float] | None, SHARE] = _optional(
+    random_erasing_count: Annotated[int, Range(1, 1024)] = _setting(1, "Erase up to this many parts.")
+    mixup: Annotated[float, NOT_NEGATIVE] = _setting(0.0, "Alpha of mixup; 0: none.")
+    cutmix: Annotated[float, NOT_NEGATIVE] = _setting(0.0, "Alpha of CutMix; 0: none.")
+    cutmix_minmax: Annotated[list[float] | None, SHARE, INTERVAL] = _optional(
         "Smallest and largest side of CutMix's part, as shares of the image; in place of its alpha."
     )
-    mixup_prob: Annotated[float, SHARE] = field(
-        default=1.0, metadata={"help": "Probability that a batch is mixed at all."}
+    mixup_prob: Annotated[float, SHARE] = _setting(1.0, "Probability that a batch is mixed at all.")
+    mixup_switch_prob: Annotated[float, SHARE] = _setting(
+        0.5, "Where mixup and CutMix are both on: probability that a mixed batch has CutMix."
     )
-    mixup_switch_prob: Annotated[float, SHARE] = field(
-        default=0.5, metadata={"help": "Where mixup and CutMix are both on: probability that a mixed batch has CutMix."}
+    mixup_mode: str = _setting(
+        "batch", "Mix alike in a whole batch, a pair or each image.", choices=["batch", "pair", "elem"]
     )
-    mixup_mode: str = field(
-        default="batch",
-        metadata={"help": "Mix alike in a whole batch, a pair or each image.", "choices": ["batch", "pair", "elem"]},
-    )
-    repeated_aug: bool = field(
-        default=False,
-        metadata={"help": "Three augmented copies of each image in a batch, from a third of the images per epoch."},
+    repeated_aug: bool = _setting(
+        False, "Three augmented copies of each image in a batch, from a third of the images per epoch."
     )
 
-    augment_on: str = field(
-        default="auto",
-        metadata={
-            "help": "Where training images are augmented: workers (processes on the CPU), device (the one that trains, "
-            "a batch at a time; the workers only read, crop and resize, if they are needed at all), or auto (device on "
-            "an NVIDIA GPU with Triton, if it knows the operations).",
-            "choices": ["auto", "workers", "device"],
-        },
+    augment_on: str = _setting(
+        "auto",
+        "Where training images are augmented: workers (processes on the CPU), device (the one that trains, "
+        "a batch at a time; the workers only read, crop and resize, if they are needed at all), or auto (device on "
+        "an NVIDIA GPU with Triton, if it knows the operations).",
+        choices=["auto", "workers", "device"],
     )
-    resident_share: Annotated[float, SHARE] = field(
-        default=0.25,
-        metadata={
-            "help": "Where the device augments: training images are decoded once, and stay, if they fit into this "
-            "share of its memory, or of the host's free memory; and so do those to evaluate on, in what is left of "
-            "the share of its memory. 0: never."
-        },
+    resident_share: Annotated[float, SHARE] = _setting(
+        0.25,
+        "Where the device augments: training images are decoded once, and stay, if they fit into this "
+        "share of its memory, or of the host's free memory; and so do those to evaluate on, in what is left of "
+        "the share of its memory. 0: never.",
     )
 
     def __post_init__(self):
@@ -337,7 +338,7 @@ class RunArguments(TrainingArguments):
         f"Learning rate for {REFERENCE_BATCH} images a step: the rate that runs is base_lr * global batch / "
         f"{REFERENCE_BATCH}. 5e-4 unless learning_rate is given, which runs as it is."
     )
-    scale_lr: bool = field(default=True, metadata={"help": "Scale base_lr (and attn_lr beside it) with the batch."})
+    scale_lr: bool = _setting(True, "Scale base_lr (and attn_lr beside it) with the batch.")
     learning_rate: Annotated[float | None, NOT_NEGATIVE] = _optional("Learning rate as it runs, in place of base_lr.")
     attn_lr: Annotated[float | None, NOT_NEGATIVE] = _optional(
         "Learning rate of the KArAt parameters; scaled with the batch exactly when base_lr is. Unset: as all others."
@@ -350,44 +351,30 @@ class RunArguments(TrainingArguments):
         "Each block learns at this times the rate of the block above it, the embeddings likewise below the first "
         "block, the last block at this times the head's; an operator that all blocks share goes with the last."
     )
-    sched: str | None = field(
-        default="cosine",
-        metadata={
-            "help": "Learning rate over the run, after the warm-up: cosine, linear, poly (to the power decay_rate) or "
-            "tanh, down to min_lr; step (times decay_rate every decay_epochs) or multistep (at decay_milestones); or "
-            "constant. `--lr_scheduler_type` takes Transformers' own instead.",
-        },
+    sched: str | None = _setting(
+        "cosine",
+        "Learning rate over the run, after the warm-up: cosine, linear, poly (to the power decay_rate) or "
+        "tanh, down to min_lr; step (times decay_rate every decay_epochs) or multistep (at decay_milestones); or "
+        "constant. `--lr_scheduler_type` takes Transformers' own instead.",
     )
-    warmup_epochs: Annotated[float | None, NOT_NEGATIVE] = field(
-        default=5.0, metadata={"help": "Epochs in which the rate rises linearly from warmup_lr."}
+    warmup_epochs: Annotated[float | None, NOT_NEGATIVE] = _setting(
+        5.0, "Epochs in which the rate rises linearly from warmup_lr."
     )
-    warmup_lr: Annotated[float, NOT_NEGATIVE] = field(
-        default=1e-6, metadata={"help": "Learning rate at the start of the warm-up."}
+    warmup_lr: Annotated[float, NOT_NEGATIVE] = _setting(1e-6, "Learning rate at the start of the warm-up.")
+    min_lr: Annotated[float, NOT_NEGATIVE] = _setting(1e-5, "Lowest learning rate of cosine, linear, poly and tanh.")
+    cooldown_epochs: Annotated[float, NOT_NEGATIVE] = _setting(
+        0.0, "Epochs at min_lr at the end; num_train_epochs counts them."
     )
-    min_lr: Annotated[float, NOT_NEGATIVE] = field(
-        default=1e-5, metadata={"help": "Lowest learning rate of cosine, linear, poly and tanh."}
+    decay_epochs: Annotated[float, POSITIVE] = _setting(30.0, "Epochs between the drops of the step schedule.")
+    decay_milestones: Annotated[list[float], NOT_NEGATIVE] = _setting(
+        [30.0, 60.0], "Epochs at which the multistep schedule drops."
     )
-    cooldown_epochs: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.0, metadata={"help": "Epochs at min_lr at the end; num_train_epochs counts them."}
-    )
-    decay_epochs: Annotated[float, POSITIVE] = field(
-        default=30.0, metadata={"help": "Epochs between the drops of the step schedule."}
-    )
-    decay_milestones: Annotated[list[float], NOT_NEGATIVE] = field(
-        default_factory=lambda: [30.0, 60.0], metadata={"help": "Epochs at which the multistep schedule drops."}
-    )
-    decay_rate: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.1, metadata={"help": "Factor of each drop; the power of poly."}
-    )
-    momentum: Annotated[float, DROPPED] = field(
-        default=0.9, metadata={"help": "Momentum of SGD (Nesterov's) and RMSprop."}
-    )
+    decay_rate: Annotated[float, NOT_NEGATIVE] = _setting(0.1, "Factor of each drop; the power of poly.")
+    momentum: Annotated[float, DROPPED] = _setting(0.9, "Momentum of SGD (Nesterov's) and RMSprop.")
 
-    optim: str = field(
-        default="adamw_torch_fused",
-        metadata={
-            "help": "Optimiser: one of Transformers', or one of timm's as timm_NAME (timm_lamb, timm_lion, ...)."
-        },
+    optim: str = _setting(
+        "adamw_torch_fused",
+        "Optimiser: one of Transformers', or one of timm's as timm_NAME (timm_lamb, timm_lion, ...).",
     )
     timm_optimizer: str | None = field(default=None, init=False)
     report_to: list[str] | None = _optional(
@@ -400,16 +387,12 @@ class RunArguments(TrainingArguments):
         "for TensorBoard. Unset: a new one; the same command in the same output_dir goes on with it."
     )
 
-    model_ema: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep an exponential moving average of the weights, evaluate it beside them (eval_ema_*), save it "
-            "in every checkpoint, and end with the better of the two."
-        },
+    model_ema: bool = _setting(
+        False,
+        "Keep an exponential moving average of the weights, evaluate it beside them (eval_ema_*), save it "
+        "in every checkpoint, and end with the better of the two.",
     )
-    model_ema_decay: Annotated[float, SHARE] = field(
-        default=0.99992, metadata={"help": "Decay of the average at each step."}
-    )
+    model_ema_decay: Annotated[float, SHARE] = _setting(0.99992, "Decay of the average at each step.")
     model_ema_device: str | None = _optional("Keep the average there, such as cpu; unset: beside the weights.")
 
     record_step: bool | None = _optional(
@@ -417,74 +400,54 @@ class RunArguments(TrainingArguments):
         "compiled, so that the GPU does not wait for Python. Unset: wherever that can be; the log says which and why."
     )
 
-    per_device_train_batch_size: Annotated[int, COUNT] = field(
-        default=64, metadata={"help": "Images per device and step."}
-    )
+    per_device_train_batch_size: Annotated[int, COUNT] = _setting(64, "Images per device and step.")
     per_device_eval_batch_size: Annotated[int | None, COUNT] = _optional(
         f"Images per device in evaluation; unset: as in training, and on a GPU {EVAL_BATCH} at least."
     )
-    num_train_epochs: Annotated[float, POSITIVE] = field(
-        default=100.0, metadata={"help": "Passes over the training images."}
+    num_train_epochs: Annotated[float, POSITIVE] = _setting(100.0, "Passes over the training images.")
+    weight_decay: Annotated[float, NOT_NEGATIVE] = _setting(0.05, "Weight decay, of matrices only.")
+    adam_epsilon: Annotated[float, NOT_NEGATIVE] = _setting(1e-6, "Epsilon of AdamW.")
+    max_grad_norm: Annotated[float, NOT_NEGATIVE] = _setting(1.0, "Clip the gradient's norm at this; 0: never.")
+    eval_strategy: str = _setting("epoch", "When to evaluate: epoch, steps, no.", choices=["no", "steps", "epoch"])
+    save_strategy: str = _setting(
+        "epoch", "When to save a checkpoint: epoch, steps, no.", choices=["no", "steps", "epoch", "best"]
     )
-    weight_decay: Annotated[float, NOT_NEGATIVE] = field(
-        default=0.05, metadata={"help": "Weight decay, of matrices only."}
+    logging_strategy: str = _setting("epoch", "When to log the training loss.", choices=["no", "steps", "epoch"])
+    save_total_limit: Annotated[int | None, NOT_NEGATIVE] = _setting(
+        2, "Keep this many checkpoint-* folders of the run: the newest, and always the best (0: all)."
     )
-    adam_epsilon: Annotated[float, NOT_NEGATIVE] = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    max_grad_norm: Annotated[float, NOT_NEGATIVE] = field(
-        default=1.0, metadata={"help": "Clip the gradient's norm at this; 0: never."}
+    metric_for_best_model: str | None = _setting(
+        "accuracy", "By which metric of the evaluation a checkpoint is the best."
     )
-    eval_strategy: str = field(
-        default="epoch", metadata={"help": "When to evaluate: epoch, steps, no.", "choices": ["no", "steps", "epoch"]}
-    )
-    save_strategy: str = field(
-        default="epoch",
-        metadata={"help": "When to save a checkpoint: epoch, steps, no.", "choices": ["no", "steps", "epoch", "best"]},
-    )
-    logging_strategy: str = field(
-        default="epoch", metadata={"help": "When to log the training loss.", "choices": ["no", "steps", "epoch"]}
-    )
-    save_total_limit: Annotated[int | None, NOT_NEGATIVE] = field(
-        default=2,
-        metadata={"help": "Keep this many checkpoint-* folders of the run: the newest, and always the best (0: all)."},
-    )
-    metric_for_best_model: str | None = field(
-        default="accuracy", metadata={"help": "By which metric of the evaluation a checkpoint is the best."}
-    )
-    do_train: bool = field(default=True, metadata={"help": "false only evaluates the checkpoint to resume from."})
+    do_train: bool = _setting(True, "false only evaluates the checkpoint to resume from.")
     resume_from_checkpoint: str | None = _optional(
         "Go on from this checkpoint-* folder, or from the last one of a run's folder, or of a repository of the Hub. "
         "The same command in the same output_dir resumes by itself."
     )
-    push_to_hub: bool = field(
-        default=False,
-        metadata={
-            "help": "Push model, code, image processor, card, recipe and curves to the Hugging Face Hub, in the "
-            "background of training and at its end. A push that fails does not stop the run, and the same command "
-            "pushes what is missing."
-        },
+    push_to_hub: bool = _setting(
+        False,
+        "Push model, code, image processor, card, recipe and curves to the Hugging Face Hub, in the "
+        "background of training and at its end. A push that fails does not stop the run, and the same command "
+        "pushes what is missing.",
     )
     hub_model_id: str | None = _optional("Repository to push to, USER/NAME or NAME; unset: the name of output_dir.")
-    hub_strategy: str = field(
-        default="every_save",
-        metadata={
-            "help": "What is pushed when: end (the finished run), every_save (also the model of each checkpoint), "
-            "checkpoint (also the last checkpoint, as last-checkpoint, to go on from on another machine), "
-            "all_checkpoints (every checkpoint).",
-            "choices": [strategy.value for strategy in HubStrategy],
-        },
+    hub_strategy: str = _setting(
+        "every_save",
+        "What is pushed when: end (the finished run), every_save (also the model of each checkpoint), "
+        "checkpoint (also the last checkpoint, as last-checkpoint, to go on from on another machine), "
+        "all_checkpoints (every checkpoint).",
+        choices=[strategy.value for strategy in HubStrategy],
     )
     hub_private_repo: bool | None = _optional("Make a private repository; true refuses one that is there and public.")
     hub_token: str | None = _optional(
         "Token to push with; unset: that of `hf auth login`, or of HF_TOKEN, which keep it out of the command line."
     )
     hub_revision: str | None = _optional("Branch to push to; it is made if it does not exist. Unset: main.")
-    hub_always_push: bool = field(
-        default=False,
-        metadata={"help": "Push every save, also those that wait for one before; else only the newest waits."},
+    hub_always_push: bool = _setting(
+        False, "Push every save, also those that wait for one before; else only the newest waits."
     )
-    hub_overwrite: bool = field(
-        default=False,
-        metadata={"help": "Push where somebody else wrote, too; the repository's history keeps what is replaced."},
+    hub_overwrite: bool = _setting(
+        False, "Push where somebody else wrote, too; the repository's history keeps what is replaced."
     )
 
     dataloader_num_workers: Annotated[int | None, PROCESSES] = _optional(
@@ -497,11 +460,11 @@ class RunArguments(TrainingArguments):
     cpu_threads: Annotated[int | None, Range(1, 1024)] = _optional(
         "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without gradients at every step; these models have none."}
+    ddp_find_unused_parameters: bool | None = _setting(
+        False, "Look for parameters without gradients at every step; these models have none."
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: no column is unused."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: a loss of NaN stops the run."})
+    remove_unused_columns: bool = _setting(False, "Not used: no column is unused.")
+    logging_nan_inf_filter: bool = _setting(False, "Not used: a loss of NaN stops the run.")
 
     def __post_init__(self):
         scaled = self.learning_rate is None
@@ -613,7 +576,11 @@ class RunArguments(TrainingArguments):
     @property
     def optimizer_name(self) -> str:
         """As `optim` names it."""
-        return f"{official_flags.TIMM}{self.timm_optimizer}" if self.timm_optimizer else self.optim.value
+        return (
+            f"{official_flags.TIMM}{self.timm_optimizer}"
+            if self.timm_optimizer
+            else str(getattr(self.optim, "value", self.optim))
+        )
 
     @property
     def global_batch_size(self) -> int:
@@ -643,7 +610,7 @@ class RunArguments(TrainingArguments):
             return f"{line}, schedule {self.lr_scheduler_type.value}"
         line += f", {self.sched}"
         if self.sched in FALLING:
-            line += f" to {min(self.min_lr, self.learning_rate):.4g}"
+            line += f" to {min(self.min_lr, self.learning_rate or 0.0):.4g}"
         line += f", {self.warmup_epochs:g} warm-up epochs" if self.warmup_epochs else ""
         return line + (f", {self.cooldown_epochs:g} at the end" if self.cooldown_epochs else "")
 

@@ -9,24 +9,15 @@ docs/official-command-line.md and the tests read it. Spellings with `-` and `_` 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import not_
 from typing import Any
 
 from ..errors import InputError, did_you_mean
 
 
 # Names of the official code, lower case and without separators -> ours. Our own names are accepted beside them.
-BASES = {
-    "fourier": "fourier",
-    "spline": "spline",
-    "bspline": "spline",
-    "wavelet": "wavelet",
-    "rational": "rational",
-}
-WAVELETS = {
-    "mexicanhat": "mexican_hat",
-    "ricker": "mexican_hat",
-    "derivativeofgaussian": "dog",
-}
+BASES = {name: name for name in ("fourier", "spline", "wavelet", "rational")} | {"bspline": "spline"}
+WAVELETS = {"mexicanhat": "mexican_hat", "ricker": "mexican_hat", "derivativeofgaussian": "dog"}
 # `torch.nn` modules by the name of Transformers' activation that computes the same.
 BASE_FUNCTIONS = {
     "ZeroModule": "zero",
@@ -40,13 +31,7 @@ BASE_FUNCTIONS = {
     "Sigmoid": "sigmoid",
     "Tanh": "tanh",
 }
-OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "sgd": "sgd",
-    "adagrad": "adagrad",
-    "adafactor": "adafactor",
-    "rmsprop": "rmsprop",
-}
+OPTIMIZERS = {name: name for name in ("sgd", "adagrad", "adafactor", "rmsprop")} | {"adamw": "adamw_torch"}
 
 
 def basis_type(value: str) -> str:
@@ -90,7 +75,8 @@ def check_timm_optimizer(value: str) -> str:
         ) from error
     name = value.removeprefix(TIMM)
     # Second-order optimisers need a second backward pass.
-    known = [known for known in list_optimizers(exclude_filters=["bnb*"]) if not get_optimizer_info(known).second_order]
+    usable = map(str, list_optimizers(exclude_filters=["bnb*"]))
+    known = [optimizer for optimizer in usable if not get_optimizer_info(optimizer).second_order]
     if name not in known:
         raise InputError(
             f"There is no optimiser {value}{did_you_mean(name, known)}. timm has {', '.join(known)}; `--optim` takes "
@@ -129,6 +115,7 @@ def device(value: str) -> bool:
 
 
 def positive(value: int) -> int:
+    """The number of KArAt heads, of which there must be any."""
     if value < 1:
         raise InputError(f"--num_attention {value}: expected the number of KArAt heads, 1 or more.")
     return value
@@ -138,8 +125,9 @@ def _plain(value: str) -> str:
     return re.sub(r"[^a-z0-9]", "", value.lower())
 
 
-def _not(value: bool) -> bool:
-    return not value
+def name_of(flag: str) -> str:
+    """`--some-flag`, or `--some_flag` and words after it -> `some_flag`."""
+    return flag.split(" ")[0].lstrip("-").replace("-", "_")
 
 
 def _constant(value: Any) -> Callable[[Any], Any]:
@@ -171,7 +159,7 @@ class OfficialFlag:
 
     @property
     def name(self) -> str:
-        return self.flag.lstrip("-").replace("-", "_")
+        return name_of(self.flag)
 
 
 OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
@@ -196,14 +184,14 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--mixed_head", "num_karat_heads", _constant(0), None, note="1, 3, 6 heads for Tiny, Small, Base"),
     OfficialFlag("--num_attention", "num_karat_heads", positive, int, note="needs `--mixed_head`"),
     OfficialFlag("--project_l1", "project_l1", None, None),
-    OfficialFlag("--basis_not_trainable", "train_basis", _not, None),
-    OfficialFlag("--base_not_trainable", "train_base", _not, None),
+    OfficialFlag("--basis_not_trainable", "train_basis", not_, None),
+    OfficialFlag("--base_not_trainable", "train_base", not_, None),
     # Data
     OfficialFlag("--data-set", "data_set"),
     OfficialFlag("--data-path", "data_path"),
     OfficialFlag("--num_workers", "dataloader_num_workers", None, int),
     OfficialFlag("--pin-mem", "dataloader_pin_memory", None, None),
-    OfficialFlag("--no-pin-mem", "dataloader_pin_memory", _not, None),
+    OfficialFlag("--no-pin-mem", "dataloader_pin_memory", not_, None),
     OfficialFlag("--eval-crop-ratio", "eval_crop_ratio", None, float),
     OfficialFlag("--color-jitter", "color_jitter", None, float),
     OfficialFlag("--train-interpolation", "train_interpolation"),
@@ -218,7 +206,7 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--mixup-switch-prob", "mixup_switch_prob", None, float),
     OfficialFlag("--mixup-mode", "mixup_mode"),
     OfficialFlag("--repeated-aug", "repeated_aug", None, None),
-    OfficialFlag("--no-repeated-aug", "repeated_aug", _not, None),
+    OfficialFlag("--no-repeated-aug", "repeated_aug", not_, None),
     # Optimisation
     OfficialFlag("--batch-size", "per_device_train_batch_size", None, int),
     OfficialFlag("--epochs", "num_train_epochs", None, float),
@@ -229,7 +217,7 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--weight-decay", "weight_decay", None, float),
     OfficialFlag("--clip-grad", "max_grad_norm", None, float),
     OfficialFlag("--lr", "base_lr", None, float, note="per 512 images of the global batch"),
-    OfficialFlag("--unscale-lr", "scale_lr", _not, None, note="`--lr` as it is, whatever the batch"),
+    OfficialFlag("--unscale-lr", "scale_lr", not_, None, note="`--lr` as it is, whatever the batch"),
     OfficialFlag("--attn_lr", "attn_lr", None, float),
     OfficialFlag("--sched", "sched", scheduler),
     OfficialFlag("--warmup-epochs", "warmup_epochs", None, float),
@@ -240,7 +228,7 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--cooldown-epochs", "cooldown_epochs", None, float),
     OfficialFlag("--smoothing", "label_smoothing_factor", None, float),
     OfficialFlag("--model-ema", "model_ema", None, None),
-    OfficialFlag("--no-model-ema", "model_ema", _not, None),
+    OfficialFlag("--no-model-ema", "model_ema", not_, None),
     OfficialFlag("--model-ema-decay", "model_ema_decay", None, float),
     OfficialFlag("--model-ema-force-cpu", "model_ema_device", _constant("cpu"), None),
     # Run
@@ -292,7 +280,7 @@ def combine(given: list[Given]) -> list[Given]:
     * `--modular_attn` is refined by `--modular_mode`; `--depth` without either is the operator that is not modular.
     * `--mixed_head` is refined by `--num_attention`, which means nothing without it.
     """
-    names = {_name(item.spelling) for item in given}
+    names = {name_of(item.spelling) for item in given}
     if "num_attention" in names and "mixed_head" not in names:
         raise InputError(
             "--num_attention counts the KArAt heads of mixed attention: add --mixed_head, or leave it out."
@@ -302,7 +290,7 @@ def combine(given: list[Given]) -> list[Given]:
         refined.add("modular_attn")
     if "num_attention" in names:
         refined.add("mixed_head")
-    combined = [item for item in given if _name(item.spelling) not in refined]
+    combined = [item for item in given if name_of(item.spelling) not in refined]
     if "depth" in names and not names & {"modular_attn", "modular_mode"}:
         combined.append(Given("--depth without --modular_attn", "modular_mode", "none"))
     return combined
@@ -342,7 +330,7 @@ OTHERS = {
 
 def hint_of_others(flag: str) -> str:
     """` (here: ...)` for a flag that Transformers' example or timm's script has, or nothing."""
-    known = OTHERS.get(flag.lstrip("-").replace("-", "_"))
+    known = OTHERS.get(name_of(flag))
     return f" (here: {known})" if known else ""
 
 
@@ -361,7 +349,3 @@ def markdown_table() -> str:
         settings = ", ".join(f"`{setting}`" for setting in flag.settings)
         lines.append(f"| `{flag.flag}` | {settings} | {flag.note} |")
     return "\n".join(lines)
-
-
-def _name(spelling: str) -> str:
-    return spelling.split(" ")[0].lstrip("-").replace("-", "_")

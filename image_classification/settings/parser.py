@@ -28,6 +28,7 @@ from .arguments import (
     THEIR_RANGES,
     DataArguments,
     ModelArguments,
+    Numbers,
     Range,
     RunArguments,
     Settings,
@@ -35,7 +36,7 @@ from .arguments import (
     default_record,
     fields_of_settings,
 )
-from .official_flags import OFFICIAL_FLAGS, Given
+from .official_flags import OFFICIAL_FLAGS, Given, name_of
 
 
 class _Record(argparse._StoreAction):
@@ -45,17 +46,15 @@ class _Record(argparse._StoreAction):
         if option_string is None:
             setattr(namespace, self.dest, values)
         else:
-            namespace.given.append((option_string, self.dest, values))
+            namespace.given.append((option_string, self.dest, self.const if self.nargs == 0 else values))
 
 
 class _RecordTrue(argparse._StoreTrueAction):
-    def __call__(self, parser, namespace, values, option_string=None):
-        namespace.given.append((option_string, self.dest, True))
+    __call__ = _Record.__call__
 
 
 class _RecordFalse(argparse._StoreFalseAction):
-    def __call__(self, parser, namespace, values, option_string=None):
-        namespace.given.append((option_string, self.dest, False))
+    __call__ = _Record.__call__
 
 
 class _Help(argparse.HelpFormatter):
@@ -145,12 +144,13 @@ class Parser(HfArgumentParser):
             return value
         if isinstance(value, list) and action.nargs != "+":
             raise InputError(f"{source}: `{name}` is the list {value!r}, expected one value.")
+        convert: Any = action.type
         try:
             if action.nargs == "+":
-                return [action.type(element) for element in official_flags.split_numbers(value)]
-            read = action.type(value)
+                return [convert(element) for element in official_flags.split_numbers(value)]
+            read = convert(value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            kind = getattr(action.type, "__name__", str(action.type))
+            kind = getattr(convert, "__name__", str(convert))
             raise InputError(f"{source}: `{name}` is {value!r}, expected {EXPECTED.get(kind, kind)}.") from error
         self.check_choice(name, read, f"{source}: ")
         return read
@@ -208,18 +208,17 @@ def parse_settings(argv: list[str]) -> Settings:
         given["warmup_epochs"] = None
     record = default_record() | given
     _check(record)
-    parts = [
-        group(**{name: record[name] for owner, name in fields_of_settings() if owner is group})
-        for group in (ModelArguments, DataArguments)
-    ]
-    training = {name: record[name] for owner, name in fields_of_settings() if owner is RunArguments}
+    settings: dict[type, dict[str, Any]] = {ModelArguments: {}, DataArguments: {}, RunArguments: {}}
+    for owner, name in fields_of_settings():
+        settings[owner][name] = record[name]
+    model, data = ModelArguments(**settings[ModelArguments]), DataArguments(**settings[DataArguments])
     try:
-        arguments = RunArguments(**training)
+        training = RunArguments(**settings[RunArguments])
     except InputError:
         raise
     except Exception as error:  # Whatever Transformers, accelerate and DeepSpeed say of a setting.
         raise InputError(f"The settings of training cannot be used: {reason_of(error, whole=True)}") from error
-    return Settings(*parts, arguments, record, Path(recipe) if recipe else None, reported)
+    return Settings(model, data, training, record, Path(recipe) if recipe else None, reported)
 
 
 # Settings whose value is a mapping: in a recipe as such, on the command line in JSON.
@@ -249,7 +248,7 @@ _DATA_SOURCES = ("data_set", "data_path", "dataset_name")
 def _from_flags(spelt: list[tuple[str, str, Any]]) -> dict[str, Any]:
     given = []
     # Of one flag given twice, the last one wins.
-    last = {spelling.lstrip("-").replace("-", "_"): (spelling, *rest) for spelling, *rest in spelt}
+    last = {name_of(spelling): (spelling, *rest) for spelling, *rest in spelt}
     for spelling, name, value in last.values():
         official = name.startswith("official.")
         name = name.removeprefix("official.")
@@ -307,7 +306,7 @@ def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tu
     settings = {}
     for key, value in content.items():
         if key not in parser.settings:
-            official = official_flags.BY_NAME.get(key.lstrip("-").replace("-", "_"))
+            official = official_flags.BY_NAME.get(name_of(key))
             if official is not None and official.settings:
                 hint = f": it is an official flag. Recipes use our name, `{'`, `'.join(official.settings)}`"
             else:
@@ -329,7 +328,7 @@ def _without_counterparts(lower: dict[str, Any], higher: dict[str, Any]) -> dict
     return {name: value for name, value in lower.items() if name not in gone}
 
 
-def _read_yaml(path: Path) -> dict[str, str | list[str] | dict | None]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     """
     The keys of a YAML file and their values, as they are written: a `010`, a `1.10` or a `no` is read by the setting
     that it is of, and not by YAML, which makes 8, 1.1 and false of them. What is in mappings is read by YAML.
@@ -364,18 +363,19 @@ def _as_written(loader: yaml.SafeLoader, node: yaml.Node) -> str | list[str] | d
 
 
 def _normalised(name: str, value: Any) -> Any:
+    """Return the value of a setting that has the official code's names, under our name for it."""
     convert = official_flags.NORMALISE.get(name)
     return convert(value) if convert is not None and isinstance(value, str) else value
 
 
-def _ranges() -> dict[str, Range]:
-    """Of every setting that is a number, or a list of them."""
-    ranges = dict(THEIR_RANGES)
+def _limits() -> dict[str, tuple[Range | Numbers, ...]]:
+    """What is said beside the fields: the range of every number, and how many there are in a list."""
+    limits: dict[str, tuple[Range | Numbers, ...]] = {name: (item,) for name, item in THEIR_RANGES.items()}
     for group in (ModelArguments, DataArguments, RunArguments):
         for name, hint in get_type_hints(group, include_extras=True).items():
-            for item in getattr(hint, "__metadata__", ()):
-                ranges[name] = item
-    return ranges
+            if said := getattr(hint, "__metadata__", ()):
+                limits[name] = said
+    return limits
 
 
 def _check(record: dict[str, Any]) -> None:
@@ -385,14 +385,14 @@ def _check(record: dict[str, Any]) -> None:
     Args:
         record: all settings by name.
     """
-    ranges = _ranges()
+    limits = _limits()
     for name, value in record.items():
         if value == "" and name not in ("auto_augment", "debug"):
             raise InputError(f"`{name}` is empty. Give it a value, or leave it out.")
-        allowed = ranges.get(name, Range())
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and number not in allowed:
-                raise InputError(f"`{name}` is {value}, expected {allowed}.")
+        numbers = [item for item in (value if isinstance(value, list) else [value]) if type(item) in (int, float)]
+        for limit in limits.get(name, (Range(),)) if numbers or value == [] else ():
+            if not all(number in limit for number in (numbers if isinstance(limit, Range) else [value])):
+                raise InputError(f"`{name}` is {value}, expected {limit}.")
     for name, why in NOT_HERE.items():
         if record.get(name) not in (None, default_of(RunArguments, name)):
             raise InputError(f"`{name}` does not work here: {why}. Leave it out.")
@@ -406,18 +406,6 @@ def _check(record: dict[str, Any]) -> None:
             f"`cooldown_epochs` stays at `min_lr`, to which {sched or record['lr_scheduler_type']} does "
             f"not fall. Leave it out, or choose a `sched` of {', '.join(FALLING)}."
         )
-    for name in ("train_crop_scale", "train_crop_ratio", "cutmix_minmax", "grid_range"):
-        pair = record[name]
-        if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
-            raise InputError(f"`{name}` is {pair}, expected two numbers, the smaller first.")
-    for name, counts in (("image_size", (1, 2)), ("patch_size", (1, 2)), ("rational_order", (2,))):
-        values = record[name]
-        if values is not None and len(values) not in counts:
-            raise InputError(f"`{name}` is {values}, expected {' or '.join(map(str, counts))} numbers.")
-    for name in ("image_mean", "image_std"):
-        values = record[name]
-        if values is not None and len(values) != 3:
-            raise InputError(f"`{name}` is {values}, expected three numbers: red, green, blue.")
 
 
 def _check_mapping(name: str, value: Any) -> None:
