@@ -244,7 +244,7 @@ def _train(settings: Settings, plan: run_folder.Plan, destination: Destination |
     if args.should_save:
         trackers.choose_run(args, anew=plan.anew)
     trainer = build_trainer(settings, model, data, processor)
-    trainer.identity = plan.identity
+    trainer.checkpointer.identity = plan.identity
     if resumed:
         # What is recorded of this folder's run stays until the checkpoint is loaded, which may be refused.
         trainer.add_callback(_AtBeginning(begin))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
+from .sharding import local
 
 
 # fp16 skips steps while its loss scaling settles: from 2^16 down to 2^-8, the smallest scale with any use.
@@ -72,8 +72,7 @@ class DivergenceGuard:
             return
         self.flush()
         gradients = {name: parameter.grad for name, parameter in self._trainable.items() if parameter.grad is not None}
-        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients.values()]
-        norms = list(torch._foreach_norm(local)) if local else []
+        norms = list(torch._foreach_norm([local(gradient) for gradient in gradients.values()])) if gradients else []
         loss = torch.stack(self._losses).sum().float()
         values = torch.stack([loss, *(norm.to(loss) for norm in norms)])
         self._losses = []
@@ -95,8 +94,8 @@ class DivergenceGuard:
             Diverged: a weight is not finite.
         """
         self.flush()
-        local = [p.to_local() if isinstance(p, DTensor) else p for p in self._trainable.values()]
-        finite = torch.stack([torch.isfinite(weight).all() for weight in local]).tolist() if local else []
+        each = [torch.isfinite(local(weight)).all() for weight in self._trainable.values()]
+        finite = torch.stack(each).tolist() if each else []
         broken = [name for name, fine in zip(self._trainable, finite, strict=True) if not fine]
         if broken:
             raise Diverged(

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
 from ..runs.checkpoints import check_weights, read_tensors
+from .sharding import divided, local, united, whole
 
 
 FILE = "ema.safetensors"
@@ -39,7 +40,7 @@ class WeightAverage:
         for name, parameter in _averaged(model):
             # Steps of 1 - decay vanish in the rounding of half precision.
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self.tensors[name] = _local(parameter).to(device=device, dtype=dtype, copy=True)
+            self.tensors[name] = local(parameter).to(device=device, dtype=dtype, copy=True)
 
     def is_beside_the_weights(self) -> bool:
         """Whether `update` needs neither another device nor another precision."""
@@ -60,7 +61,7 @@ class WeightAverage:
         averages = list(self.tensors.values())
         weights = [getattr(owner, name) for owner, name in self._owners]
         if not self.is_beside_the_weights():
-            weights = [_local(weight).to(average) for weight, average in zip(weights, averages, strict=True)]
+            weights = [local(weight).to(average) for weight, average in zip(weights, averages, strict=True)]
         if skipped is None:
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
         else:
@@ -73,13 +74,13 @@ class WeightAverage:
         """Overwrite the model's weights with the average."""
         _reshard(model)
         for name, parameter in _averaged(model):
-            _local(parameter).copy_(self.tensors[name])
+            local(parameter).copy_(self.tensors[name])
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The model has the average for its weights within, and its own again after, bit for bit."""
         _reshard(model)
-        own = {name: _local(parameter).clone() for name, parameter in _averaged(model)}
+        own = {name: local(parameter).clone() for name, parameter in _averaged(model)}
         self.copy_to(model)
         try:
             yield
@@ -87,22 +88,12 @@ class WeightAverage:
             _reshard(model)
             with torch.no_grad():
                 for name, parameter in _averaged(model):
-                    _local(parameter).copy_(own[name])
+                    local(parameter).copy_(own[name])
 
     def whole(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Whole tensors by the parameters' names, on the CPU. All processes call it, and get them."""
         _reshard(model)
-        whole = {}
-        for name, parameter in _averaged(model):
-            tensor = self.tensors[name]
-            if isinstance(parameter, DTensor):
-                shard = tensor.to(_local(parameter).device)
-                layout = (parameter.device_mesh, parameter.placements)
-                tensor = DTensor.from_local(
-                    shard, *layout, run_check=False, shape=parameter.shape, stride=parameter.stride()
-                ).full_tensor()
-            whole[name] = tensor.cpu().contiguous()
-        return whole
+        return {name: whole(united(self.tensors[name], parameter)).contiguous() for name, parameter in _averaged(model)}
 
     def load(self, path: Path, model: nn.Module) -> None:
         """
@@ -116,16 +107,11 @@ class WeightAverage:
                 f"{path.parent} has no average of the weights ({path.name}): it was written without `model_ema`. Leave "
                 "`model_ema` out, or start a new run from those weights with --finetune."
             )
-        whole = read_tensors(path)
-        check_weights({name: parameter.shape for name, parameter in _averaged(model)}, whole, path)
+        saved = read_tensors(path)
+        check_weights({name: parameter.shape for name, parameter in _averaged(model)}, saved, path)
         _reshard(model)
         for name, parameter in _averaged(model):
-            tensor = whole[name]
-            if isinstance(parameter, DTensor):
-                # Every process has read the file, so there is nothing to send.
-                layout = (parameter.device_mesh, parameter.placements)
-                tensor = distribute_tensor(tensor.to(parameter.device), *layout, src_data_rank=None).to_local()
-            self.tensors[name].copy_(tensor)
+            self.tensors[name].copy_(local(divided(saved[name], parameter)))
 
 
 def better(metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
@@ -164,12 +150,6 @@ def _owners(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """
     places = (name.rpartition(".") for name, _ in _averaged(model))
     return [(model.get_submodule(path), name) for path, _, name in places]
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part, sharing its memory."""
-    parameter = parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _reshard(model: nn.Module) -> None:

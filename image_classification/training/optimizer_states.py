@@ -14,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import InputError
+from .sharding import divided
 
 
 # Of a group, what is no setting of the optimiser's.
@@ -84,6 +85,10 @@ def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path
                         f"{folder / 'optimizer.pt'} is of another model: `{key}` of a parameter has the shape "
                         f"{tuple(found.shape)}, expected {tuple(parameters[number].shape)}. {_MEND}"
                     )
+        for number, entries in state.items():
+            for key, value in entries.items():
+                if torch.is_tensor(value) and value.shape == parameters[number].shape:
+                    entries[key] = divided(value, parameters[number])
         began = saved.get("began_with") or now
         groups = []
         for index, group in enumerate(now):

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer: loss, parameter groups, schedules, and checkpoints that load every weight or say so."""
+"""The Trainer: where the parts of a training, each with a subject of its own, come together."""
 
 import contextlib
-import copy
 import functools
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,19 +15,22 @@ from accelerate import skip_first_batches
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.dataset import source_of
-from ..errors import InputError, reason_of
+from ..errors import InputError
 from ..runs import checkpoints
+from ..runs.signals import Stopped, StopSignals
 from ..settings.arguments import RunArguments
-from . import ema, optimizer_states
+from . import ema, optimizer_states, parallel
+from .checkpointing import ACTIONS, Checkpointer
 from .divergence import SKIPPED_STEPS, Diverged, DivergenceGuard
+from .loaders import Loaders, tell_epoch
+from .optimization import make_optimizer, make_schedule, setting_up
 from .recorded_step import RecordedStep, obstacle, parts_to_compile, table_of_rates
-from .resumable import ResumableTrainer, plain_name
 from .throughput import Throughput, peak_memory
 
 
@@ -36,27 +38,38 @@ logger = logging.getLogger(__name__)
 
 # Recorded steps between two looks at whether they have diverged; each waits for the device.
 STEPS_UNSEEN = 50
-# Position embeddings and tokens are matrices in shape only; ViT does not decay them.
-NO_DECAY = ("cls_token", "position_embeddings", "mask_token")
 
 
-class ImageClassificationTrainer(ResumableTrainer):
+class ImageClassificationTrainer(Trainer):
     """
-    A Trainer whose runs survive (`ResumableTrainer`), with
+    Transformers' Trainer with
+    * checkpoints that are written whole or not at all, and from which a run goes on exactly (`Checkpointer`);
+    * SIGTERM and Ctrl-C saving a checkpoint at the end of the step (`Stopped` is raised in all processes);
     * a cross-entropy that is normalised over the whole accumulated batch, so that accumulation gives the gradients of
       one large batch, for class indices and for soft targets, with and without label smoothing;
+    * images that were repeated to fill a batch not counted (`parallel`);
     * a learning rate and a weight decay of their own for KArAt parameters, layer-wise decay, timm's optimisers, and the
-      schedules of `RunArguments`;
+      schedules of `RunArguments` (`optimization`);
     * an average of the weights (`model_ema`), evaluated beside them, saved in every checkpoint and resumed;
-    * checkpoints under the parameters' present names;
-    * an error for a loss or gradient that is not finite, which names the step and the parameter;
+    * an error for a loss or gradient that is not finite, which names the step and the parameter (`DivergenceGuard`);
     * a whole step as one CUDA graph, where that can be (`record_step`, `RecordedStep`);
-    * images per second of training alone, without evaluations and checkpoints, and the peak of memory.
+    * images per second of training alone, without evaluations and checkpoints, and the peak of memory (`Throughput`).
+
+    Where `augment` is set, it makes training batches of what the data loader has moved to the device.
+
+    Of Transformers' own methods, whose names begin with an underscore, seven are overridden, each of which says why.
     """
 
     args: RunArguments
+    augment: Callable[[dict], dict[str, torch.Tensor]] | None = None
 
     def __init__(self, *args, **kwargs):
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
+        if any(value.push_to_hub for value in given):
+            raise InputError(
+                "`push_to_hub` of the Trainer writes the token into a file and stops a run whose push fails. Leave it "
+                "out, and add a `publishing.publisher.Publisher` to the callbacks."
+            )
         super().__init__(*args, compute_loss_func=self.cross_entropy, **kwargs)
         # The loss is ours, so the model is not to be handed the number of items.
         self.model_accepts_loss_kwargs = False
@@ -67,33 +80,147 @@ class ImageClassificationTrainer(ResumableTrainer):
                 "`model_ema` does not work with DeepSpeed ZeRO-3, which keeps no parameter whole. Use FSDP2 or ZeRO-2, "
                 "or leave it out."
             )
-        self.average: ema.WeightAverage | None = None
-        self._guard: DivergenceGuard | None = None
-        self.recorded: RecordedStep | None = None
-        self._operations: dict[torch.Size, int] = {}
+        parallel.set_up(self.accelerator, self.model, self.is_fsdp_enabled)
+        self.checkpointer = Checkpointer(self)
+        self.loaders = Loaders(self.accelerator, self.args)
         self.throughput = Throughput(self.args.device)
-        self.add_callback(_Hooks(self))
+        self.average: ema.WeightAverage | None = None
+        self.recorded: RecordedStep | None = None
+        self._guard: DivergenceGuard | None = None
+        self._signals: StopSignals | None = None
+        self._may_stop = False  # Where `_Asked` is caught.
+        self._operations: dict[torch.Size, int] = {}
 
     @property
     def bare_model(self) -> PreTrainedModel:
         """The model without wrappers of DDP or `torch.compile`."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
+    # A run from its beginning to its end
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """
+        Train, from the beginning or from a checkpoint folder.
+
+        Raises:
+            Stopped: by a signal, after a checkpoint was saved.
+            NotWritten: a checkpoint could not be written; the ones before are as they were.
+            Diverged: loss or gradients are not finite any more.
+            InputError: the checkpoint is not one of this model and optimiser.
+        """
+        self.checkpointer.open(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self.args.eval_on_start = False  # It is done already.
+        events = _Events(self)
+        self.add_callback(events)  # The last one, so that the others are ready.
+        try:
+            with StopSignals(speak=self.is_world_process_zero()) as self._signals, _own_stream(self.args.device):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except Diverged as error:
+            if error.weights is not None and (said := self._set_aside(error.weights)):
+                raise Diverged(f"{error}{said}") from error
+            raise
+        finally:
+            self.is_in_train = False
+            self.loaders.end_workers()
+            self.remove_callback(events)
+
     def begin(self) -> None:
-        """When the model is wrapped, its weights and the optimiser are loaded, and the first step is next."""
-        if self.args.model_ema:
-            self.make_average(self.resumed_from)
+        """Make ready for the first step, when the model is wrapped, and its weights and the optimiser are loaded."""
+        if self.args.model_ema and self.checkpointer.resumed_from is None:
+            self.make_average()
         where = f"Nothing of it was saved; checkpoints of before are kept in {self.args.output_dir}. Try a lower rate"
         where += ", or bf16 in place of fp16." if self.args.fp16 else ", or more warm-up."
         self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
         self.recorded = self._make_recorded_step()
         self.throughput.begin()
+        self.checkpointer.catch_up()
 
     def make_average(self, checkpoint: str | Path | None = None) -> None:
         """Begin an average of the weights, or go on with that of a checkpoint."""
         self.average = ema.WeightAverage(self.bare_model, self.args.model_ema_decay, self.args.model_ema_device)
         if checkpoint is not None:
             self.average.load(Path(checkpoint) / ema.FILE, self.bare_model)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+    ):
+        """The one place between two steps where a signal can be answered, and the last step's figures are known."""
+        self.checkpointer.last_step = (grad_norm, learning_rate)
+        self._may_stop = True
+        try:
+            self.stop_if_asked()
+            super()._maybe_log_save_evaluate(
+                tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+            )
+        except _Asked as asked:
+            # At once: an evaluation can take longer than a scheduler waits. It is noted, and done when the run goes on.
+            self._save_checkpoint(model, trial, [name for name in ACTIONS if getattr(self.control, f"should_{name}")])
+            step = self.state.global_step
+            folder = checkpoints.checkpoint_folder(self.args.output_dir, step)
+            raise Stopped(asked.number, folder, step, self.state.epoch) from None
+        finally:
+            self._may_stop = False
+
+    def stop_if_asked(self) -> None:
+        """Within an evaluation of training, and at the end of each of its steps."""
+        if self._may_stop and (number := parallel.largest(self._signals.received)):
+            raise _Asked(number)
+
+    # Steps
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = self.loaders.make(self.train_dataset, self._train_batch_size, self.data_collator, training=True)
+        divided = source_of(self.train_dataset).is_divided
+        self._rows_at_end = 0 if divided else parallel.rows_at_end(loader, self.args.world_size)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = self.take_batches(epoch_iterator, num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def take_batches(self, batches: Iterator, count: int) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The next `count` batches of this process, and how many images those of all processes have."""
+        some = list(islice(batches, count))
+        if self.augment is not None:
+            some = list(map(self.augment, some))
+        images = sum(len(batch["labels"]) for batch in some) * self.args.world_size
+        if some and self._rows_at_end and self.accelerator.gradient_state.end_of_dataloader:
+            images += self._rows_at_end - len(some[-1]["labels"]) * self.args.world_size
+            some[-1] = parallel.without_repeated(some[-1], self._rows_at_end, self.args.process_index)
+        return some, images
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.throughput.images += len(inputs["labels"]) * self.args.world_size
+        with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """As Transformers', which counts all parameters anew at each step."""
+        shape = inputs["pixel_values"].shape
+        if shape not in self._operations:
+            self._operations[shape] = super().floating_point_ops(inputs)
+        return self._operations[shape]
+
+    def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """
+        Args:
+            outputs: of the model, with `logits` (B, classes).
+            labels: class indices (B,), or probabilities (B, classes).
+            num_items_in_batch: elements of all labels of this step, over accumulated batches (and devices, which
+                Transformers multiplies back). In evaluation it is not used: that takes the mean, and does not smooth.
+
+        Returns:
+            The loss, a scalar in fp32.
+        """
+        logits = outputs["logits"].float()
+        if num_items_in_batch is None or not self.model.training:
+            return F.cross_entropy(logits, labels)
+        smoothing = self.args.label_smoothing_factor
+        images = num_items_in_batch / labels[0].numel()
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / images
 
     def _make_recorded_step(self) -> RecordedStep | None:
         """By `record_step`, if nothing stands against it; the log says which way steps are taken, and why."""
@@ -128,9 +255,12 @@ class ImageClassificationTrainer(ResumableTrainer):
 
     def _run_epoch(self, *, epoch, train_dataloader, **told):
         """As Transformers', without what it does on the host at each step, where the step is recorded."""
+        if self.state.global_step >= self.state.max_steps:  # Which may be within an epoch, that it would go on with.
+            self.control.should_training_stop = True
+            return None
+        tell_epoch(epoch, self.train_dataset, train_dataloader)
         if self.recorded is None:
             return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **told)
-        self.tell_epoch(epoch, train_dataloader)
         steps_in_epoch, checkpoint, skipped = told["steps_in_epoch"], told["resume_from_checkpoint"], 0
         # As Transformers: what iterating draws comes after the state of an epoch's end, and before that of a step.
         if epoch == told["epochs_trained"] and checkpoint is not None:
@@ -187,73 +317,22 @@ class ImageClassificationTrainer(ResumableTrainer):
             scheduler.step()
         return self.recorded.schedule[max(0, step - 1), 0].item()
 
-    def _flush_guard(self) -> None:
-        """
-        Raises:
-            InputError: training has diverged.
-        """
-        if self._guard is None:
-            return
-        self._guard.flush()
-        if self.recorded is not None and (found := self.recorded.divergence()) is not None:
-            step, (loss, *norms) = found
-            self._guard.judge(step, loss, dict(zip(self.recorded.names, norms, strict=True)), SKIPPED_STEPS)
+    # Evaluation
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self.throughput.images += len(inputs["labels"]) * self.args.world_size
-        with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
-        return loss
-
-    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        """As Transformers', which counts all parameters anew at each step."""
-        shape = inputs["pixel_values"].shape
-        if shape not in self._operations:
-            self._operations[shape] = super().floating_point_ops(inputs)
-        return self._operations[shape]
-
-    def after_step(self) -> None:
-        """When the optimiser has stepped."""
-        if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.average.update()
-
-    def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """
-        Args:
-            outputs: of the model, with `logits` (B, classes).
-            labels: class indices (B,), or probabilities (B, classes).
-            num_items_in_batch: elements of all labels of this step, over accumulated batches (and devices, which
-                Transformers multiplies back). In evaluation it is not used: that takes the mean, and does not smooth.
-
-        Returns:
-            The loss, a scalar in fp32.
-        """
-        logits = outputs["logits"].float()
-        if num_items_in_batch is None or not self.model.training:
-            return F.cross_entropy(logits, labels)
-        smoothing = self.args.label_smoothing_factor
-        images = num_items_in_batch / labels[0].numel()
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / images
-
-    def train(self, *args, **kwargs):
-        try:
-            return super().train(*args, **kwargs)
-        except Diverged as error:
-            if error.weights is not None and (said := self._set_aside(error.weights)):
-                raise Diverged(f"{error}{said}") from error
-            raise
-
-    def _set_aside(self, step: int) -> str:
-        """The checkpoint of a step whose weights give what is not finite is not to be gone on from."""
-        folder = checkpoints.checkpoint_folder(self.args.output_dir, step)
-        if not self.args.should_save or not folder.is_dir():
-            return ""
-        return f" {folder.name} has such weights: it is now called {checkpoints.set_aside(folder).name}."
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            dataset = self.eval_dataset[eval_dataset]
+        return self.loaders.for_evaluation(name, dataset, self.args.eval_batch_size, self.data_collator)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self._apart():
-            return super().evaluate(*args, **kwargs)
+        # Its data loader draws from PyTorch's generator: training must not depend on how often a run is evaluated.
+        with self._apart(), torch.random.fork_rng(devices=[]):
+            metrics = super().evaluate(*args, **kwargs)
+        if not self.is_in_train:
+            self.loaders.end_workers()
+        return metrics
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Of the weights, and of their average beside them as `eval_ema_*`: one log entry, one event."""
@@ -274,23 +353,11 @@ class ImageClassificationTrainer(ResumableTrainer):
             output.predictions, output.label_ids, output.metrics | metrics, output.num_samples + second.num_samples
         )
 
-    def _check_finite(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                if self._guard is not None:
-                    step = self.state.global_step
-                    said = f"The run has diverged: `{name}` is {value:g} after step {step}. {self._guard.where}"
-                    raise Diverged(said + self._set_aside(step), weights=step)
-                raise InputError(
-                    f"`{name}` is {value:g}: what the model computes of these images is not finite. Its weights are of "
-                    "a run that has diverged, or they need a precision that has their range (fp32, bf16)."
-                )
-
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        self.stop_if_asked()
         inputs = source_of(self._evaluated_images).finish(inputs)
         if self.recorded is None or self.args.world_size > 1 or inputs.keys() != {"pixel_values", "labels"}:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        self.stop_if_asked()
         logits, labels = self.recorded.logits(inputs["pixel_values"]), inputs["labels"]
         loss = self.cross_entropy({"logits": logits}, labels)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
@@ -312,74 +379,31 @@ class ImageClassificationTrainer(ResumableTrainer):
             self.average.copy_to(self.bare_model)
         return weights, metrics
 
+    # Optimiser and schedule
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            with _setting_up(f"The optimiser (`optim` {self.args.optimizer_name}, `optim_args`)"):
-                self._create_optimizer(self.model if model is None else model)
+            model = self.model if model is None else model
+            with setting_up(f"The optimiser (`optim` {self.args.optimizer_name}, `optim_args`)"):
+                self.optimizer = make_optimizer(model, self.args) or super().create_optimizer(model)
         return self.optimizer
-
-    def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        if self.args.timm_optimizer is not None:
-            self.optimizer = self._timm_optimizer(parameter_groups(model, self.args))
-            return self.optimizer
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if self.args.optim_args:
-            plain = copy.copy(self.args)
-            plain.optim_args = None
-            if self.get_optimizer_cls_and_kwargs(plain, model) == (kind, options):
-                raise InputError(f"`optim_args` does nothing with `optim: {self.args.optim.value}`. Leave it out.")
-        if self.args.optim_target_modules is not None and "optimizer_dict" not in options:
-            if not {"params", "model"} & options.keys():
-                raise InputError(
-                    f"`optim_target_modules` does nothing with `optim: {self.args.optim.value}`. Leave it out."
-                )
-        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
-            for name in ("attn_lr", "attn_weight_decay", "layer_decay"):
-                if getattr(self.args, name) is not None:
-                    raise InputError(
-                        f"`{name}` does not work with `optim: {self.args.optim.value}`, which groups for itself."
-                    )
-            return super().create_optimizer(model)
-        if kind is torch.optim.SGD:
-            options |= {"momentum": self.args.momentum, "nesterov": self.args.momentum > 0}
-            options["fused"] = self.args.device.type == "cuda"
-        elif kind is torch.optim.RMSprop:
-            options |= {"momentum": self.args.momentum}
-        self.optimizer = kind(parameter_groups(model, self.args), **options)
-        return self.optimizer
-
-    def _timm_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
-        from timm.optim import create_optimizer_v2
-
-        args, default = self.args, RunArguments.__dataclass_fields__
-        # What is left at AdamW's default is the optimiser's own.
-        options = {"eps": args.adam_epsilon} if args.adam_epsilon != default["adam_epsilon"].default else {}
-        betas = (args.adam_beta1, args.adam_beta2)
-        if betas != (default["adam_beta1"].default, default["adam_beta2"].default):
-            options["betas"] = betas
-        return create_optimizer_v2(
-            groups, opt=args.timm_optimizer, lr=args.learning_rate, momentum=args.momentum, **options
-        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        name = self.args.sched or self.args.lr_scheduler_type.value
-        with _setting_up(f"The schedule (`{name}`, `lr_scheduler_kwargs` {self.args.lr_scheduler_kwargs})"):
-            schedule = self._create_scheduler(num_training_steps, optimizer)
-        self.began_with = optimizer_states.settings_of(self.optimizer)
-        return schedule
-
-    def _create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None):
-        if self.args.sched is None and self.args.warmup_epochs is not None:
-            self.args.warmup_steps = self._warmup_steps(num_training_steps)
-        if self.args.sched is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = self.optimizer if optimizer is None else optimizer
-        warmup, per_epoch = self._warmup_steps(num_training_steps), self._steps_per_epoch()
-        rates = [group.get("initial_lr", group["lr"]) / group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-        curves = [schedule(self.args, rate, warmup, num_training_steps, per_epoch) for rate in rates]
-        self.lr_scheduler = LambdaLR(optimizer, curves)
-        self._created_lr_scheduler = True
+        args, optimizer = self.args, self.optimizer if optimizer is None else optimizer
+        images = len(self.train_dataset) / args.global_batch_size
+        per_epoch = max(1, math.floor(images) if args.dataloader_drop_last else math.ceil(images))
+        name = args.sched or args.lr_scheduler_type.value
+        with setting_up(f"The schedule (`{name}`, `lr_scheduler_kwargs` {args.lr_scheduler_kwargs})"):
+            if args.sched is not None and self.lr_scheduler is None:
+                self.lr_scheduler = make_schedule(optimizer, args, num_training_steps, per_epoch)
+                self._created_lr_scheduler = True
+            elif args.sched is None and args.warmup_epochs is not None:
+                args.warmup_steps = round(args.warmup_epochs * per_epoch)
+            super().create_scheduler(num_training_steps, optimizer)  # Nothing, if there is one.
+        self.checkpointer.began_with = optimizer_states.settings_of(self.optimizer)
         return self.lr_scheduler
+
+    # What is said
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds images per second where the training loss is logged, and the totals at the end of training."""
@@ -388,7 +412,8 @@ class ImageClassificationTrainer(ResumableTrainer):
             del logs[name]  # The gradient's norm of a step that fp16 skips: JSON has no infinity.
         if "loss" in logs:
             logs |= self.throughput.since_last_log()
-        if "train_runtime" in logs:
+        if "train_runtime" in logs:  # The last log, of the whole run: so with the time before it was stopped.
+            logs["train_runtime"] = round(self.checkpointer.seconds, 4)
             # Transformers' figures count evaluations, and images of before a resume.
             logs.pop("train_samples_per_second", None)
             logs.pop("train_steps_per_second", None)
@@ -406,29 +431,76 @@ class ImageClassificationTrainer(ResumableTrainer):
         with self.throughput.excluded():
             yield
 
-    def _steps_per_epoch(self) -> int:
-        images = len(self.train_dataset) / self.args.global_batch_size
-        return max(1, math.floor(images) if self.args.dataloader_drop_last else math.ceil(images))
+    def _flush_guard(self) -> None:
+        """
+        Raises:
+            InputError: training has diverged.
+        """
+        if self._guard is None:
+            return
+        self._guard.flush()
+        if self.recorded is not None and (found := self.recorded.divergence()) is not None:
+            step, (loss, *norms) = found
+            self._guard.judge(step, loss, dict(zip(self.recorded.names, norms, strict=True)), SKIPPED_STEPS)
 
-    def _warmup_steps(self, num_training_steps: int) -> int:
-        if self.args.warmup_epochs is None:
-            return self.args.get_warmup_steps(num_training_steps)
-        return round(self.args.warmup_epochs * self._steps_per_epoch())
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                if self._guard is not None:
+                    step = self.state.global_step
+                    said = f"The run has diverged: `{name}` is {value:g} after step {step}. {self._guard.where}"
+                    raise Diverged(said + self._set_aside(step), weights=step)
+                raise InputError(
+                    f"`{name}` is {value:g}: what the model computes of these images is not finite. Its weights are of "
+                    "a run that has diverged, or they need a precision that has their range (fp32, bf16)."
+                )
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        """Its time is not that of training, whose state a recorded step has on the device."""
+    def _set_aside(self, step: int) -> str:
+        """The checkpoint of a step whose weights give what is not finite is not to be gone on from."""
+        folder = checkpoints.checkpoint_folder(self.args.output_dir, step)
+        if not self.args.should_save or not folder.is_dir():
+            return ""
+        return f" {folder.name} has such weights: it is now called {checkpoints.set_aside(folder).name}."
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        self._save(output_dir, state_dict=self.checkpointer.whole_weights())
+
+    def _save_checkpoint(self, model, trial, due: list[str] | None = None) -> None:
+        """Transformers writes in place, so that a run that is killed leaves half a checkpoint."""
         with self._apart():
-            if self.recorded is not None:
-                rate, (norm, logged) = self._catch_up_with_device(), self._last_step
-                self._last_step = (norm, rate if logged is None else logged)
-            super()._save_checkpoint(*args, **kwargs)
+            if self.recorded is not None:  # Whose state is on the device.
+                rate, (norm, logged) = self._catch_up_with_device(), self.checkpointer.last_step
+                self.checkpointer.last_step = (norm, rate if logged is None else logged)
+            self.checkpointer.save(due or [])
 
-    def _more_weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {ema.FILE: self.average.whole(self.bare_model)} if self.average is not None else {}
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Transformers only warns of weights that are missing, and knows no layout but its own."""
+        self.checkpointer.load_weights(Path(resume_from_checkpoint), self.model if model is None else model)
 
-    def _load_more_weights(self, folder: Path) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Transformers loads by position, whatever the groups; and not what another layout has saved."""
+        if checkpoint is None:
+            return
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self.checkpointer.load_optimizer(Path(checkpoint))
+        if self.args.model_ema:
+            self.make_average(checkpoint)
+        self.checkpointer.load_rest(Path(checkpoint))
+
+    def _load_best_model(self) -> None:
+        """As for `_load_from_checkpoint`; the average goes with the weights."""
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
         if self.average is not None:
-            self.average.load(folder / ema.FILE, self.bare_model)
+            self.average.load(Path(self.state.best_model_checkpoint) / ema.FILE, self.bare_model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Model, processor and configuration; no pickle of the arguments, which the run's record has."""
@@ -449,7 +521,7 @@ class ImageClassificationTrainer(ResumableTrainer):
             self.processing_class.save_pretrained(output_dir)
 
 
-class _Hooks(TrainerCallback):
+class _Events(TrainerCallback):
     """The Trainer's own part in its events."""
 
     is_recorded = True  # What it does within a step.
@@ -460,8 +532,15 @@ class _Hooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin()
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.checkpointer.epoch_ended = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.checkpointer.epoch_ended = True
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.after_step()
+        if self.trainer.average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.average.update()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.throughput.note_startup()
@@ -470,96 +549,27 @@ class _Hooks(TrainerCallback):
         self.trainer.recorded = None  # And the memory of its graph.
 
 
+class _Asked(Exception):
+    """A signal has asked to stop."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all trainings of a process: cuBLAS keeps 32 MiB and more for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
-def _setting_up(what: str) -> Iterator[None]:
-    """Whatever a library says of its settings becomes an `InputError` that names them."""
-    try:
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Where all of training takes place: CUDA does not record its default stream."""
+    if device.type != "cuda":
         yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what} cannot be set up: {reason_of(error, whole=True)}") from error
-
-
-def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
-    """
-    Groups for the optimiser, by rate and weight decay.
-
-    * Decayed is what has two dimensions or more and is no bias, no [CLS] token and no position embedding; KArAt
-      parameters likewise, or all of them at `attn_weight_decay`.
-    * `attn_lr` is the rate of KArAt parameters.
-    * `layer_decay` multiplies either rate; the factor is the group's `lr_scale`.
-
-    Each group has its parameters' names too, as `param_names`, by which a run under other settings finds their state.
-    """
-    karat = model.karat_parameter_names() if hasattr(model, "karat_parameter_names") else set()
-    for name in ("attn_lr", "attn_weight_decay"):
-        if getattr(args, name) is not None and not karat:
-            raise InputError(f"`{name}` is of KArAt parameters, and this model has none.")
-    groups: dict[tuple[float, float, float], dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            matrix = parameter.ndim > 1 and not name.endswith((".bias", *NO_DECAY))
-            decay, rate = args.weight_decay if matrix else 0.0, args.learning_rate
-            if name in karat:
-                rate = args.learning_rate if args.attn_lr is None else args.attn_learning_rate
-                decay = decay if args.attn_weight_decay is None else args.attn_weight_decay
-            scale = layer_scale(name, model.config.num_hidden_layers, args.layer_decay or 1.0)
-            groups.setdefault((scale, rate, decay), {})[plain_name(name)] = parameter
-    return [
-        {
-            "params": list(parameters.values()),
-            "param_names": list(parameters),
-            "lr": rate * scale,
-            "weight_decay": decay,
-            "lr_scale": scale,
-        }
-        for (scale, rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
-def layer_scale(name: str, blocks: int, decay: float) -> float:
-    """The factor on a parameter's rate: `decay` to the power of its distance from the head (BEiT's counting)."""
-    block = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    if block:
-        return decay ** (blocks - int(block[1]))
-    if "embeddings." in name:
-        return decay ** (blocks + 1)
-    # Final norm and head; and the universal operator, which works in the last block too.
-    return decay if "operator" in name else 1.0
-
-
-def schedule(args: RunArguments, rate: float, warmup: int, steps: int, per_epoch: int) -> Callable[[int], float]:
-    """
-    The factor on `rate` after each step: linear from `warmup_lr` for `warmup` steps, then `args.sched` until `steps`.
-
-    Args:
-        args: `sched`, `warmup_lr`, `min_lr`, `cooldown_epochs`, `decay_epochs`, `decay_milestones`, `decay_rate`; the
-            shapes are those of timm's schedulers with `warmup_prefix`. The rate bounds `warmup_lr` and `min_lr`.
-        rate: the group's learning rate, without its factor of `layer_decay`.
-        warmup, steps, per_epoch: numbers of steps.
-    """
-    low, start = min(args.min_lr, rate), min(args.warmup_lr, rate)
-    end = steps - round(args.cooldown_epochs * per_epoch)
-
-    def at(step: int) -> float:
-        if step < warmup:
-            return start + (rate - start) * step / warmup
-        if args.sched == "constant":
-            return rate
-        if args.sched == "step":
-            return rate * args.decay_rate ** math.floor(step / per_epoch / args.decay_epochs)
-        if args.sched == "multistep":
-            return rate * args.decay_rate ** sum(step / per_epoch >= epoch for epoch in args.decay_milestones)
-        if step >= end:
-            return low
-        done = (step - warmup) / (end - warmup)
-        left = {
-            "linear": 1 - done,
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-            "poly": (1 - done) ** args.decay_rate,
-            "tanh": 0.5 * (1 - math.tanh(-7 * (1 - done) + 3 * done)),
-        }[args.sched]
-        return low + (rate - low) * left
-
-    return lambda step: at(step) / rate if rate > 0 else 1.0
+        return
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)

@@ -127,7 +127,7 @@ def train(run: Run, folder: Path, processes: int, checkpoint: Path | None = None
     trainer = make_trainer(run, folder, record, processes)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
-    moments = trainer._collect([])[1]["state"]
+    moments = trainer.checkpointer.collect([])[1]["state"]
     result = {
         "step": trainer.state.global_step,
         "gradients": record.gradients,

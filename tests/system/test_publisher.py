@@ -31,6 +31,7 @@ from image_classification.runs.signals import without_token
 from image_classification.settings.arguments import RunArguments
 from image_classification.settings.parser import parse_settings
 from image_classification.training import ema
+from image_classification.training.checkpointing import Checkpointer
 from image_classification.training.trainer import ImageClassificationTrainer
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN
 from tests.system import processes
@@ -656,8 +657,14 @@ def test_of_several_processes_one_pushes(hub, tmp_path, layout, capfd):
     def run():
         if layout == "fsdp2":
             processes.launched_by(PROJECT / "accelerate_configs" / "fsdp2.yaml")
-            gather = ImageClassificationTrainer._whole_weights
-            ImageClassificationTrainer._whole_weights = lambda self: print("gathered", flush=True) or gather(self)
+            gather = Checkpointer.whole_weights
+
+            def gathered(self):
+                if (weights := gather(self)) is not None:
+                    print("gathered", flush=True)
+                return weights
+
+            Checkpointer.whole_weights = gathered
         return script.main(argv)
 
     statuses = processes.in_two_forks(run)

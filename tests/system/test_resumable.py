@@ -27,6 +27,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from image_classification import main as script
 from image_classification.runs import checkpoints, signals
+from image_classification.training.checkpointing import Checkpointer
 from image_classification.training.trainer import ImageClassificationTrainer
 from tests.image_classification.conftest import SMALL
 
@@ -301,17 +302,17 @@ def small_files(limit):
 @pytest.mark.parametrize("limit", [4_000, 40_000])
 def test_full_disk_leaves_the_last_checkpoint_and_says_so(command, whole, limit, tmp_path, monkeypatch, capfd):
     """While the weights are written (19 kB), or the optimiser's state, which is larger."""
-    write = ImageClassificationTrainer._write
+    write = Checkpointer.write
 
     def disk_is_full(self, *args):
-        if self.state.global_step < 6:
+        if self.trainer.state.global_step < 6:
             return write(self, *args)
         with small_files(limit):
             return write(self, *args)
 
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(ImageClassificationTrainer, "_write", disk_is_full)
+        patch.setattr(Checkpointer, "write", disk_is_full)
         assert script.main(command("full")) == 2
     folder, err = tmp_path / "full", capfd.readouterr().err
     assert f"checkpoint-6 could not be written to {folder} (" in err and "GB are free" in err

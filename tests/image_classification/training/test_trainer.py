@@ -20,7 +20,8 @@ from image_classification.runs import checkpoints
 from image_classification.settings.arguments import RunArguments
 from image_classification.training.divergence import SKIPPED_STEPS, DivergenceGuard
 from image_classification.training.metrics import ComputeMetrics, TopKAccuracy, check_best, preprocess
-from image_classification.training.trainer import ImageClassificationTrainer, parameter_groups, schedule
+from image_classification.training.optimization import parameter_groups, schedule
+from image_classification.training.trainer import ImageClassificationTrainer
 from tests import models as tiny
 
 
