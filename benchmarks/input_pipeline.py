@@ -35,7 +35,6 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from image_classification import main
 from image_classification.data.images import decode
 from image_classification.data.sources import load_data
 from image_classification.data.transforms import build_image_processor
@@ -43,6 +42,7 @@ from image_classification.device_pipeline.resident import read
 from image_classification.models.building import build_model
 from image_classification.paths import CONFIGURATION
 from image_classification.settings.parser import parse_settings
+from image_classification.training.building import build_trainer
 from image_classification.training.trainer import ImageClassificationTrainer
 
 from .common import Rates
@@ -205,7 +205,7 @@ class Pipeline:
         torch.manual_seed(0)
         model = build_model(settings.model, self.data.labels)
         processor = build_image_processor(settings.data, model.config.image_size)
-        return main.build_trainer(settings, model, data, processor, kind)
+        return build_trainer(settings.data, settings.training, model, data, processor, kind=kind)
 
     def images_per_second(self, name: str, workers: int, begin: int, end: int, **options) -> tuple[float, Stopwatch]:
         """Measure images per second of training, and what its parts take."""

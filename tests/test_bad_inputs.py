@@ -36,7 +36,7 @@ from image_classification.data.sources import ImageData
 from image_classification.errors import InputError, one_line, run_command
 from image_classification.models.building import build_model
 from image_classification.models.loading import device_of, load_image_processor, load_model
-from image_classification.reports.card import model_card
+from image_classification.reports.card import RunCard
 from image_classification.reports.curves import draw_curves
 from image_classification.settings.arguments import ModelArguments
 from image_classification.settings.parser import parse_settings
@@ -624,7 +624,7 @@ def test_names_on_the_model_card(fault, trained, tmp_path):
     metrics = {"eval_accuracy": 0.5, "eval_loss": 1.0}
 
     def card(data):
-        text = model_card(settings, model, data, metrics, None)
+        text = RunCard(tmp_path / name, settings.record, "0.1", {}, model, data).text(metrics, None)
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
         return text
 

@@ -3,6 +3,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,7 @@ from ..data.sources import ImageData
 from ..errors import one_line
 from ..models import transfer
 from ..models.building import describe_model
-from ..settings.arguments import (
-    Settings,
-    to_json,
-)
+from ..settings.arguments import to_json
 from .curves import CURVES, HISTORY
 from .recipe import AGAIN, RECIPE
 from .summary import RESULTS, SAMPLE, describe_choice, describe_reported
@@ -63,77 +61,95 @@ def _quoted(text: str) -> str:
     return json.dumps(one_line(text), ensure_ascii=False)
 
 
-def model_card(
-    settings: Settings,
-    model: PreTrainedModel,
-    data: ImageData,
-    metrics: dict[str, float],
-    weights: str | None,
-    progress: str | None = None,
-) -> str:
+@dataclass(frozen=True)
+class RunCard:
     """
-    README.md of the checkpoint: what it is, how good, how it was made, how to load it; with the Hub's metadata.
+    README.md of a run's checkpoints: what one is, how good, how it was made, how to load it; with the Hub's metadata.
 
     Args:
-        settings, model, data: of the run.
-        metrics: of training and of the evaluation of the weights that are written; none where they were not evaluated.
-        weights: which were written: `ema`, `model`, or `None` where there was no choice.
-        progress: how far training is, if it is not finished.
+        folder: of the run, whose name is the model's.
+        record: the settings as they were given.
+        learning_rate: the rates that run, in words.
+        reported: the paper's figures, if any.
+        model, data: of the run.
     """
-    name, called = one_line(Path(settings.training.output_dir).resolve().name), one_line(data.name)
-    karat, started_from = model.config.model_type == "karat_vit", settings.model.finetune
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=data.hub_name or called,
-            dataset_name=called,
-            dataset_config=settings.data.dataset_config_name,
-            dataset_split=data.split or "train",
-            metric_type=kind,
-            metric_name=metric,
-            metric_value=round(metrics[key], 6),
+
+    folder: Path
+    record: dict[str, Any]
+    learning_rate: str
+    reported: dict[str, float]
+    model: PreTrainedModel
+    data: ImageData
+
+    def text(self, metrics: dict[str, float], weights: str | None, progress: str | None = None) -> str:
+        """
+        Write the card of the model as it is now.
+
+        Args:
+            metrics: of training and of the evaluation of the weights that are written; none where they were not
+                evaluated.
+            weights: which were written: `ema`, `model`, or `None` where there was no choice.
+            progress: how far training is, if it is not finished.
+        """
+        data, record = self.data, to_json(self.record)
+        name, started_from = one_line(self.folder.resolve().name), record["finetune"]
+        karat = self.model.config.model_type == "karat_vit"
+        remarks = [describe_choice(weights, metrics)] if weights is not None else []
+        if paper := describe_reported(self.reported):
+            remarks.append(f"For this recipe, {paper}.")
+        header = ModelCardData(
+            library_name="transformers",
+            pipeline_tag="image-classification",
+            tags=["vision", *(["karat-vit", "kolmogorov-arnold-attention"] if karat else ["vit"])],
+            datasets=[data.hub_name] if data.hub_name else None,
+            metrics=["accuracy"],
+            base_model=started_from if started_from is not None and not Path(started_from).exists() else None,
+            model_name=name,
+            eval_results=self._results(metrics) or None,
         )
-        for key, kind, metric in (
-            ("eval_accuracy", "accuracy", "Top-1 accuracy"),
-            ("eval_top5_accuracy", "accuracy", "Top-5 accuracy"),
-            ("eval_loss", "loss", "Loss"),
+        card = ModelCard.from_template(
+            header,
+            template_path=str(Path(__file__).with_name("model_card.md")),
+            name=name,
+            karat=karat,
+            teacher=transfer.needs(self.model.config),
+            progress=progress,
+            described=describe_model(self.model),
+            start=Path(started_from).name if started_from else None,
+            data=data,
+            metrics=metrics,
+            remarks=remarks,
+            learning_rate=self.learning_rate,
+            settings={key: _shown(record[key]) for key in _HYPERPARAMETERS if record.get(key) is not None},
+            escaped=escaped,
+            code_span=code_span,
+            quoted=_quoted,
+            local=_LOCAL,
+            repeat=_REPEAT,
+            files={"results": RESULTS, "history": HISTORY, "curves": CURVES, "recipe": RECIPE, "sample": SAMPLE},
         )
-        if key in metrics
-    ]
-    header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["vision", *(["karat-vit", "kolmogorov-arnold-attention"] if karat else ["vit"])],
-        datasets=[data.hub_name] if data.hub_name else None,
-        metrics=["accuracy"],
-        base_model=started_from if _on_hub(started_from) else None,
-        model_name=name,
-        eval_results=results or None,
-    )
-    record, paper = to_json(settings.record), describe_reported(settings.reported)
-    remarks = [describe_choice(weights, metrics)] if weights is not None else []
-    card = ModelCard.from_template(
-        header,
-        template_path=str(Path(__file__).with_name("model_card.md")),
-        name=name,
-        karat=karat,
-        teacher=transfer.needs(model.config),
-        progress=progress,
-        described=describe_model(model),
-        start=Path(started_from).name if started_from else None,
-        data=data,
-        metrics=metrics,
-        remarks=remarks + ([f"For this recipe, {paper}."] if paper else []),
-        learning_rate=settings.training.describe_learning_rate(),
-        settings={key: _shown(record[key]) for key in _HYPERPARAMETERS if record.get(key) is not None},
-        escaped=escaped,
-        code_span=code_span,
-        quoted=_quoted,
-        local=_LOCAL,
-        repeat=_REPEAT,
-        files={"results": RESULTS, "history": HISTORY, "curves": CURVES, "recipe": RECIPE, "sample": SAMPLE},
-    )
-    return str(card)
+        return str(card)
+
+    def _results(self, metrics: dict[str, float]) -> list[EvalResult]:
+        data, called = self.data, one_line(self.data.name)
+        return [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=data.hub_name or called,
+                dataset_name=called,
+                dataset_config=self.record["dataset_config_name"],
+                dataset_split=data.split or "train",
+                metric_type=kind,
+                metric_name=metric,
+                metric_value=round(metrics[key], 6),
+            )
+            for key, kind, metric in (
+                ("eval_accuracy", "accuracy", "Top-1 accuracy"),
+                ("eval_top5_accuracy", "accuracy", "Top-5 accuracy"),
+                ("eval_loss", "loss", "Loss"),
+            )
+            if key in metrics
+        ]
 
 
 def _shown(value: Any) -> Any:
@@ -150,7 +166,3 @@ def card_on_hub(text: str, folder: Path, repository: str) -> str:
     ):
         text = text.replace(here, there)
     return text
-
-
-def _on_hub(name: str | None) -> bool:
-    return name is not None and not Path(name).exists()

@@ -5,9 +5,13 @@ import logging
 import sys
 import time
 
+import datasets
+import transformers
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
+
+from ..settings.arguments import RunArguments
 
 
 logger = logging.getLogger(__name__)
@@ -22,12 +26,21 @@ class BarHandler(logging.Handler):
         sys.stdout.flush()
 
 
-def set_up_logging(main_process: bool) -> None:
-    """Show messages of this package, from the main process only."""
+def set_up_logging(args: RunArguments) -> None:
+    """Show messages of this package, from the main process only, and of the libraries what is asked for."""
     package = logging.getLogger(__package__.partition(".")[0])
     package.handlers = [BarHandler()]
     package.propagate = False
-    package.setLevel(logging.INFO if main_process else logging.ERROR)
+    package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    # Our lines say what matters; the libraries' informational ones and bars do not.
+    if args.log_level == "passive":
+        transformers.logging.set_verbosity_error()
+    else:
+        transformers.logging.set_verbosity(args.get_process_log_level())
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
 
 
 class EpochLines(ProgressCallback):

@@ -9,15 +9,7 @@ import yaml
 
 from ..errors import one_line
 from ..runs import run_folder
-from ..settings.arguments import (
-    EXCLUSIVE,
-    DataArguments,
-    ModelArguments,
-    RunArguments,
-    Settings,
-    default_record,
-    to_json,
-)
+from ..settings.arguments import EXCLUSIVE, DataArguments, ModelArguments, RunArguments, default_record, to_json
 
 
 RECIPE = "recipe.yaml"
@@ -25,12 +17,17 @@ RECIPE = "recipe.yaml"
 AGAIN = f"run_image_classification.py {RECIPE} --output_dir outputs/again"
 
 
-def recipe(settings: Settings) -> str:
+def recipe(record: dict[str, Any], args: RunArguments, reported: dict[str, float]) -> str:
     """
     A recipe (YAML) with every setting that decides what is trained, those of other recipes and of flags included. What
     a recipe need not say (speed, output, the Hub) is not in it, nor are the folders of this machine.
+
+    Args:
+        record: the settings as they were given.
+        args: those of the training, as it ran.
+        reported: the paper's figures for it, if any.
     """
-    args, record = settings.training, to_json(settings.record)
+    record = to_json(record)
     if record["base_lr"] is None and record["learning_rate"] is None:
         record["base_lr"] = args.base_lr
     own = {*ModelArguments.__annotations__, *DataArguments.__annotations__, *RunArguments.__annotations__}
@@ -46,18 +43,15 @@ def recipe(settings: Settings) -> str:
                 del kept[name]
     folders = {name: value for name, value in kept.items() if isinstance(value, str) and Path(value).is_absolute()}
     command = "python" if args.world_size == 1 else f"accelerate launch --num_processes {args.world_size}"
-    lines = [
-        "# Every setting of a run of KArAt-ViT, which this repeats:",
-        f"#   {command} {AGAIN}",
-    ]
+    lines = ["# Every setting of a run of KArAt-ViT, which this repeats:", f"#   {command} {AGAIN}"]
     lines += [
         f"# Add --{name}: it was the folder {one_line(Path(value).name)}, elsewhere." for name, value in folders.items()
     ]
     for group, title in ((ModelArguments, "Model"), (DataArguments, "Data"), (RunArguments, "Training")):
         part = [name for name in group.__dataclass_fields__ if name in kept and name not in folders]
         lines += ["", f"# {title}", *(f"{name}: {_yaml(kept[name])}" for name in part)]
-    if settings.reported:
-        lines += ["", "# By the paper, in percent", f"reported: {_yaml(settings.reported)}"]
+    if reported:
+        lines += ["", "# By the paper, in percent", f"reported: {_yaml(reported)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished run in words: its figures, and the command that tries the model on an image."""
+"""A run in words: what it begins with; its figures, and the command that tries the model on an image."""
 
+import math
 import shlex
 import shutil
 import sys
@@ -10,13 +11,59 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.images import decode
+from ..data.sources import ImageData
 from ..paths import PROJECT
+from ..settings.arguments import ModelArguments, RunArguments
 from .console import describe
 from .curves import CURVES
 
 
 RESULTS = "all_results.json"
 SAMPLE = "sample.png"
+
+
+def opening(
+    model: ModelArguments, args: RunArguments, data: ImageData, described: str, pushed: str | None = None
+) -> str:
+    """
+    The first words of a run: on what, and how, it trains, or what it only evaluates.
+
+    Args:
+        model, args: its settings.
+        data: of the run; without images to train on where it only evaluates.
+        described: the model in words.
+        pushed: where to and when it is pushed, if it is.
+    """
+    train = f"{len(data.train):,} training and " if data.train is not None else ""
+    lines = [
+        f"Data    {data.name}: {train}{len(data.validation):,} held-out images, {len(data.labels)} classes",
+        *(f"        {note}" for note in data.notes),
+        f"Model   {model.model or model.finetune or 'checkpoint'}: {described}",
+    ]
+    if (teacher := model.teacher_attention) is not None:
+        lines += [f"Teacher {teacher}: its attention maps take the place of the model's; queries and keys are frozen"]
+    lines += [f"Device  {args.device.type}, {args.world_size} process{'es' if args.world_size > 1 else ''}"]
+    if data.train is not None:
+        length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        lines += [
+            f"Rate    {args.describe_learning_rate()}; {args.optimizer_name}, batch {args.global_batch_size}, "
+            f"{length}, weight decay {args.weight_decay:g}",
+            f"Output  {args.output_dir}",
+            *([f"Hub     {pushed}"] if pushed else []),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def cost(metrics: dict[str, float]) -> str:
+    """Time, rate and memory of training, as one sentence."""
+    minutes, seconds = divmod(math.floor(metrics["train_runtime"]), 60)
+    words = [f"Trained in {f'{minutes} min ' if minutes else ''}{seconds} s"]
+    if rate := metrics.get("train_images_per_second"):
+        words.append(f"{rate:,.0f} images/s")
+    if peak := metrics.get("train_peak_memory_gib"):
+        words.append(f"at most {peak:.2f} GiB of memory")
+    return f"{', '.join(words)}."
 
 
 def save_sample(split: Dataset, path: Path) -> None:

@@ -18,13 +18,12 @@ from filelock import FileLock, Timeout
 from .. import hub
 from ..errors import InputError, more
 from ..files import part_of, written_whole
-from ..settings.arguments import Settings, to_json
+from ..settings.arguments import RunArguments, to_json
 from . import checkpoints
 
 
 RECORD, LOCK = "run.json", ".lock"
-# Where the record is written before it gets its name.
-
+ELSEWHERE = "Choose another --output_dir, or move that folder away."
 # Settings that may differ between two parts of one run: they change speed, output and place, not what is trained.
 _FREE = (
     "check_images",
@@ -50,6 +49,30 @@ _NOT_FREE = ("dataloader_drop_last",)
 _BATCH, _BATCH_PARTS = "global_batch_size", ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
+@dataclass(frozen=True)
+class Request:
+    """
+    What a training command asks of its output folder.
+
+    Args:
+        folder: to write to.
+        settings: as the record keeps them.
+        resume: what to go on from, where that is given: a checkpoint, a run's folder, or a repository of the Hub.
+        token: for the Hub.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    resume: str | None = None
+    token: str | None = None
+
+    @classmethod
+    def of(cls, record: dict[str, Any], args: RunArguments) -> "Request":
+        """Make that of settings as they were given, and of what follows from them."""
+        settings = {**to_json(record), _BATCH: args.global_batch_size}
+        return cls(Path(args.output_dir), settings, args.resume_from_checkpoint, args.hub_token)
+
+
 @dataclass
 class Plan:
     """
@@ -68,7 +91,7 @@ class Plan:
     identity: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
 
-def plan(settings: Settings) -> Plan:
+def plan(request: Request) -> Plan:
     """
     Decide what a training command does with its output folder. Damaged checkpoints of the folder's run are renamed,
     where an undamaged one is left to go on from.
@@ -76,29 +99,31 @@ def plan(settings: Settings) -> Plan:
     Raises:
         InputError: the folder holds something else, or there is nothing to resume.
     """
-    found = _plan(settings)
-    record = {} if found.anew else read_record(Path(settings.training.output_dir)) or {}
-    known = record.get("id") or (_continued(Path(found.checkpoint), settings) if found.checkpoint else None)
+    found = _plan(request)
+    record = {} if found.anew else read_record(request.folder) or {}
+    known = record.get("id") or (_continued(Path(found.checkpoint), request) if found.checkpoint else None)
     found.identity = known or found.identity
     return found
 
 
-def _plan(settings: Settings) -> Plan:
-    folder = Path(settings.training.output_dir)
-    resume = settings.training.resume_from_checkpoint
+def _plan(request: Request) -> Plan:
+    folder = request.folder
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output_dir` {folder} is a file, expected a folder.")
     entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     entries = [name for name in entries if name not in (LOCK, part_of(Path(RECORD)).name)]
     record = read_record(folder)
+    if entries and record is None:
+        shown = ", ".join(entries[:4]) + more(entries, 4)
+        raise InputError(
+            f"`output_dir` {folder} is not empty ({shown}), and it holds no run of this script. {ELSEWHERE}"
+        )
     if record is not None:
         checkpoints.tidy(folder)
     # Of a command that was refused, or stopped before its first checkpoint.
     empty = record is not None and not record.get("finished") and not _trained(folder)
-    if resume is not None:
-        checkpoint, damaged = _given(resume, settings.training.hub_token)
-        if entries and record is None:
-            raise InputError(f"`output_dir` {folder} holds files that are of no run ({_some(entries)}). {ELSEWHERE}")
+    if request.resume is not None:
+        checkpoint, damaged = _given(request.resume, request.token)
         anew = empty and checkpoint.resolve().parent != folder.resolve()
         if entries and checkpoint.resolve().parent != folder.resolve() and not anew:
             raise InputError(
@@ -106,13 +131,9 @@ def _plan(settings: Settings) -> Plan:
             )
         own = [] if anew else entries
         return Plan(str(checkpoint), message=f"Resuming from {checkpoint}.{_told(damaged, own)}", anew=anew)
-    if not entries:
-        return Plan()
     if record is None:
-        raise InputError(
-            f"`output_dir` {folder} is not empty ({_some(entries)}), and it holds no run of this script. {ELSEWHERE}"
-        )
-    different = differences(record["settings"], _settings(settings))
+        return Plan()
+    different = differences(record["settings"], request.settings)
     if different and empty:
         return Plan(message=f"{folder} holds nothing that was trained: it is used again.", anew=True)
     if different:
@@ -126,11 +147,11 @@ def _plan(settings: Settings) -> Plan:
         for file in checkpoints.weight_files(folder):
             checkpoints.read_header(file)
         return Plan(finished=record["finished"])
-    checkpoint, damaged = _newest(folder)
-    if checkpoint is None:
+    newest, damaged = _newest(folder)
+    if newest is None:
         return Plan(message=f"{folder} holds this run, stopped before its first checkpoint: it starts again.")
-    message = f"{folder} holds this run, not finished: it goes on from {checkpoint.name}.{_told(damaged, entries)}"
-    return Plan(str(checkpoint), message=message)
+    message = f"{folder} holds this run, not finished: it goes on from {newest.name}.{_told(damaged, entries)}"
+    return Plan(str(newest), message=message)
 
 
 def _trained(folder: Path) -> bool:
@@ -139,15 +160,12 @@ def _trained(folder: Path) -> bool:
     return any(True for name in names for _ in folder.glob(name))
 
 
-def _continued(checkpoint: Path, settings: Settings) -> str | None:
+def _continued(checkpoint: Path, request: Request) -> str | None:
     """The identity of the run that goes on from a checkpoint in a new folder; `None` where it becomes another one."""
     record, path = read_record(checkpoint.parent), checkpoint / checkpoints.PROGRESS
-    if not path.is_file() or (record is not None and differences(record["settings"], _settings(settings))):
+    if not path.is_file() or (record is not None and differences(record["settings"], request.settings)):
         return None
-    return json.loads(path.read_text(encoding="utf-8")).get("run")
-
-
-ELSEWHERE = "Choose another --output_dir, or move that folder away."
+    return checkpoints.read_json(path).get("run")
 
 
 def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
@@ -283,7 +301,7 @@ def _has_figures(finished: dict[str, Any] | None) -> bool:
 
 
 def write_record(
-    settings: Settings,
+    request: Request,
     finished: dict[str, Any] | None = None,
     identity: str | None = None,
     start: float | None = None,
@@ -292,30 +310,26 @@ def write_record(
     Write the record, in one step, so that a run killed meanwhile keeps the old one.
 
     Args:
-        settings: of the run.
+        request: whose folder and settings.
         finished: what a finished run records.
         identity: of the run; unset, what is recorded already stays.
         start: the `sum_of_weights` that it began with; what is recorded already stays.
 
     Of a run of another identity, nothing stays.
     """
-    folder = Path(settings.training.output_dir)
+    folder = request.folder
     before = read_record(folder) or {}
     if identity not in (None, before.get("id")):
         before = {}
     record = {
         "id": identity or before.get("id"),
-        "settings": _settings(settings),
+        "settings": request.settings,
         "finished": finished,
         "start": before.get("start", start),
     }
     with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
         with written_whole(folder / RECORD) as part:
             part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _settings(settings: Settings) -> dict[str, Any]:
-    return {**to_json(settings.record), _BATCH: settings.training.global_batch_size}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -339,7 +353,3 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def is_free(setting: str) -> bool:
     """Whether a setting may differ between two parts of one run, because it does not change what is trained."""
     return setting in _FREE or (setting.startswith(_FREE_PREFIXES) and setting not in _NOT_FREE)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + more(names, 4)

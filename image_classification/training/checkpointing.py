@@ -47,6 +47,7 @@ class Checkpointer:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.identity: str | None = None  # Which run they are of.
+        self.when_loaded: Callable[[], None] = lambda: None  # Is called where nothing can be refused any more.
         self.resumed_from: Path | None = None  # The one that this part of the run goes on from.
         self.began_with: list[dict] | None = None  # Settings of the optimiser's groups, before the first step.
         # Norm of the gradient and learning rate, as the log has them.
@@ -102,7 +103,7 @@ class Checkpointer:
         optimizer_states.load_schedule(saved, self.trainer.lr_scheduler, optimizer, folder)
 
     def load_rest(self, folder: Path) -> None:
-        """Load what else there is to a run, when the optimiser is there; after this, nothing is refused any more."""
+        """Load what else there is to a run, when the optimiser is there."""
         trainer, state = self.trainer, self.trainer.state
         # Transformers loads these two again; what is wrong with a file has to be said with its name.
         with checkpoints.reading(folder / "scaler.pt"):
@@ -117,6 +118,7 @@ class Checkpointer:
             )
         if trainer.args.load_best_model_at_end:  # Transformers takes it for where it was written.
             state.best_model_checkpoint = self._find_best(folder)
+        self.when_loaded()
 
     def _find_best(self, folder: Path) -> str | None:
         """The folder of the best checkpoint so far, whose name the one that the run goes on from has."""

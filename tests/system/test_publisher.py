@@ -696,11 +696,12 @@ def test_recipe_as_resolved_gives_the_same_settings(path, tmp_path):
         words = [word for word in words if word not in ("--lr", "3e-4")]
     settings = parse_settings([str(path), *words])
     written = tmp_path / "recipe.yaml"
-    written.write_text(recipe(settings))
+    written.write_text(recipe(settings.record, settings.training, settings.reported))
     again = parse_settings([str(written), "--output_dir", "o", "--use_cpu"])
-    assert recipe(again) == written.read_text()
+    assert recipe(again.record, again.training, again.reported) == written.read_text()
     assert again.reported == settings.reported
-    assert not run_folder.differences(run_folder._settings(settings), run_folder._settings(again))
+    before, now = (run_folder.Request.of(each.record, each.training).settings for each in (settings, again))
+    assert not run_folder.differences(before, now)
 
 
 def test_token_is_not_shown():

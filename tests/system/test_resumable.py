@@ -326,7 +326,7 @@ def test_disk_that_is_full_at_the_end(command, tmp_path, monkeypatch, capfd):
     def disk_is_full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name, what in (("save_model", "The trained model"), ("_write_reports", "The reports")):
+    for name, what in (("save_model", "The trained model"), ("write_reports", "The reports")):
         owner = ImageClassificationTrainer if name == "save_model" else script
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, disk_is_full)

@@ -16,8 +16,9 @@ from image_classification.settings.parser import parse_settings
 from image_classification.training.trainer import ImageClassificationTrainer
 
 
-def settings(folder, *words):
-    return parse_settings(["--output_dir", str(folder), "--use_cpu", *words])
+def request(folder, *words):
+    settings = parse_settings(["--output_dir", str(folder), "--use_cpu", *words])
+    return run_folder.Request.of(settings.record, settings.training)
 
 
 def checkpoint(folder, step, complete=True):
@@ -30,20 +31,20 @@ def checkpoint(folder, step, complete=True):
 
 
 def test_new_or_empty_folder(tmp_path):
-    assert run_folder.plan(settings(tmp_path / "new")) == run_folder.Plan()
-    assert run_folder.plan(settings(tmp_path)) == run_folder.Plan()
+    assert run_folder.plan(request(tmp_path / "new")) == run_folder.Plan()
+    assert run_folder.plan(request(tmp_path)) == run_folder.Plan()
 
 
 def test_folder_with_other_files(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"thesis\.tex.*Choose another --output_dir"):
-        run_folder.plan(settings(tmp_path))
+        run_folder.plan(request(tmp_path))
     with pytest.raises(InputError, match="is a file"):
-        run_folder.plan(settings(tmp_path / "thesis.tex"))
+        run_folder.plan(request(tmp_path / "thesis.tex"))
 
 
 def test_the_same_command_goes_on_from_the_last_complete_checkpoint(tmp_path):
-    mine = settings(tmp_path)
+    mine = request(tmp_path)
     run_folder.write_record(mine)
     assert "starts again" in run_folder.plan(mine).message
     checkpoint(tmp_path, 9)
@@ -53,20 +54,20 @@ def test_the_same_command_goes_on_from_the_last_complete_checkpoint(tmp_path):
 
 
 def test_settings_that_only_change_the_speed_are_free(tmp_path):
-    run_folder.write_record(settings(tmp_path))
+    run_folder.write_record(request(tmp_path))
     checkpoint(tmp_path, 1)
     assert run_folder.plan(
-        settings(tmp_path, "--num_workers", "7", "--save_total_limit", "0", "--disable_tqdm")
+        request(tmp_path, "--num_workers", "7", "--save_total_limit", "0", "--disable_tqdm")
     ).checkpoint
 
 
 def test_batch_is_what_all_devices_make_of_it(tmp_path):
     """Half the images on each of two devices, or in twice as many parts, are the same run; half in all are not."""
-    run_folder.write_record(settings(tmp_path, "--batch-size", "32", "--gradient_accumulation_steps", "2"))
+    run_folder.write_record(request(tmp_path, "--batch-size", "32", "--gradient_accumulation_steps", "2"))
     checkpoint(tmp_path, 1)
-    assert run_folder.plan(settings(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "4")).checkpoint
+    assert run_folder.plan(request(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "4")).checkpoint
     with pytest.raises(InputError, match=r"`global_batch_size` was 64 and is now 32.*--per_device_train_batch_size"):
-        run_folder.plan(settings(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "2"))
+        run_folder.plan(request(tmp_path, "--batch-size", "16", "--gradient_accumulation_steps", "2"))
 
 
 @pytest.mark.system
@@ -105,11 +106,11 @@ def test_only_one_process_trains_in_a_folder(tmp_path, existed):
 def test_folder_that_was_only_locked_is_not_left_behind(tmp_path):
     with run_folder.FolderLock() as lock:
         lock.take(str(tmp_path / "a" / "b"))
-        assert run_folder.plan(settings(tmp_path / "a" / "b")) == run_folder.Plan()
+        assert run_folder.plan(request(tmp_path / "a" / "b")) == run_folder.Plan()
     assert not (tmp_path / "a").exists() and tmp_path.exists()
     with run_folder.FolderLock() as lock:
         lock.take(str(tmp_path / "a" / "b"))
-        run_folder.write_record(settings(tmp_path / "a" / "b"))
+        run_folder.write_record(request(tmp_path / "a" / "b"))
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [run_folder.RECORD]
 
 
@@ -149,9 +150,9 @@ def test_second_command_changes_nothing_of_the_first(tmp_path, monkeypatch, smal
 
 def test_folder_without_a_checkpoint_may_be_used_again(tmp_path):
     """By a command with other settings, which is another run; not where anything was trained."""
-    run_folder.write_record(settings(tmp_path, "--grid", "3"), identity="first", start=1.0)
+    run_folder.write_record(request(tmp_path, "--grid", "3"), identity="first", start=1.0)
     (tmp_path / "preprocessor_config.json").touch()
-    corrected = settings(tmp_path, "--grid", "5")
+    corrected = request(tmp_path, "--grid", "5")
     plan = run_folder.plan(corrected)
     assert plan.anew and plan.checkpoint is None and plan.identity != "first"
     run_folder.write_record(corrected, identity=plan.identity, start=2.0)
@@ -159,17 +160,17 @@ def test_folder_without_a_checkpoint_may_be_used_again(tmp_path):
     assert (record["settings"]["grid_size"], record["id"], record["start"]) == (5, plan.identity, 2.0)
     # Also one that goes on from another folder's checkpoint, and was refused before.
     path = checkpoint(tmp_path / "other", 4)
-    resumed = settings(tmp_path, "--grid", "3", "--resume", str(path))
+    resumed = request(tmp_path, "--grid", "3", "--resume", str(path))
     assert run_folder.plan(resumed).checkpoint == str(path) and run_folder.plan(resumed).anew
     for name in ("checkpoint-7", "checkpoint-8.damaged", "model.safetensors"):
         (tmp_path / name).mkdir()
         for words in (["--grid", "3"], ["--grid", "3", "--resume", str(path)]):
             with pytest.raises(InputError, match="another"):
-                run_folder.plan(settings(tmp_path, *words))
+                run_folder.plan(request(tmp_path, *words))
         (tmp_path / name).rmdir()
     run_folder.write_record(corrected, finished={"metrics": {"eval_accuracy": 0.5}, "eval_images": 2})
     with pytest.raises(InputError, match="another run"):
-        run_folder.plan(settings(tmp_path, "--grid", "3"))
+        run_folder.plan(request(tmp_path, "--grid", "3"))
 
 
 def test_refused_command_may_be_corrected(image_folder, tmp_path, small, capsys):
@@ -186,22 +187,20 @@ def test_refused_command_may_be_corrected(image_folder, tmp_path, small, capsys)
 
 def test_record_that_was_half_written_counts_as_none(tmp_path):
     (tmp_path / ".run.json.part").write_text("{")
-    assert run_folder.plan(settings(tmp_path)) == run_folder.Plan()
+    assert run_folder.plan(request(tmp_path)) == run_folder.Plan()
 
 
 def test_another_run_names_what_differs(tmp_path):
-    run_folder.write_record(settings(tmp_path, "--grid", "3"))
+    run_folder.write_record(request(tmp_path, "--grid", "3"))
     path = checkpoint(tmp_path, 4)
     with pytest.raises(InputError, match="another run: `grid_size` was 3 and is now 5"):
-        run_folder.plan(settings(tmp_path, "--grid", "5"))
+        run_folder.plan(request(tmp_path, "--grid", "5"))
     # Unless a checkpoint of it is named.
-    assert run_folder.plan(settings(tmp_path, "--num_train_epochs", "50", "--resume", str(path))).checkpoint == str(
-        path
-    )
+    assert run_folder.plan(request(tmp_path, "--num_train_epochs", "50", "--resume", str(path))).checkpoint == str(path)
 
 
 def test_finished_run_has_nothing_left_to_do(tmp_path):
-    mine = settings(tmp_path)
+    mine = request(tmp_path)
     finished = {"metrics": {"eval_accuracy": 0.5}, "eval_images": 4}
     run_folder.write_record(mine, finished)
     with pytest.raises(InputError, match="without its weights"):
@@ -215,25 +214,25 @@ def test_finished_run_has_nothing_left_to_do(tmp_path):
 
 def test_resume_of_nothing(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        run_folder.plan(settings(tmp_path / "new", "--resume", str(tmp_path / "nowhere")))
+        run_folder.plan(request(tmp_path / "new", "--resume", str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"holds none.*trainer_state\.json.*--finetune"):
-        run_folder.plan(settings(tmp_path / "new", "--resume", str(tmp_path / "empty")))
+        run_folder.plan(request(tmp_path / "new", "--resume", str(tmp_path / "empty")))
 
 
 def test_resume_takes_the_last_checkpoint_of_a_run(tmp_path):
     old = tmp_path / "old"
     checkpoint(old, 2)
     checkpoint(old, 12)
-    assert run_folder.plan(settings(tmp_path / "new", "--resume", str(old))).checkpoint == str(old / "checkpoint-12")
-    run_folder.write_record(settings(tmp_path / "other"))
+    assert run_folder.plan(request(tmp_path / "new", "--resume", str(old))).checkpoint == str(old / "checkpoint-12")
+    run_folder.write_record(request(tmp_path / "other"))
     checkpoint(tmp_path / "other", 3)
     with pytest.raises(InputError, match="is of another one"):
-        run_folder.plan(settings(tmp_path / "other", "--resume", str(old)))
+        run_folder.plan(request(tmp_path / "other", "--resume", str(old)))
 
 
 def test_record_keeps_no_secret(tmp_path):
-    run_folder.write_record(settings(tmp_path, "--hub_token", "hf_secret"))
+    run_folder.write_record(request(tmp_path, "--hub_token", "hf_secret"))
     assert "hf_secret" not in (tmp_path / run_folder.RECORD).read_text()
 
 
@@ -249,11 +248,11 @@ def test_record_keeps_no_secret(tmp_path):
 def test_damaged_record(tmp_path, content):
     (tmp_path / run_folder.RECORD).write_bytes(content)
     with pytest.raises(InputError, match=r"run\.json is damaged"):
-        run_folder.plan(settings(tmp_path))
+        run_folder.plan(request(tmp_path))
 
 
 def test_record_of_another_release_is_compared_where_both_know_the_setting(tmp_path):
-    mine = settings(tmp_path)
+    mine = request(tmp_path)
     run_folder.write_record(mine)
     record = json.loads((tmp_path / run_folder.RECORD).read_text())
     record["settings"]["setting_of_the_future"] = 1

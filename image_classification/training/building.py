@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer of a run, from its settings."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from modeling_karat_vit.configuration_karat_vit import height_and_width
+
+from ..data.sources import ImageData
+from ..models import transfer
+from ..pipeline import build_pipeline
+from ..reports import trackers
+from ..reports.console import EpochLines
+from ..settings.arguments import DataArguments, RunArguments
+from .metrics import ComputeMetrics, preprocess
+from .trainer import ImageClassificationTrainer
+
+
+def build_trainer(
+    args: DataArguments,
+    run: RunArguments,
+    model: PreTrainedModel,
+    data: ImageData,
+    processor: BaseImageProcessor,
+    teacher: str | None = None,
+    kind: type[ImageClassificationTrainer] = ImageClassificationTrainer,
+) -> ImageClassificationTrainer:
+    """
+    Build the Trainer of a run; one that only evaluates where there are no training images.
+
+    Args:
+        args, run: the settings of data and of training.
+        model: what is trained; fed with the maps of `teacher`, if one is named.
+        data: what is read.
+        processor: of the evaluation, and saved with the model.
+        kind: of which class.
+    """
+    pipeline = build_pipeline(args, run, height_and_width(model.config.image_size), data, processor)
+    if teacher is not None:
+        dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else None
+        loaded = transfer.load_teacher(teacher, model.config, processor, dtype)
+        transfer.feed(model, loaded, transfer.short_name(teacher))
+    trainer = kind(
+        model=model,
+        args=run,
+        train_dataset=pipeline.train,
+        eval_dataset=pipeline.held_out,
+        processing_class=processor,
+        compute_metrics=ComputeMetrics(len(data.labels)),
+        preprocess_logits_for_metrics=preprocess,
+    )
+    trainer.augment = pipeline.augment
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trackers.name_tensorboard_folder(trainer)
+    trainer.add_callback(EpochLines())
+    return trainer
