@@ -71,26 +71,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    settings = None
+    settings = parse_settings(sys.argv[1:] if argv is None else argv)
+    args, folder = settings.training, Path(settings.training.output_dir)
+    if argv is None:
+        sys.argv = without_token(sys.argv)  # Trackers keep the command line.
     try:
-        settings = parse_settings(sys.argv[1:] if argv is None else argv)
-        if argv is None:
-            sys.argv = without_token(sys.argv)  # Trackers keep the command line.
         with run_folder.FolderLock() as lock:
             run(settings, lock)
     except Stopped as stopped:
-        if settings.training.process_index == 0:
+        if args.process_index == 0:
             command = f":\n  {same_command()}" if argv is None else "."
-            print(
-                f"\n{stopped}. The same command goes on from {stopped.checkpoint}{command}",
-                file=sys.stderr,
-            )
+            print(f"\n{stopped}. The same command goes on from {stopped.checkpoint}{command}", file=sys.stderr)
         _leave()
         return stopped.exit_status
     except KeyboardInterrupt:
         # Outside of the training loop, where there is nothing to save.
-        folder = Path(settings.training.output_dir) if settings and settings.training.do_train else None
-        steps = checkpoints.checkpoints(folder) if folder else {}
+        steps = checkpoints.checkpoints(folder) if args.do_train else {}
         hint = f" The same command goes on from {steps[max(steps)]}." if steps else ""
         if steps and settings.record["push_to_hub"] and (run_folder.read_record(folder) or {}).get("finished"):
             hint = " The run is finished; the same command pushes it to the Hub."
@@ -134,7 +130,7 @@ def run(settings: Settings, lock: run_folder.FolderLock) -> dict[str, float]:
     if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
         raise InputError("No output folder is named. Give --output_dir.")
     request = run_folder.Request.of(settings.record, args)
-    plan = on_main_process(lambda: (lock.take(args.output_dir), run_folder.plan(request))[1])
+    plan = on_main_process(lambda: run_folder.plan(request, lock))
     destination = on_main_process(lambda: _destination(args, plan.identity)) if args.push_to_hub else None
     args.push_to_hub = False  # Transformers' own way is not used.
     if plan.finished is not None:
@@ -163,7 +159,7 @@ def _set_up(args: RunArguments, record: dict[str, Any]) -> None:
     set_up_logging(args)
     if args.cpu_threads is not None:
         torch.set_num_threads(args.cpu_threads)
-    cores, workers = cores_to_use(), args.dataloader_num_workers
+    cores, workers = cores_to_use(), args.dataloader_num_workers or 0
     if workers > cores:
         logger.warning(
             f"{workers} data workers (`dataloader_num_workers`) share {cores} CPU cores: fewer may be faster."
@@ -207,6 +203,7 @@ def _train(
     with args.main_process_first(desc="reading the data"):
         data = _load_data(settings)
     check_best(args.metric_for_best_model, args.model_ema, len(data.labels))
+    assert data.train is not None
     if args.dataloader_drop_last and len(data.train) < args.global_batch_size:
         raise InputError(
             f"`dataloader_drop_last` leaves nothing to train on: {len(data.train):,} images are less than a batch of "

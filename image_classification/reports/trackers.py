@@ -54,7 +54,7 @@ def choose_run(args: RunArguments, anew: bool = False) -> None:
     kept = Path(args.output_dir) / WANDB_ID
     if anew:
         kept.unlink(missing_ok=True)
-    if "wandb" not in args.report_to:
+    if "wandb" not in (args.report_to or []):
         return
     known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else None
     chosen = args.run_id or known or uuid.uuid4().hex[:12]
@@ -67,5 +67,5 @@ def name_tensorboard_folder(trainer: Trainer) -> None:
     """TensorBoard's files go to `runs/` of the output folder, named by `run_id`, else by `run_name`."""
     if trainer.pop_callback(TensorBoardCallback) is not None:
         args: RunArguments = trainer.args
-        name = (args.run_id or args.run_name).replace(os.sep, "-")
+        name = str(args.run_id or args.run_name).replace(os.sep, "-")
         trainer.add_callback(_TensorBoard(Path(args.output_dir) / "runs" / name))

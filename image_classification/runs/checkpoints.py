@@ -75,8 +75,8 @@ def damage(folder: Path) -> str | None:
         return None if is_checkpoint(folder) else f"{missing} is missing"
     except (OSError, UnicodeDecodeError):
         return f"{SUMS} cannot be read"
-    listed = [re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line) for line in lines]
-    if None in listed or STATE not in {match[2] for match in listed}:
+    listed = [match for line in lines if (match := re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line))]
+    if len(listed) < len(lines) or STATE not in {match[2] for match in listed}:
         return f"{SUMS} is truncated or damaged"
     for match in listed:
         path = folder / match[2]
@@ -104,7 +104,12 @@ def check_progress(folder: Path) -> None:
     if not all("eval_loss" not in entry or "epoch" in entry for entry in state.log_history):
         raise InputError(f"{folder / STATE} is damaged: `log_history` has evaluations without their `epoch`.")
     if (folder / PROGRESS).is_file():
-        fields = {"logged_loss": number, "last_logged_step": int, "seconds": number, "epoch_ended": bool}
+        fields: dict[str, type | tuple[type, ...]] = {
+            "logged_loss": number,
+            "last_logged_step": int,
+            "seconds": number,
+            "epoch_ended": bool,
+        }
         _check_fields(folder / PROGRESS, fields, {"losses": number, "due": str})
 
 
@@ -113,8 +118,8 @@ def _check_fields(path: Path, fields: dict[str, type | tuple[type, ...]], lists:
     content = read_json(path)
     for name, kind in (fields | lists).items():
         found = content.get(name) if isinstance(content, dict) else None
-        of_lists = name not in lists or isinstance(found, list)
-        if not of_lists or not all(isinstance(value, kind) for value in (found if name in lists else [found])):
+        values = [found] if name in fields else found
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise InputError(f"{path} is damaged: it has no `{name}`, or one of another type.")
 
 
@@ -125,7 +130,7 @@ def newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
     Returns:
         The undamaged checkpoint of the highest step, if any; and the damaged ones after it, with what is wrong.
     """
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for folder in reversed(_numbered(run).values()):
         wrong = damage(folder)
         if wrong is None:
@@ -319,7 +324,7 @@ def check_weights(expected: dict[str, torch.Size], found: dict[str, torch.Tensor
         (not_finite(found), "has weights that are NaN or infinite"),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:4]) + more(names, 4)
+            shown = ", ".join(sorted(names)[:4]) + more(sorted(names), 4)
             raise InputError(f"{where} {what}: {shown}. It is damaged or of another model; nothing was trained.")
 
 

@@ -91,14 +91,20 @@ class Plan:
     identity: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
 
-def plan(request: Request) -> Plan:
+def plan(request: Request, lock: "FolderLock | None" = None) -> Plan:
     """
     Decide what a training command does with its output folder. Damaged checkpoints of the folder's run are renamed,
     where an undamaged one is left to go on from.
 
+    Args:
+        request: the command's.
+        lock: taken on the folder first.
+
     Raises:
-        InputError: the folder holds something else, or there is nothing to resume.
+        InputError: the folder holds something else, there is nothing to resume, or another process has the folder.
     """
+    if lock is not None:
+        lock.take(request.folder)
     found = _plan(request)
     record = {} if found.anew else read_record(request.folder) or {}
     known = record.get("id") or (_continued(Path(found.checkpoint), request) if found.checkpoint else None)
@@ -235,7 +241,7 @@ class FolderLock:
     def __enter__(self) -> "FolderLock":
         return self
 
-    def take(self, output_dir: str) -> None:
+    def take(self, output_dir: str | Path) -> None:
         """
         Lock a folder, before anything is read of it or written to it; it is made if it does not exist.
 

@@ -25,6 +25,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..errors import InputError
+from ..files import part_of
 from ..runs import checkpoints
 from . import ema, optimizer_states
 from .parallel import largest
@@ -82,7 +83,7 @@ class Checkpointer:
         Raises:
             InputError: the checkpoint has not exactly these.
         """
-        weights = checkpoints.read_weights(folder)
+        weights: dict[str, Any] = checkpoints.read_weights(folder)
         shapes = {plain_name(name): tensor.shape for name, tensor in model.state_dict().items()}
         checkpoints.check_weights(shapes, weights, folder)
         if self.trainer.is_fsdp_enabled:
@@ -194,9 +195,9 @@ class Checkpointer:
         # that has failed.
         collected = self.collect(due)
         try:
-            self._in_all(folder, lambda: args.should_save and checkpoints.begin(folder))
-            self._in_all(folder, lambda: self.write(checkpoints.part_of(folder), *collected))
-            self._in_all(folder, lambda: args.should_save and checkpoints.publish(folder))
+            self._in_all(folder, checkpoints.begin if args.should_save else None)
+            self._in_all(folder, lambda _: self.write(part_of(folder), *collected))
+            self._in_all(folder, checkpoints.publish if args.should_save else None)
         except BaseException:
             if args.should_save:
                 checkpoints.abandon(folder)
@@ -267,12 +268,13 @@ class Checkpointer:
             state.best_model_checkpoint = Path(state.best_model_checkpoint).name
         state.save_to_json(str(part / checkpoints.STATE))
 
-    def _in_all(self, folder: Path, action: Callable[[], Any]) -> None:
-        """Do something in all processes, and fail in all if it fails in one."""
+    def _in_all(self, folder: Path, action: Callable[[Path], None] | None) -> None:
+        """Do what there is for this process to do with a folder, and fail in all if it fails in one."""
         failure = None
         try:
             with checkpoints.writing(f"{folder.name}", folder.parent, self._advice(folder)):
-                action()
+                if action is not None:
+                    action(folder)
         except checkpoints.NotWritten as error:
             failure = error
         if largest(failure is not None):

@@ -35,20 +35,22 @@ def setting_up(what: str) -> Iterator[None]:
 
 def make_optimizer(model: PreTrainedModel, args: RunArguments) -> torch.optim.Optimizer | None:
     """Make the optimiser over `parameter_groups`; `None` for one that groups for itself, which Transformers makes."""
-    if args.timm_optimizer is not None:
-        return _timm_optimizer(parameter_groups(model, args), args)
+    if (name := args.timm_optimizer) is not None:
+        return _timm_optimizer(name, parameter_groups(model, args), args)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if args.optim_args:
         plain = copy.copy(args)
         plain.optim_args = None
         if Trainer.get_optimizer_cls_and_kwargs(plain, model) == (kind, options):
-            raise InputError(f"`optim_args` does nothing with `optim: {args.optim.value}`. Leave it out.")
+            raise InputError(f"`optim_args` does nothing with `optim: {args.optimizer_name}`. Leave it out.")
     if args.optim_target_modules is not None and not {"params", "model", "optimizer_dict"} & options.keys():
-        raise InputError(f"`optim_target_modules` does nothing with `optim: {args.optim.value}`. Leave it out.")
+        raise InputError(f"`optim_target_modules` does nothing with `optim: {args.optimizer_name}`. Leave it out.")
     if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
         for name in ("attn_lr", "attn_weight_decay", "layer_decay"):
             if getattr(args, name) is not None:
-                raise InputError(f"`{name}` does not work with `optim: {args.optim.value}`, which groups for itself.")
+                raise InputError(
+                    f"`{name}` does not work with `optim: {args.optimizer_name}`, which groups for itself."
+                )
         return None
     if kind is torch.optim.SGD:
         options |= {"momentum": args.momentum, "nesterov": args.momentum > 0, "fused": args.device.type == "cuda"}
@@ -57,7 +59,7 @@ def make_optimizer(model: PreTrainedModel, args: RunArguments) -> torch.optim.Op
     return kind(parameter_groups(model, args), **options)
 
 
-def _timm_optimizer(groups: list[dict], args: RunArguments) -> torch.optim.Optimizer:
+def _timm_optimizer(name: str, groups: list[dict], args: RunArguments) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
     default = RunArguments.__dataclass_fields__
@@ -68,12 +70,10 @@ def _timm_optimizer(groups: list[dict], args: RunArguments) -> torch.optim.Optim
     betas = (args.adam_beta1, args.adam_beta2)
     if betas != (default["adam_beta1"].default, default["adam_beta2"].default):
         options["betas"] = betas
-    return create_optimizer_v2(
-        groups, opt=args.timm_optimizer, lr=args.learning_rate, momentum=args.momentum, **options
-    )
+    return create_optimizer_v2(groups, opt=name, lr=args.learning_rate, momentum=args.momentum, **options)
 
 
-def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
+def parameter_groups(model: PreTrainedModel, args: RunArguments) -> list[dict]:
     """
     Groups for the optimiser, by rate and weight decay.
 
@@ -88,13 +88,14 @@ def parameter_groups(model: nn.Module, args: RunArguments) -> list[dict]:
     for name in ("attn_lr", "attn_weight_decay"):
         if getattr(args, name) is not None and not karat:
             raise InputError(f"`{name}` is of KArAt parameters, and this model has none.")
+    assert args.learning_rate is not None  # By `RunArguments`.
     groups: dict[tuple[float, float, float], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim > 1 and not name.endswith((".bias", *NO_DECAY))
             decay, rate = args.weight_decay if matrix else 0.0, args.learning_rate
             if name in karat:
-                rate = args.learning_rate if args.attn_lr is None else args.attn_learning_rate
+                rate = args.attn_learning_rate if args.attn_learning_rate is not None else rate
                 decay = decay if args.attn_weight_decay is None else args.attn_weight_decay
             scale = layer_scale(name, model.config.num_hidden_layers, args.layer_decay or 1.0)
             groups.setdefault((scale, rate, decay), {})[plain_name(name)] = parameter
@@ -144,7 +145,7 @@ def schedule(args: RunArguments, rate: float, warmup: int, steps: int, per_epoch
     def at(step: int) -> float:
         if step < warmup:
             return start + (rate - start) * step / warmup
-        if args.sched == "constant":
+        if args.sched is None or args.sched == "constant":
             return rate
         if args.sched == "step":
             return rate * args.decay_rate ** math.floor(step / per_epoch / args.decay_epochs)

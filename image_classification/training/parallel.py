@@ -64,7 +64,7 @@ def set_up(accelerator: Accelerator, model: PreTrainedModel, fsdp: bool) -> None
 
 
 @functools.cache
-def _cpu_group(_world: distributed.ProcessGroup) -> distributed.ProcessGroup:
+def _cpu_group(_world: Any) -> Any:
     """A process group for small decisions, which do not wait for the GPU."""
     return distributed.new_group(backend="gloo")
 
@@ -82,8 +82,9 @@ def rows_at_end(loader: DataLoader, processes: int) -> int:
     """Images in the last batch of an epoch over all processes, where some are repeated to fill it; else 0."""
     for sampler in samplers_of(loader):
         if isinstance(sampler, BatchSampler) and not isinstance(sampler, BatchSamplerShard):
+            images: Any = sampler.sampler
             full = sampler.batch_size * processes
-            return 0 if processes == 1 or sampler.drop_last else len(sampler.sampler) % full
+            return 0 if processes == 1 or sampler.drop_last else len(images) % full
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 
 class Throughput:
     """
-    Counts images and the seconds that training takes.
+    Counts images and the seconds that training takes, from now on.
 
     Args:
         device: that trains.
@@ -22,13 +22,9 @@ class Throughput:
         self.device = device
         self.images = self._images_logged = 0  # Trained on, by all processes: in all, and at the last log.
         self.startup_seconds: float | None = None  # From the process's start to the end of its first step.
-        self._began = self._excluded = self._seconds_logged = 0.0
-
-    def begin(self) -> None:
-        """Start anew: the first step is next."""
-        self.__init__(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._excluded = self._seconds_logged = 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self._began = time.perf_counter()
 
     def note_startup(self) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import skip_first_batches
@@ -61,6 +62,8 @@ class ImageClassificationTrainer(Trainer):
     """
 
     args: RunArguments
+    optimizer: Any
+    lr_scheduler: Any
     augment: Callable[[dict], dict[str, torch.Tensor]] | None = None
 
     def __init__(self, *args, **kwargs):
@@ -87,7 +90,7 @@ class ImageClassificationTrainer(Trainer):
         self.average: ema.WeightAverage | None = None
         self.recorded: RecordedStep | None = None
         self._guard: DivergenceGuard | None = None
-        self._signals: StopSignals | None = None
+        self._signals = StopSignals(speak=False)
         self._may_stop = False  # Where `_Asked` is caught.
         self._operations: dict[torch.Size, int] = {}
 
@@ -133,7 +136,7 @@ class ImageClassificationTrainer(Trainer):
         where += ", or bf16 in place of fp16." if self.args.fp16 else ", or more warm-up."
         self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
         self.recorded = self._make_recorded_step()
-        self.throughput.begin()
+        self.throughput = Throughput(self.args.device)
         self.checkpointer.catch_up()
 
     def make_average(self, checkpoint: str | Path | None = None) -> None:
@@ -191,10 +194,12 @@ class ImageClassificationTrainer(Trainer):
         return some, images
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        guard = self._guard
+        assert guard is not None  # Since training began.
         self.throughput.images += len(inputs["labels"]) * self.args.world_size
-        with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
+        with contextlib.nullcontext() if guard.heard else guard.listening():
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
+        guard.watch(self.state.global_step + 1, loss, last=self.accelerator.sync_gradients)
         return loss
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
@@ -295,11 +300,12 @@ class ImageClassificationTrainer(Trainer):
         log_save_evaluate(grad_norm=self.recorded.norm, learning_rate=self._catch_up_with_device())
 
     def _take_recorded_step(self, batches: list[dict[str, torch.Tensor]], images: int) -> None:
-        step, labels = self.recorded, batches[0]["labels"]
+        step, guard, labels = self.recorded, self._guard, batches[0]["labels"]
+        assert step is not None and guard is not None
         if step.graphs is None and self.args.device.type == "cuda" and len(labels) == self._train_batch_size:
             with self._apart():
-                step.record(batches[0]["pixel_values"], labels, self._guard.listening)
-        with contextlib.nullcontext() if self._guard.heard else self._guard.listening():
+                step.record(batches[0]["pixel_values"], labels, guard.listening)
+        with contextlib.nullcontext() if guard.heard else guard.listening():
             step.run(batches, images * labels[0].numel())
         self.throughput.images += images
         for batch in batches:
@@ -310,12 +316,14 @@ class ImageClassificationTrainer(Trainer):
 
     def _catch_up_with_device(self) -> float:
         """Bring the schedule to where the recorded steps are; returns the first group's rate in the last of them."""
-        step, scheduler = self.recorded.position_now(), self.lr_scheduler
+        recorded = self.recorded
+        assert recorded is not None
+        step, scheduler = recorded.position_now(), self.lr_scheduler
         if step != scheduler.last_epoch:
             scheduler.last_epoch, scheduler._step_count = step - 1, step
             scheduler.optimizer._opt_called = True  # It was, in the graph: else PyTorch warns.
             scheduler.step()
-        return self.recorded.schedule[max(0, step - 1), 0].item()
+        return recorded.schedule[max(0, step - 1), 0].item()
 
     # Evaluation
 

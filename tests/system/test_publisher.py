@@ -39,7 +39,7 @@ from tests.system import processes
 
 PROJECT = Path(__file__).parents[2]
 # What `karatize` makes has files of its own.
-CODE = {*publisher.CODE} - {"karatize.py", "karat_backbones.py", "karat_heads.py"}
+CODE = {*publisher.CODE} - {"karatize.py", "karat_backbones.py", "karat_convit.py", "karat_heads.py"}
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json", *CODE}
 FINISHED = {*MODEL, "README.md", "recipe.yaml", "all_results.json", "history.json", "training_curves.png", RECORD}
 UNFINISHED = FINISHED - {"all_results.json"}
