@@ -44,21 +44,18 @@ STEPS_UNSEEN = 50
 class ImageClassificationTrainer(Trainer):
     """
     Transformers' Trainer with
-    * checkpoints that are written whole or not at all, and from which a run goes on exactly (`Checkpointer`);
-    * SIGTERM and Ctrl-C saving a checkpoint at the end of the step (`Stopped` is raised in all processes);
     * a cross-entropy that is normalised over the whole accumulated batch, so that accumulation gives the gradients of
       one large batch, for class indices and for soft targets, with and without label smoothing;
-    * images that were repeated to fill a batch not counted (`parallel`);
-    * a learning rate and a weight decay of their own for KArAt parameters, layer-wise decay, timm's optimisers, and the
-      schedules of `RunArguments` (`optimization`);
-    * an average of the weights (`model_ema`), evaluated beside them, saved in every checkpoint and resumed;
-    * an error for a loss or gradient that is not finite, which names the step and the parameter (`DivergenceGuard`);
-    * a whole step as one CUDA graph, where that can be (`record_step`, `RecordedStep`);
-    * images per second of training alone, without evaluations and checkpoints, and the peak of memory (`Throughput`).
+    * checkpoints from which a run goes on exactly (`Checkpointer`), also when a signal stops it (`StopSignals`);
+    * every image counted once in several processes (`parallel`), and loaders of our own data sets (`Loaders`);
+    * rates and weight decay by kind of parameter, timm's optimisers, and more schedules (`optimization`);
+    * an average of the weights, evaluated beside them and saved in every checkpoint (`WeightAverage`);
+    * an error that says where a run diverges (`DivergenceGuard`), and images per second (`Throughput`);
+    * a whole step as one CUDA graph, where that can be (`RecordedStep`).
 
     Where `augment` is set, it makes training batches of what the data loader has moved to the device.
 
-    Of Transformers' own methods, whose names begin with an underscore, seven are overridden, each of which says why.
+    Seven of Transformers' private methods are overridden, each of which says why.
     """
 
     args: RunArguments
@@ -158,10 +155,11 @@ class ImageClassificationTrainer(Trainer):
             )
         except _Asked as asked:
             # At once: an evaluation can take longer than a scheduler waits. It is noted, and done when the run goes on.
-            self._save_checkpoint(model, trial, [name for name in ACTIONS if getattr(self.control, f"should_{name}")])
+            due = [action for action in ACTIONS if getattr(self.control, f"should_{action}")]
+            self._save_checkpoint(model, trial, due)
             step = self.state.global_step
             folder = checkpoints.checkpoint_folder(self.args.output_dir, step)
-            raise Stopped(asked.number, folder, step, self.state.epoch) from None
+            raise Stopped(asked.args[0], folder, step, self.state.epoch) from None
         finally:
             self._may_stop = False
 
@@ -558,10 +556,7 @@ class _Events(TrainerCallback):
 
 
 class _Asked(Exception):
-    """A signal has asked to stop."""
-
-    def __init__(self, number: int):
-        self.number = number
+    """A signal has asked to stop, whose number is the argument."""
 
 
 @functools.cache

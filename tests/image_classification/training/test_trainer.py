@@ -35,6 +35,15 @@ def run_arguments(folder, **settings):
     return RunArguments(**{**defaults, "learning_rate": 0.1, "warmup_epochs": 0.0, **settings})
 
 
+def test_at_most_seven_private_methods_are_overridden():
+    """On purpose: no helper has the name of a method of Transformers, be it of another release."""
+    own = {name: value for name, value in vars(ImageClassificationTrainer).items() if not name.endswith("__")}
+    overridden = {name for name in own if name.startswith("_") and hasattr(Trainer, name)}
+    loading = {"_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_best_model"}
+    assert overridden == {"_run_epoch", "_maybe_log_save_evaluate", "_save_checkpoint", "_save"} | loading
+    assert ImageClassificationTrainer.__base__ is Trainer and all(own[name].__doc__ for name in overridden)
+
+
 class Gradients(TrainerCallback):
     def __init__(self):
         self.steps = []
