@@ -101,7 +101,7 @@ class Checkpointer:
             )
         optimizer.load_state_dict(optimizer_states.fitted(checkpoints.read_state(path), optimizer, folder))
         saved = checkpoints.read_state(folder / checkpoints.SCHEDULER)
-        optimizer_states.load_schedule(saved, self.trainer.lr_scheduler, optimizer, folder)
+        optimizer_states.load_schedule(saved, self.trainer.lr_scheduler, folder)
 
     def load_rest(self, folder: Path) -> None:
         """Load what else there is to a run, when the optimiser is there."""

@@ -69,12 +69,9 @@ class WeightAverage:
             torch._foreach_mul_(steps, (1 - self.decay) * (1 - skipped))
             torch._foreach_add_(averages, steps)
 
-    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the model's weights with the average."""
-        _reshard(model)
-        for name, parameter in _averaged(model):
-            local(parameter).copy_(self.tensors[name])
+        _overwrite(model, self.tensors)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -85,10 +82,7 @@ class WeightAverage:
         try:
             yield
         finally:
-            _reshard(model)
-            with torch.no_grad():
-                for name, parameter in _averaged(model):
-                    local(parameter).copy_(own[name])
+            _overwrite(model, own)
 
     def whole(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Whole tensors by the parameters' names, on the CPU. All processes call it, and get them."""
@@ -150,6 +144,13 @@ def _owners(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """
     places = (name.rpartition(".") for name, _ in _averaged(model))
     return [(model.get_submodule(path), name) for path, _, name in places]
+
+
+@torch.no_grad()
+def _overwrite(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    _reshard(model)
+    for name, parameter in _averaged(model):
+        local(parameter).copy_(tensors[name])
 
 
 def _reshard(model: nn.Module) -> None:

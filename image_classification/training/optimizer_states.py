@@ -78,17 +78,15 @@ def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = {new[name][1]: states[old[name][1]] for name in new if old[name][1] in states}
         for number, entries in state.items():
-            for key in _LIKE_PARAMETER:
-                found = entries.get(key)
-                if torch.is_tensor(found) and found.shape != parameters[number].shape:
+            parameter = parameters[number]
+            for key, value in entries.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    entries[key] = divided(value, parameter)
+                elif torch.is_tensor(value) and key in _LIKE_PARAMETER:
                     raise InputError(
                         f"{folder / 'optimizer.pt'} is of another model: `{key}` of a parameter has the shape "
-                        f"{tuple(found.shape)}, expected {tuple(parameters[number].shape)}. {_MEND}"
+                        f"{tuple(value.shape)}, expected {tuple(parameter.shape)}. {_MEND}"
                     )
-        for number, entries in state.items():
-            for key, value in entries.items():
-                if torch.is_tensor(value) and value.shape == parameters[number].shape:
-                    entries[key] = divided(value, parameters[number])
         began = saved.get("began_with") or now
         groups = []
         for index, group in enumerate(now):
@@ -99,7 +97,7 @@ def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path
                 key: value
                 for key, value in saved_group.items()
                 # What is not in a new group is a count that the first step begins.
-                if key not in _APART and (key not in group or _equal(first.get(key), group[key]))
+                if key not in _APART and (key not in group or _plain(first.get(key)) == _plain(group[key]))
             }
             groups.append(group | kept)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -107,7 +105,7 @@ def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path
     return {"state": state, "param_groups": groups}
 
 
-def load_schedule(saved: dict[str, Any], schedule, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def load_schedule(saved: dict[str, Any], schedule: Any, folder: Path) -> None:
     """
     Go on with a schedule where the saved one was; the rates are those of the settings now.
 
@@ -123,17 +121,14 @@ def load_schedule(saved: dict[str, Any], schedule, optimizer: torch.optim.Optimi
         return
     if "lr_lambdas" not in saved:
         raise InputError(f"{folder} has the state of another kind of schedule than `sched`. {_MEND}")
-    ours = schedule.state_dict()
-    rates = [
-        base * curve(saved["last_epoch"]) for base, curve in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    kept = {key: ours[key] for key in ("base_lrs", "lr_lambdas")}
-    schedule.load_state_dict(saved | kept | {"_last_lr": rates})
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+    move_to(schedule, saved["last_epoch"])
+
+
+def move_to(schedule: Any, step: int) -> None:
+    """Go to where a schedule is after so many steps, with the rates that it has there."""
+    schedule.last_epoch, schedule._step_count = step - 1, step
+    schedule.optimizer._opt_called = True  # Else PyTorch warns, if it is the first one.
+    schedule.step()
 
 
 def _places(groups: list[dict]) -> dict[str, tuple[int, int]] | None:
@@ -147,11 +142,5 @@ def _places(groups: list[dict]) -> dict[str, tuple[int, int]] | None:
     }
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if torch.is_tensor(one) or torch.is_tensor(other):
-        return one is not None and other is not None and float(one) == float(other)
-    return (
-        list(one) == list(other)
-        if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple))
-        else one == other
-    )
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else float(value) if torch.is_tensor(value) else value

@@ -316,11 +316,9 @@ class ImageClassificationTrainer(Trainer):
         """Bring the schedule to where the recorded steps are; returns the first group's rate in the last of them."""
         recorded = self.recorded
         assert recorded is not None
-        step, scheduler = recorded.position_now(), self.lr_scheduler
-        if step != scheduler.last_epoch:
-            scheduler.last_epoch, scheduler._step_count = step - 1, step
-            scheduler.optimizer._opt_called = True  # It was, in the graph: else PyTorch warns.
-            scheduler.step()
+        step = recorded.position_now()
+        if step != self.lr_scheduler.last_epoch:
+            optimizer_states.move_to(self.lr_scheduler, step)
         return recorded.schedule[max(0, step - 1), 0].item()
 
     # Evaluation
