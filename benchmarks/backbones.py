@@ -35,6 +35,7 @@ from .common import Table
 
 SIZE = 32
 LAYERS = [-2, -1]
+RATE = 2e-4  # Of fine-tuning.
 PLAIN = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "patch_size": 4}
 BACKBONES: dict[str, tuple[Any, dict]] = {
     "dinov2": (Dinov2ForImageClassification, PLAIN),
@@ -52,7 +53,8 @@ class FineTuning(Table):
 
     measured = (
         *("benchmark", "backbone", "sizes", "seed", "model", "training_images", "test_images", "epochs"),
-        *("fine_tuning", "logits_distance", "logits_relative", "before", "after", "seconds", "command", "commit"),
+        *("fine_tuning", "karat_rate", "logits_distance", "logits_relative", "before", "after", "gamma", "seconds"),
+        *("command", "commit"),
     )
 
     def add(self, **row) -> None:
@@ -76,13 +78,20 @@ def augmented(images: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
 
 
-def train(model, images, labels, epochs: int, rate: float, batch: int, seed: int) -> None:
-    """AdamW with a one-cycle schedule; the same seed gives the same batches."""
+def train(
+    model, images, labels, epochs: int, rate: float, batch: int, seed: int, karat_rate: float | None = None
+) -> None:
+    """AdamW with a one-cycle schedule, KArAt's parameters at a rate of their own; a seed has the same batches."""
     torch.manual_seed(seed)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    per_epoch = -(-len(images) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(2, epochs * per_epoch))
+    named = model.karat_parameter_names() if karat_rate else set()
+    groups: list[dict] = [{"params": [p for name, p in model.named_parameters() if name not in named], "lr": rate}]
+    if named:
+        groups.append({"params": [model.get_parameter(name) for name in named], "lr": karat_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+    rates = [group["lr"] for group in groups]
+    total = max(2, epochs * -(-len(images) // batch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total)
     for _ in range(epochs):
         for chosen in torch.randperm(len(images)).split(batch):
             chosen = chosen.to(images.device)
@@ -101,15 +110,27 @@ def logits_of(model, images, batch: int) -> torch.Tensor:
     return torch.cat([model(part).logits.float() for part in images.split(batch)])
 
 
-def compare(data, device: str, name: str, sizes: dict, epochs: int, fine_tuning: int, batch: int, seed: int):
+def compare(
+    data,
+    device: str,
+    name: str,
+    sizes: dict,
+    epochs: int,
+    fine_tuning: int,
+    batch: int,
+    seed: int,
+    karat_rate: float = RATE,
+):
     """
     Yield a row for each of three models, with `model`, `logits_distance` (mean absolute, from the untouched model's),
-    `logits_relative` (the norm of that over the norm of the untouched model's), `before` and `after` (accuracies).
+    `logits_relative` (the norm of that over the norm of the untouched model's), `before` and `after` (accuracies),
+    `gamma` (the mean absolute one, afterwards).
 
     Args:
         data: an `ImageData`.
         name, sizes: of `BACKBONES`, and fields of its configuration other than those there.
         epochs, fine_tuning: of training the backbone, and of training each model on.
+        karat_rate: learning rate of KArAt's parameters; that of all others is `RATE`.
     """
     (images, labels), (unseen, expected) = (tensors(rows, device) for rows in (data.train, data.validation))
     cls, small = BACKBONES[name]
@@ -128,7 +149,8 @@ def compare(data, device: str, name: str, sizes: dict, epochs: int, fine_tuning:
         torch.manual_seed(seed)
         model = make()
         logits = logits_of(model, unseen, batch)
-        train(model, images, labels, fine_tuning, 2e-4, batch, seed + 1)
+        train(model, images, labels, fine_tuning, RATE, batch, seed + 1, None if start == "softmax" else karat_rate)
+        gammas = [parameter for name, parameter in model.named_parameters() if name.endswith("karat.gamma")]
         yield {
             "model": start,
             "logits_distance": float((logits - untouched).abs().mean()),
@@ -137,6 +159,7 @@ def compare(data, device: str, name: str, sizes: dict, epochs: int, fine_tuning:
             "after": float((logits_of(model, unseen, batch).argmax(1) == expected).float().mean()),
             "training_images": len(images),
             "test_images": len(unseen),
+            "gamma": float(torch.cat(gammas).detach().abs().mean()) if gammas else None,
             "seconds": time.perf_counter() - began,
         }
 
@@ -148,6 +171,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=json.loads, default={}, help="as '{\"hidden_size\": 64}'")
     parser.add_argument("--epochs", type=int, default=60, help="of training the backbone")
     parser.add_argument("--fine-tuning", type=int, default=20, help="epochs of each model afterwards")
+    parser.add_argument("--karat-rate", type=float, default=RATE, help="learning rate of KArAt's parameters")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, help="CSV to append to (default: results/DEVICE_backbones.csv)")
@@ -161,12 +185,13 @@ def main() -> None:
         "sizes": json.dumps(args.sizes),
         "epochs": args.epochs,
         "fine_tuning": args.fine_tuning,
+        "karat_rate": args.karat_rate,
         "command": shlex.join(["python", "-m", "benchmarks.backbones", *sys.argv[1:]]),
         "commit": done.stdout.strip(),
     }
     how = (args.device, args.backbone, args.sizes, args.epochs, args.fine_tuning, args.batch)
     for seed in args.seeds:
-        for row in compare(data, *how, seed):
+        for row in compare(data, *how, seed, args.karat_rate):
             table = FineTuning(args.device)  # Written at once: the next takes as long.
             table.add(**same, seed=seed, **row)
             table.write(args.output or RESULTS / f"{args.device}_backbones.csv")

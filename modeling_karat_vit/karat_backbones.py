@@ -57,7 +57,7 @@ from transformers.models.vitdet.modeling_vitdet import (
 from .basis import EdgeFunctions
 from .configuration_karat_vit import height_and_width, patches_of
 from .karat_heads import KARAT_IMPLEMENTATIONS, STARTS, KArAtHeads, OperatorConfig
-from .karat_operator import KArAtOperator
+from .karat_operator import KArAtOperator, freeze_untrained
 
 
 # What a checkpoint of a karatized model has to bring. A classifier or pooler may be new.
@@ -112,8 +112,10 @@ class KArAtVitDetAttention(VitDetAttention):
         query, key, value = qkv.contiguous().unbind(0)
         self.grid = (height, width)
         # The bias is added to the scores of KArAt heads; softmax heads add it their own way.
-        bias = self.biased(query, query.new_zeros(*query.shape[:3], height * width))
-        way = "eager" if output_attentions else "karat_portable"
+        bias = None
+        if self.use_relative_position_embeddings:
+            bias = self.biased(query, query.new_zeros(*query.shape[:3], height * width))
+        way = "eager" if output_attentions else "sdpa"  # The fastest.
         output, maps = self.karat(self, query, key, value, bias, scaling=self.scale, implementation=way)
         output = self.proj(output.reshape(batch, height, width, -1))
         return (output, maps) if output_attentions else (output,)
@@ -183,7 +185,7 @@ class KArAtBackbone(_Mixed):
         self.family.check(self.config)
         self._install()
         super().post_init()
-        self.freeze_untrained()
+        freeze_untrained(self)
 
     def _install(self) -> None:
         karat = self.config.karat
@@ -223,12 +225,6 @@ class KArAtBackbone(_Mixed):
             if isinstance(module, (KArAtHeads, KArAtOperator, EdgeFunctions)):
                 module.reset_parameters()
 
-    def freeze_untrained(self) -> None:
-        """Switch off the gradients that the operator's settings rule out."""
-        for module in self.modules():
-            if isinstance(module, KArAtOperator):
-                module.freeze()
-
     def karat_parameter_names(self) -> set[str]:
         """Names of the parameters that KArAt adds to the model."""
         prefixes = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, KArAtHeads))
@@ -256,7 +252,7 @@ class KArAtBackbone(_Mixed):
                 "`karatize` puts KArAt heads into a model that has none."
             )
         # Transformers makes every float parameter trainable again.
-        model.freeze_untrained()
+        freeze_untrained(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):

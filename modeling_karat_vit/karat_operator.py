@@ -264,6 +264,13 @@ class KArAtOperator(nn.Module):
             return portable_karat_attention(self, query, key, value, scaling, tensors, keep), None, None
 
 
+def freeze_untrained(model: nn.Module) -> None:
+    """Switch off the gradients that the settings of the model's operators rule out."""
+    for module in model.modules():
+        if isinstance(module, KArAtOperator):
+            module.freeze()
+
+
 def eager_karat_attention(operator, query, key, value, scaling, tensors, keep=None):
     """
     Attend by the reference: scores, activation, product, at least in fp32.

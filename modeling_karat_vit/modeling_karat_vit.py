@@ -38,6 +38,7 @@ from .conversion import load_deit_state_dict
 from .karat_operator import (
     KArAtOperator,
     eager_softmax_attention,
+    freeze_untrained,
     fused_karat_attention,
     resample_tokens,
     why_not_fused,
@@ -317,13 +318,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        self.freeze_untrained()
-
-    def freeze_untrained(self) -> None:
-        """Switch off the gradients that the configuration rules out (`train_basis`, `train_base`, zero base)."""
-        for module in self.modules():
-            if isinstance(module, KArAtOperator):
-                module.freeze()
+        freeze_untrained(self)
 
     def karat_parameter_names(self) -> set[str]:
         """Names of the parameters that KArAt adds to the ViT."""
@@ -397,7 +392,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         )
         model, info = loaded
         # Transformers makes every float parameter trainable again.
-        model.freeze_untrained()
+        freeze_untrained(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):

@@ -6,9 +6,12 @@ from transformers import (
     BeitConfig,
     BeitForImageClassification,
     BeitModel,
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPForImageClassification,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     DeiTConfig,
@@ -21,6 +24,8 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlamaModel,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipTextConfig,
@@ -29,6 +34,8 @@ from transformers import (
     SwinConfig,
     SwinForImageClassification,
     SwinModel,
+    T5Config,
+    T5Model,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
@@ -38,9 +45,12 @@ from transformers import (
     VitDetModel,
     ViTForImageClassification,
     ViTMAEConfig,
+    ViTMAEForPreTraining,
     ViTMAEModel,
     ViTModel,
 )
+
+from modeling_karat_vit import KArAtViTConfig, KArAtViTModel, karatize
 
 
 SIZES = {
@@ -105,6 +115,43 @@ MAKERS = {
     "convit_classifier": lambda: TimmWrapperForImageClassification(TimmWrapperConfig(**CONVIT)),
 }
 OPERATOR = {"grid_size": 1, "karat_rank": 3}
+
+LIMITS = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+LIMITED_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 8}
+MAE = ViTMAEConfig(**LIMITS, image_size=8, patch_size=4)
+
+
+def _timm(architecture: str):
+    return lambda: TimmWrapperModel(TimmWrapperConfig(architecture=architecture))
+
+
+# What raises, as docs/karatize.md has it: models, and what the message names.
+UNSUPPORTED = {
+    "grouped-query attention": [
+        (lambda: LlamaModel(LlamaConfig(**LIMITS, num_key_value_heads=1, vocab_size=8)), "grouped-query")
+    ],
+    "encoder-decoders, cross attention": [
+        (lambda: T5Model(T5Config(**LIMITED_T5)), "cross attention"),
+        (lambda: BertModel(BertConfig(**LIMITS, vocab_size=8, is_decoder=True, add_cross_attention=True)), "cross"),
+    ],
+    "causal attention, CLIP's text tower, language models": [
+        (lambda: LlamaModel(LlamaConfig(**LIMITS, vocab_size=8)), "causal"),
+        (lambda: CLIPTextModel(CLIPTextConfig(**LIMITS, vocab_size=8)), "CLIPTextModel"),
+    ],
+    "ViT-MAE's pre-training, `mask_ratio` above 0": [
+        (lambda: ViTMAEForPreTraining(MAE), "hides"),
+        (lambda: ViTMAEModel(MAE), "mask_ratio"),
+    ],
+    "KArAt models": [
+        (lambda: karatize(make("vit"), **OPERATOR), "already"),
+        (lambda: KArAtViTModel(KArAtViTConfig(**SIZES)), "already"),
+    ],
+    "timm's other models": [
+        (_timm("resnet18"), "resnet18"),
+        (_timm("vit_tiny_patch16_224"), "convert_timm_state_dict"),
+    ],
+    "every other class": [(lambda: BertModel(BertConfig(**LIMITS, vocab_size=8)), "no adapter")],
+}
 
 
 def make(name: str):

@@ -115,11 +115,12 @@ def test_fine_tuning_karatized_backbones():
     with runs.workspace(None, 20) as (_, folder):
         data = load_data(rivals.settings_of(folder, "cpu").data, 0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
-    how = {"epochs": 1, "fine_tuning": 1, "batch": 10, "seed": 0}
+    how = {"epochs": 1, "fine_tuning": 1, "batch": 10, "seed": 0, "karat_rate": 0.1}
     softmax, residual, replace = backbones.compare(data, "cpu", "dinov2", sizes, **how)
     assert [row["model"] for row in (softmax, residual, replace)] == ["softmax", "residual", "replace"]
     assert residual["logits_distance"] == softmax["logits_distance"] == 0.0 < replace["logits_distance"]
-    assert residual["before"] == softmax["before"]
+    assert residual["before"] == softmax["before"] and softmax["gamma"] is None and replace["gamma"] is None
+    assert residual["gamma"] > 0.01  # At a rate of its own: that of the others is much lower.
     assert all(0.0 <= row["after"] <= 1.0 for row in (residual, replace, softmax))
 
 

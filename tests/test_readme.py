@@ -2,6 +2,7 @@
 """The documents say what is true: their tables are what code, recipes and rows say, and their links lead somewhere."""
 
 import configparser
+import csv
 import importlib
 import re
 import shlex
@@ -16,8 +17,9 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig
 from benchmarks import plots
 from benchmarks.table import read as benchmark_rows
 from image_classification.settings import official_flags
-from modeling_karat_vit import KArAtViTConfig
+from modeling_karat_vit import KARATIZED_MODELS, KArAtViTConfig
 from results import page as results_page
+from tests.backbones import MAKERS, UNSUPPORTED
 from tests.documents import DOCS, DOCUMENTS, PAGES, PROJECT, RUNNABLE, WRITTEN, commands, name_of, snippets
 
 
@@ -182,6 +184,36 @@ def test_the_whole_runs_are_those_measured_last():
         rates = [float(row["images_per_second"]) for row in (list(theirs.values())[-1], rated)]
         assert [softmax, karat, ratio] == [*(f"{rate:,.0f}" for rate in rates), f"{float(rated['ratio_time']):.2f}"]
         assert starts == " / ".join(f"{float(row['startup_seconds']):.0f}" for row in ours.values())
+
+
+def rows_of(name: str) -> list[dict]:
+    with (plots.RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_families_are_those_supported():
+    """Each family and class has its place, with the figures that were measured; README has the same ones."""
+    measured = [row for row in rows_of("cpu_families.csv") if row["benchmark"] == "starts"]
+    assert len(measured) == len(MAKERS) and all(float(row["residual"]) == 0.0 for row in measured)
+    readme, types = {}, []
+    for family, kinds, models, _, *figures, _ in table(DOCS / "karatize.md", "Family"):
+        own = re.findall(r"`(\w+)`", kinds)
+        types += own
+        assert len(models.split(", ")) == len([cls for cls in KARATIZED_MODELS if cls.config_class.model_type in own])
+        rows = [row for row in measured if row["model_type"] in own]
+        assert figures == [f"{max(float(row[way]) for row in rows):.2f}" for way in ("replace", "fitted")], family
+        readme[family] = [models, "0", figures[1]]
+    assert sorted(types) == sorted({cls.config_class.model_type for cls in KARATIZED_MODELS})
+    assert {family: cells for family, *cells in table(DOCUMENTS[0], "backbone")} == readme
+    assert [name for name, _ in table(DOCS / "karatize.md", "Model")] == list(UNSUPPORTED)
+
+
+def test_the_memory_of_biases_is_what_was_measured():
+    measured: dict[str, list[str]] = {}
+    for row in rows_of("cpu_families.csv"):
+        if row["benchmark"] == "memory":
+            measured.setdefault(row["provider"], []).append(f"{float(row['peak_gib']):.2f}")
+    assert {name: cells for name, *cells in table(DOCS / "karatize.md", "attention, GiB")} == measured
 
 
 def test_the_runs_are_those_of_the_table():

@@ -9,29 +9,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
-    BertConfig,
-    BertModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    LlamaConfig,
-    LlamaModel,
-    T5Config,
-    T5Model,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    TimmWrapperModel,
-    ViTMAEConfig,
-    ViTMAEForPreTraining,
-    ViTMAEModel,
 )
 
 from modeling_karat_vit import karatize
 from modeling_karat_vit.karat_heads import KArAtHeads, OperatorConfig, biased_karat_attention
 from modeling_karat_vit.karat_operator import KArAtOperator
-from tests.backbones import MAKERS, OPERATOR, features, images_for, make
-
-
-LIMITS = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+from tests.backbones import MAKERS, OPERATOR, UNSUPPORTED, features, images_for, make
 
 
 @pytest.fixture(params=MAKERS)
@@ -262,6 +247,30 @@ def test_convit_of_the_paper():
     model = karatize(TimmWrapperForImageClassification(config), layers=[0, -2, -1], heads=1)
     assert [heads.operator.config.num_tokens for heads in heads_of(model)] == [196, 197, 197]
     assert [type(block.attn).__name__ for block in model.timm_model.blocks] == ["KArAtGPSA"] * 10 + ["KArAtMHSA"] * 2
+    with pytest.raises(ValueError, match="img_size"):  # timm does not resize its positions.
+        karatize(make("convit"), image_size=12)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("vit", [5, 5]),
+        ("deit", [6, 6]),
+        ("dinov2", [5, 5]),
+        ("registers", [9, 9]),
+        ("vit_mae", [5, 5]),
+        ("beit", [5, 5]),
+        ("clip", [5, 5]),
+        ("siglip", [4, 4]),
+        ("swin", [16, 16, 16]),
+        ("vitdet", [4, 9]),  # A window, and all patches.
+        ("convit", [4, 5]),
+    ],
+)
+def test_tokens_of_each_block(name, tokens):
+    """Each has an operator for its own tokens: special ones and patches, or a window."""
+    model = karatize(make(name), layers=range(len(tokens)), **OPERATOR)
+    assert [heads.operator.config.num_tokens for heads in heads_of(model)] == tokens
 
 
 def test_mask_of_keys():
@@ -275,6 +284,18 @@ def test_mask_of_keys():
         model.set_attn_implementation(implementation)
         seen, unseen = (model(pixel_values=x, attention_mask=mask).last_hidden_state for x in (images, blind))
         torch.testing.assert_close(seen[:, :4], unseen[:, :4])
+
+
+@pytest.mark.parametrize(("name", "biased"), [("vitdet", False), ("vitdet_backbone", True)])
+def test_vitdet_forms_maps_for_its_biases_alone(name, biased, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "modeling_karat_vit.karat_heads.biased_karat_attention",
+        lambda *args, **kwargs: calls.append(1) or biased_karat_attention(*args, **kwargs),
+    )
+    model = karatize(make(name), **OPERATOR)
+    features(model, images_for(model))
+    assert len(calls) == (2 if biased else 0)
 
 
 def test_tokens_in_natural_order():
@@ -319,21 +340,8 @@ def test_checkpoint_without_a_weight_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("make_model", "reason"),
-    [
-        (lambda: LlamaModel(LlamaConfig(**LIMITS, num_key_value_heads=1, vocab_size=8)), "grouped-query"),
-        (
-            lambda: T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8)),
-            "cross attention",
-        ),
-        (lambda: LlamaModel(LlamaConfig(**LIMITS, vocab_size=8)), "causal"),
-        (lambda: CLIPTextModel(CLIPTextConfig(**LIMITS, vocab_size=8)), "CLIPTextModel"),
-        (lambda: BertModel(BertConfig(**LIMITS, vocab_size=8)), "no adapter"),
-        (lambda: ViTMAEForPreTraining(ViTMAEConfig(**LIMITS, image_size=8, patch_size=4)), "hides"),
-        (lambda: ViTMAEModel(ViTMAEConfig(**LIMITS, image_size=8, patch_size=4)), "mask_ratio"),
-        (lambda: TimmWrapperModel(TimmWrapperConfig(architecture="resnet18")), "resnet18"),
-        (lambda: TimmWrapperModel(TimmWrapperConfig(architecture="vit_tiny_patch16_224")), "convert_timm_state_dict"),
-        (lambda: karatize(make("vit"), **OPERATOR), "already"),
-    ],
+    [case for cases in UNSUPPORTED.values() for case in cases],
+    ids=[f"{name} {index}" for name, cases in UNSUPPORTED.items() for index, _ in enumerate(cases)],
 )
 def test_what_cannot_be_supported(make_model, reason):
     with pytest.raises(ValueError, match=reason):
