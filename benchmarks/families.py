@@ -50,7 +50,7 @@ def starts(name: str) -> dict:
     """
     source = make(name)
     fitted, unseen = images_for(source, FITTED + UNSEEN).split([FITTED, UNSEEN])
-    row = {"fitted_images": FITTED, "unseen_images": UNSEEN}
+    row: dict = {"fitted_images": FITTED, "unseen_images": UNSEEN}
     ways = {
         "residual": {},
         "replace": {"start": "replace", "images": fitted, "calibration_steps": 0},
@@ -69,9 +69,9 @@ def memory(provider: str, images: int) -> float:
     """Measure the peak memory in GiB, beyond the inputs, of attention in windows, forward and backward, on a CPU."""
     tokens = SIDE**2
     heads = KArAtHeads(OperatorConfig.of(HEADS, None, HEAD_SIZE, 0, (SIDE, SIDE), {}), "replace", -50.0)
-    for module in heads.operator.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    modules: list = [heads.operator, *heads.operator.edges]
+    for module in modules:
+        module.reset_parameters()
 
     def step(windows: int) -> float:
         shape = windows, HEADS, tokens
