@@ -5,20 +5,15 @@ The part of the Hugging Face Hub's API that `huggingface_hub` uses to push and t
 Accounts, repositories of every type with branches and commits, preupload, Git LFS (in one part and in several), commits
 in ndjson, and downloads with the Hub's headers and redirects. Xet storage is not spoken: with `HF_HUB_DISABLE_XET=1`
 `huggingface_hub` uses Git LFS. Everything is kept in memory.
-
-`python -m tests.hub_server` serves until Ctrl-C, and says which environment variables lead a program there.
 """
 
-import argparse
 import base64
 import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -629,23 +624,3 @@ def check_metadata(metadata: dict) -> Iterator[str]:
     base = metadata.get("base_model")
     if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         yield f'"base_model" is {base}, which is no id'
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve the part of the Hub's API that pushing and loading use.")
-    parser.add_argument("--port", type=int, default=0)
-    with HubServer(parser.parse_args().port) as server:
-        settings = " ".join(f"{name}={value}" for name, value in server.environment().items())
-        print(f"export {settings}", flush=True)
-        seen = 0
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(0.2)
-                for line in server.requests[seen:]:
-                    print(line, flush=True)
-                    seen += 1
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    main()

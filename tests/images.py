@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small image data for tests, and what keeps the script's settings of the libraries from reaching other tests."""
 
+import io
 import os
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def colour_image(colour: str, seed: int, size: tuple[int, int] = (20, 24)) -> Im
     pixels = np.random.default_rng(seed).integers(0, 80, (*size, 3), dtype=np.uint8)
     pixels[..., ("red", "green", "blue").index(colour)] += 150
     return Image.fromarray(pixels)
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
 
 
 def make_image_folder(root: Path, splits=(("train", 4), ("validation", 2)), classes=COLOURS, suffix=".jpg") -> Path:

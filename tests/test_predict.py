@@ -55,14 +55,6 @@ def test_top_k(checkpoint, image, capsys, wanted, shown):
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + shown
 
 
-def test_images_that_cannot_be_read(checkpoint, image, tmp_path, capsys):
-    assert "nowhere.png does not exist" in fails(capsys, image, tmp_path / "nowhere.png", "--model", checkpoint)
-    assert "is a folder" in fails(capsys, tmp_path, "--model", checkpoint)
-    broken = tmp_path / "broken.png"
-    broken.write_bytes((tmp_path / "photo.png").read_bytes()[:200])
-    assert f"{broken} cannot be read: it is truncated" in fails(capsys, broken, "--model", checkpoint)
-
-
 def test_models_that_are_none(checkpoint, image, tmp_path, capsys):
     assert "no model folder ./nowhere" in fails(capsys, image, "--model", "./nowhere")
     assert "run_image_classification.py" in fails(capsys, image, "--model", tmp_path / "nowhere")

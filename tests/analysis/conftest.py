@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small checkpoints to look at."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,6 +51,12 @@ def softmax_model() -> ViTForImageClassification:
 
 def save(model, folder) -> str:
     return save_checkpoint(model, folder, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Of a table that was written."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture

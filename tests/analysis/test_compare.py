@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from analysis.models import load_checkpoint
 from analysis.recording import record
 from modeling_karat_vit import KArAtViTConfig
 
-from .conftest import SIZES, karat_model, save
+from .conftest import SIZES, karat_model, rows_of, save
 
 
 PRESETS = Path(__file__).parents[2] / "configuration"
@@ -141,8 +140,7 @@ def test_the_command(run_folder, karat, softmax, tmp_path, analyse):
     other = save(karat_model(basis_type="rational"), tmp_path / "rational")
     out = analyse("compare", "--model", run_folder, softmax, other, "--no-measure", "--names", "a", "b", "c")
     assert sorted(path.name for path in out.iterdir()) == [f"compare.{end}" for end in ("csv", "md", "png", "svg")]
-    with (out / "compare.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "compare.csv")
     assert [row["name"] for row in rows] == ["a", "b", "c"]
     assert rows[2]["paper_total"] == ""
     assert float(rows[0]["accuracy"]) == compare.accuracy(run_folder)["accuracy"]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 import json
 import shutil
 
 import numpy as np
 
 from analysis import curves, style
+
+from .conftest import rows_of
 
 
 ROWS = [
@@ -50,8 +51,7 @@ def test_the_command_with_several_runs(tmp_path, analyse):
     folders = known_run(tmp_path / "a" / "same"), known_run(tmp_path / "b" / "same")
     out = analyse("curves", "--model", *folders)
     assert sorted(path.name for path in out.iterdir()) == ["curves.csv", "curves.png", "curves.svg"]
-    with (out / "curves.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "curves.csv")
     assert [row["run"] for row in rows] == ["a/same", "a/same", "b/same", "b/same"]
     assert [row["eval_loss"] for row in rows] == ["1.5", "0.75"] * 2
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 import json
 
 import datasets
@@ -16,7 +15,7 @@ from analysis.images import prepare
 from analysis.models import load_checkpoint
 from image_classification.errors import InputError
 
-from .conftest import karat_model, save
+from .conftest import karat_model, rows_of, save
 
 
 GRID = (2, 2)
@@ -209,8 +208,7 @@ def test_the_command_with_boxes(karat, softmax, marked, analyse):
     ]
     arrays = np.load(out / "faithfulness.npz")
     assert arrays["model_deletion_curves"].shape == arrays["compare_insertion_curves"].shape == (3, 4, 4)
-    with (out / "faithfulness.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "faithfulness.csv")
     assert {row["model"] for row in rows} == {"karat", "softmax", "karat - softmax"}
     assert {row["measure"] for row in rows} == set(faithfulness.MEASURES)
     found = {(row["model"], row["map"], row["measure"]): row for row in rows}
@@ -232,8 +230,7 @@ def test_the_command_with_boxes(karat, softmax, marked, analyse):
 
 def test_images_without_objects_have_two_measures(karat, photos, analyse):
     out = analyse("faithfulness", "--model", karat, "--images", photos, "--steps", 2, "--map", "rollout")
-    with (out / "faithfulness.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "faithfulness.csv")
     assert {row["measure"] for row in rows} == {"deletion", "insertion"}
     assert [row["images"] for row in rows] == ["6"] * 8
     assert "model_pointing" not in np.load(out / "faithfulness.npz")

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from analysis import functions, style
 from analysis.images import load_images
 from analysis.models import load_checkpoint
 
-from .conftest import karat_model, save
+from .conftest import karat_model, rows_of, save
 
 
 # Of the columns of W of the head below.
@@ -141,8 +140,7 @@ def test_the_command_with_the_start_of_a_run(run_folder, analyse):
         "functions", "--model", run_folder, "--before", "start", "--heads", 1, "--edge", 0, 3, "--strongest", 0
     )
     assert sorted(path.name for path in out.iterdir()) == [f"functions_block1.{end}" for end in ("csv", "png", "svg")]
-    with (out / "functions_block1.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "functions_block1.csv")
     curves = {}
     for row in rows:
         curves.setdefault((row["when"], row["curve"]), []).append((float(row["x"]), float(row["y"])))

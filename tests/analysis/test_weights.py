@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from analysis import style, weights
 from analysis.models import load_checkpoint
 from image_classification.errors import InputError
 
-from .conftest import karat_model, save
+from .conftest import karat_model, rows_of, save
 
 
 def constant_model(tmp_path, **fields):
@@ -110,8 +109,7 @@ def test_histograms_of_known_values():
 def test_the_command_over_a_run(run_folder, analyse):
     out = analyse("weights", "--model", run_folder, "--moments", 3)
     assert sorted(path.name for path in out.iterdir()) == ["weights.csv", "weights.png", "weights.svg"]
-    with (out / "weights.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "weights.csv")
     assert {row["step"] for row in rows} == {"0", "1", "2"}
     counts = {}
     for row in rows:

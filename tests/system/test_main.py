@@ -3,7 +3,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,11 +143,6 @@ def fails(capsys, *words):
     return captured.err
 
 
-def test_output_folder_of_another_run(default_run, capsys):
-    message = fails(capsys, "--output_dir", str(default_run[0]), "--grid", "5", "--use_cpu")
-    assert "another run" in message and "`grid_size`" in message
-
-
 def test_no_output_folder(image_folder, capsys, small):
     words = ["--model", "vit_tiny_patch16_224_karat", *small, "--data_path", str(image_folder)]
     assert "--output_dir" in fails(capsys, *words)
@@ -167,21 +161,11 @@ def test_evaluation_without_or_with_a_wrong_checkpoint(tmp_path, capsys):
     assert "no such folder" in fails(capsys, "--eval", "--resume", str(tmp_path / "no"), "--data_set", "digits")
 
 
-def test_evaluation_on_other_classes(default_run, image_folder, capsys):
-    message = fails(capsys, "--eval", "--resume", str(default_run[0]), "--data_path", str(image_folder), "--use_cpu")
-    assert "10 classes" in message and "the data has 3" in message
-
-
 def test_broken_image_leaves_no_output_folder(image_folder, tmp_path, small, capsys):
     (image_folder / "train" / "red" / "0.jpg").write_bytes(b"\xff\xd8\xff")
     words = ["--model", "vit_tiny_patch16_224_karat", *small, "--data_path", str(image_folder)]
     assert "red/0.jpg" in fails(capsys, *words, "--output_dir", str(tmp_path / "o"))
     assert not (tmp_path / "o").exists()
-
-
-def test_resuming_another_model(default_run, tmp_path, capsys):
-    words = ["--resume", str(default_run[0]), "--grid", "5", "--output_dir", str(tmp_path / "o"), "--use_cpu"]
-    assert "`grid_size` 3, not 5" in fails(capsys, *words)
 
 
 def test_broken_image_of_a_set_too_large_to_check_is_named_by_the_worker(image_folder, tmp_path, small, capsys):
@@ -196,28 +180,3 @@ def test_evaluation_overwrites_no_other(default_run, tmp_path, capsys):
     assert script.main([*words, "--output_dir", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "eval_results.json").read_text())["checkpoint"] == str(default_run[0])
     assert "eval_results.json holds the figures of another" in fails(capsys, *words, "--output_dir", str(tmp_path))
-
-
-def test_run_stopped_after_its_last_step_is_completed(default_run, tmp_path, capsys):
-    folder = tmp_path / "digits"
-    shutil.copytree(default_run[0], folder)
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "finished": None}))
-    expected = (folder / "model.safetensors").read_bytes()
-    for name in ("model.safetensors", "all_results.json", "README.md"):
-        (folder / name).unlink()
-    assert script.main(["--output_dir", str(folder), "--use_cpu"]) == 0
-    assert (folder / "model.safetensors").read_bytes() == expected and (folder / "README.md").is_file()
-    assert results(folder)["eval_accuracy"] == results(default_run[0])["eval_accuracy"]
-    assert len(json.loads((folder / "history.json").read_text())) == 20
-
-
-def test_the_whole_augmentation_trains(image_folder, tmp_path, small):
-    words = ["--model", "vit_tiny_patch16_224", *small, "--image_size", "16", "--data_path", str(image_folder)]
-    words += ["--output_dir", str(tmp_path / "o"), "--epochs", "1", "--gradient_accumulation_steps", "2"]
-    words += "--max_train_samples 11 --mixup 0.8 --cutmix 1 --aa rand-m15-n2-mstd1.0-inc1 --reprob 0.25".split()
-    assert script.main([*words, "--repeated-aug", "--smoothing", "0.1"]) == 0
-    history = json.loads((tmp_path / "o" / "history.json").read_text())
-    assert 0 < history[-1]["train_loss"] < 5
-    card = (tmp_path / "o" / "README.md").read_text()
-    assert "| `mixup` | 0.8 |" in card and "| `auto_augment` | rand-m15-n2-mstd1.0-inc1 |" in card

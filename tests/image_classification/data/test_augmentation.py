@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation: by key and nothing else, timm's formulas, and repeated augmentation."""
 
-import io
 import random
 
 import numpy as np
@@ -23,7 +22,7 @@ from image_classification.data.dataset import ImageDataset
 from image_classification.data.transforms import TrainTransform, build_image_processor
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
-from tests.images import colour_image
+from tests.images import colour_image, encode
 
 
 RECIPE = {
@@ -35,15 +34,9 @@ RECIPE = {
 }
 
 
-def encode(image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def make_dataset(count: int = 10, repeated: bool = False, **options) -> ImageDataset:
     args = DataArguments(**{**RECIPE, **options})
-    images = [{"bytes": encode(colour_image("red", index, (24, 20))), "path": None} for index in range(count)]
+    images = [{"bytes": encode(colour_image("red", index, (24, 20)), "PNG"), "path": None} for index in range(count)]
     features = Features({"image": Image(decode=False), "label": Value("int64")})
     split = Dataset.from_dict({"image": images, "label": [index % 3 for index in range(count)]}, features=features)
     transform = TrainTransform(args, 16, build_image_processor(args, 16))

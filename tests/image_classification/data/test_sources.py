@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets: the embedded digits, folders, parquet files, the Hub's schemas, and everything that can be wrong."""
 
-import io
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from image_classification.data.images import decode
 from image_classification.data.sources import as_classes_of, load_data
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
-from tests.images import COLOURS, colour_image, make_image_folder
+from tests.images import COLOURS, colour_image, encode, make_image_folder
 
 
 def load(train=True, **settings):
@@ -77,11 +76,8 @@ def test_sample_limits_are_seeded(image_folder):
 
 def rows(count, classes=3, label="label", image="image", feature=None):
     """A split in the Hub's form: images as embedded bytes."""
-    images = []
-    for index in range(count):
-        buffer = io.BytesIO()
-        colour_image(COLOURS[index % 3], index).save(buffer, format="PNG")
-        images.append({"bytes": buffer.getvalue(), "path": None})
+    contents = [encode(colour_image(COLOURS[index % 3], index), "PNG") for index in range(count)]
+    images = [{"bytes": content, "path": None} for content in contents]
     kinds = {image: datasets.Image(), label: feature or datasets.ClassLabel(num_classes=classes)}
     return datasets.Dataset.from_dict(
         {image: images, label: [index % 3 for index in range(count)]}, features=datasets.Features(kinds)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streamed data sets: order, shares of processes, lengths, resuming, what is refused, and real processes."""
 
-import io
 import json
 import threading
 from collections import Counter
@@ -22,7 +21,7 @@ from image_classification.data.streaming import StreamSampler, read_ahead
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
 from tests.image_classification.data.test_sources import make_flat_folder
-from tests.images import COLOURS, colour_image
+from tests.images import COLOURS, colour_image, encode
 from tests.system.processes import in_two_forks
 
 
@@ -30,9 +29,7 @@ TRAIN, VALIDATION = (9, 12, 7, 10), (6, 5)  # Images in each file.
 
 
 def content(number: int) -> bytes:
-    buffer = io.BytesIO()
-    colour_image(COLOURS[number % 3], number, (12, 10)).save(buffer, format="JPEG")
-    return buffer.getvalue()
+    return encode(colour_image(COLOURS[number % 3], number, (12, 10)))
 
 
 def make_split(numbers, column="img", names=COLOURS) -> Dataset:

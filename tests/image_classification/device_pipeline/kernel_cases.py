@@ -17,13 +17,13 @@ from image_classification.device_pipeline.draws import BOX, CODES, FLIP, LAYERS,
 from image_classification.device_pipeline.resident import ResidentImages
 from tests.image_classification.device_pipeline.test_augmentation import (
     NOTHING,
-    encode,
     matrix,
     photo,
     pipeline,
     to,
     to_tensor,
 )
+from tests.images import encode
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

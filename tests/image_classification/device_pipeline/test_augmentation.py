@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation on the device: Pillow's operations, what was drawn, images that are resident and ones that are not."""
 
-import io
 import json
 import multiprocessing
 import types
@@ -36,7 +35,7 @@ from image_classification.device_pipeline.resident import (
 from image_classification.errors import InputError
 from image_classification.settings.arguments import DataArguments
 from image_classification.settings.parser import parse_settings
-from tests.images import make_image_folder
+from tests.images import encode, make_image_folder
 from tests.system.processes import in_two_forks
 
 
@@ -58,12 +57,6 @@ def photo(seed: int, height: int = 60, width: int = 90) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     noisy = np.asarray(coarse).astype(int) + rng.integers(-6, 7, (height, width, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

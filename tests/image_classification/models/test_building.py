@@ -121,17 +121,11 @@ def test_no_paper_number_for_other_models():
         build_config(small(num_attention_heads=4, num_karat_heads=0))
 
 
+# What else its configuration refuses is in test_configuration.py.
 @pytest.mark.parametrize(
     "settings, parts",
     [
         ({"basis_type": "furier"}, ("basis_type", "furier", "fourier")),
-        ({"base_fn": "foo"}, ("base_fn", "silu")),
-        ({"wavelet_type": "haar"}, ("wavelet_type", "morlet")),
-        ({"karat_rank": 0}, ("karat_rank",)),
-        ({"num_karat_heads": 9}, ("num_karat_heads", "9")),
-        ({"karat_depth": 1}, ("modular_mode", "karat_depth")),
-        ({"grid_range": [4.0, -4.0]}, ("grid_range",)),
-        ({"num_attention_heads": 5}, ("hidden_size", "num_attention_heads")),
         ({"patch_size": [64]}, ("patch_size", "image_size")),
         ({"attn_implementation": "karat_magic"}, ("karat_magic", "karat_portable")),
     ],
