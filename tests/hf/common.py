@@ -57,11 +57,9 @@ TINY = {
 # Every basis, every variant of the operator, every kind of sharing and placement once.
 FAMILIES = {
     "Fourier": {},
-    "Universal": {"sharing": "universal"},
-    "Hybrid": {"num_karat_heads": 1, "karat_layers": [1]},
-    "Spline": {"basis_type": "spline", "modular_mode": "w1_phi2"},
+    "Spline": {"basis_type": "spline", "modular_mode": "w1_phi2", "sharing": "universal"},
     "Wavelet": {"basis_type": "wavelet", "modular_mode": None, "karat_depth": 3},
-    "Rational": {"basis_type": "rational", "project_l1": True},
+    "Rational": {"basis_type": "rational", "project_l1": True, "num_karat_heads": 1, "karat_layers": [1]},
     "FullRank": {"modular_mode": None, "karat_depth": 1, "base_fn": "silu"},
 }
 

@@ -190,7 +190,7 @@ def test_many_images_for_a_program_and_small_tiles_for_the_rest(monkeypatch, bas
 def test_images_keys_and_queries_of_a_program(monkeypatch, shares, basis):
     """Several images for a program, or several programs for the keys and for the queries of an image."""
     monkeypatch.setattr(fused, "_shares", lambda *_: shares)
-    check(images=5, grid=(8, 9), heads=1, karat_rank=2, basis_type=basis, base_fn="silu")
+    check(images=4, grid=(8, 8), heads=1, karat_rank=2, basis_type=basis, base_fn="silu")
 
 
 @pytest.mark.parametrize(
