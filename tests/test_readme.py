@@ -208,6 +208,20 @@ def test_the_families_are_those_supported():
     assert [name for name, _ in table(DOCS / "karatize.md", "Model")] == list(UNSUPPORTED)
 
 
+def test_the_fine_tuned_backbones_are_those_measured():
+    measured = [
+        [
+            "untouched" if row["model"] == "softmax" else f"`{row['model']}`",
+            row["seed"],
+            "" if row["model"] == "softmax" else f"{float(row['karat_rate']):g}",
+            f"{float(row['logits_relative']):.2f}",
+            *(f"{100 * float(row[when]):.1f}" for when in ("before", "after")),
+        ]
+        for row in rows_of("cpu_backbones.csv")
+    ]
+    assert table(DOCS / "karatize.md", "start") == measured
+
+
 def test_the_memory_of_biases_is_what_was_measured():
     measured: dict[str, list[str]] = {}
     for row in rows_of("cpu_families.csv"):
