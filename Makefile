@@ -55,8 +55,7 @@ test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version w
 		$(export) --deselect=$(export)::test_operators_export \
 		--deselect=$(export)::test_onnx_by_the_exporter_of_torchscript \
 		tests/test_presets.py tests/system/test_remote_code.py tests/system/test_optional_packages.py \
-		tests/image_classification/training/test_trainer.py tests/image_classification/training/test_ema.py \
-		tests/system/test_publisher.py::test_from_the_shell_to_a_stranger
+		tests/image_classification/training tests/system/test_publisher.py::test_from_the_shell_to_a_stranger
 
 # Transformers' tests have marks of their own. Of each test that is skipped the reason is shown.
 hf-options := -o addopts='-rs --import-mode=importlib' -W ignore::pytest.PytestUnknownMarkWarning

@@ -25,23 +25,10 @@ _LOCAL = "`model` is this folder, or its name on the Hub. "
 _REPEAT = f"python {AGAIN}"
 # What a reader of the card wants to know first; the rest is in the recipe.
 _HYPERPARAMETERS = (
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "seed",
-    "train_crop_scale",
-    "horizontal_flip",
-    "color_jitter",
-    "auto_augment",
-    "random_erasing",
-    "mixup",
-    "cutmix",
-    "repeated_aug",
-)
+    "num_train_epochs per_device_train_batch_size gradient_accumulation_steps optim weight_decay max_grad_norm "
+    "label_smoothing_factor seed train_crop_scale horizontal_flip color_jitter auto_augment random_erasing mixup "
+    "cutmix repeated_aug"
+).split()
 
 
 def escaped(text: str) -> str:

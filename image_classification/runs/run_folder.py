@@ -26,23 +26,10 @@ RECORD, LOCK = "run.json", ".lock"
 ELSEWHERE = "Choose another --output_dir, or move that folder away."
 # Settings that may differ between two parts of one run: they change speed, output and place, not what is trained.
 _FREE = (
-    "check_images",
-    "cpu_threads",
-    "disable_tqdm",
-    "do_eval",
-    "eval_accumulation_steps",
-    "output_dir",
-    "per_device_eval_batch_size",
-    "project",
-    "record_step",
-    "report_to",
-    "resume_from_checkpoint",
-    "run_id",
-    "run_name",
-    "save_total_limit",
-    "skip_memory_metrics",
-    "use_cpu",
-)
+    "check_images cpu_threads disable_tqdm do_eval eval_accumulation_steps output_dir per_device_eval_batch_size "
+    "project record_step report_to resume_from_checkpoint run_id run_name save_total_limit skip_memory_metrics "
+    "use_cpu"
+).split()
 _FREE_PREFIXES = ("dataloader_", "log_", "logging_", "hub_", "push_to_hub", "trackio_", "ddp_", "local_rank")
 _NOT_FREE = ("dataloader_drop_last",)
 # What the global batch is made of: another number of devices needs another of these for the same run.
