@@ -4,6 +4,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,25 @@ class Diverged(InputError):
         self.weights = weights
 
 
+def check_metrics(metrics: dict[str, float], step: int, where: str | None) -> None:
+    """
+    Raise an error unless the metrics of an evaluation are finite.
+
+    Args:
+        metrics: by name.
+        step: after which they were computed.
+        where: what the error says of a run; `None` of a model alone.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value) and where is not None:
+            raise Diverged(f"The run has diverged: `{name}` is {value:g} after step {step}. {where}", weights=step)
+        if not math.isfinite(value):
+            raise InputError(
+                f"`{name}` is {value:g}: what the model computes of these images is not finite. Its weights are of "
+                "a run that has diverged, or they need a precision that has their range (fp32, bf16)."
+            )
+
+
 class DivergenceGuard:
     """
     Looks at the loss and the norm of every gradient after each backward pass, before clipping spreads a NaN to all of
@@ -33,7 +53,11 @@ class DivergenceGuard:
         model: without wrappers of DDP or `torch.compile`.
         scaled: gradients are those of fp16's scaled loss, of which some may overflow.
         where: what the error says after the diagnosis.
+
+    Where `recorded` is set, it has watched the steps in the guard's place, and is asked what it saw.
     """
+
+    recorded: Any = None
 
     def __init__(self, model: nn.Module, scaled: bool, where: str):
         self.scaled, self.where = scaled, where
@@ -105,19 +129,21 @@ class DivergenceGuard:
 
     def flush(self) -> None:
         """
-        Judge the last step that was watched.
+        Judge the last step that was watched, or recorded ones.
 
         Raises:
             Diverged: its loss or a gradient was not finite.
         """
-        if self._pending is None:
-            return
-        step, names, values, event = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        loss, *norms = values.tolist()
-        self.judge(step, loss, dict(zip(names, norms, strict=True)))
+        if self._pending is not None:
+            step, names, values, event = self._pending
+            self._pending = None
+            if event is not None:
+                event.synchronize()
+            loss, *norms = values.tolist()
+            self.judge(step, loss, dict(zip(names, norms, strict=True)))
+        if self.recorded is not None and (found := self.recorded.divergence()) is not None:
+            step, (loss, *norms) = found
+            self.judge(step, loss, dict(zip(self.recorded.names, norms, strict=True)), SKIPPED_STEPS)
 
     def judge(self, step: int, loss: float, norms: dict[str, float], skipped: int | None = None) -> None:
         """

@@ -28,7 +28,7 @@ from ..runs.signals import Stopped, StopSignals
 from ..settings.arguments import RunArguments
 from . import ema, optimizer_states, parallel
 from .checkpointing import ACTIONS, Checkpointer
-from .divergence import SKIPPED_STEPS, Diverged, DivergenceGuard
+from .divergence import Diverged, DivergenceGuard, check_metrics
 from .loaders import Loaders, tell_epoch
 from .optimization import make_optimizer, make_schedule, setting_up
 from .recorded_step import RecordedStep, obstacle, parts_to_compile, table_of_rates
@@ -113,13 +113,10 @@ class ImageClassificationTrainer(Trainer):
             self.args.eval_on_start = False  # It is done already.
         events = _Events(self)
         self.add_callback(events)  # The last one, so that the others are ready.
+        signals = StopSignals(speak=self.is_world_process_zero())
         try:
-            with StopSignals(speak=self.is_world_process_zero()) as self._signals, _own_stream(self.args.device):
+            with signals as self._signals, _own_stream(self.args.device), self._set_aside():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except Diverged as error:
-            if error.weights is not None and (said := self._set_aside(error.weights)):
-                raise Diverged(f"{error}{said}") from error
-            raise
         finally:
             self.is_in_train = False
             self.loaders.end_workers()
@@ -132,7 +129,7 @@ class ImageClassificationTrainer(Trainer):
         where = f"Nothing of it was saved; checkpoints of before are kept in {self.args.output_dir}. Try a lower rate"
         where += ", or bf16 in place of fp16." if self.args.fp16 else ", or more warm-up."
         self._guard = DivergenceGuard(self.bare_model, self.accelerator.scaler is not None, where)
-        self.recorded = self._make_recorded_step()
+        self.recorded = self._guard.recorded = self._make_recorded_step()
         self.throughput = Throughput(self.args.device)
         self.checkpointer.catch_up()
 
@@ -310,7 +307,7 @@ class ImageClassificationTrainer(Trainer):
             self.current_flos += float(self.floating_point_ops(batch))
             self._track_num_input_tokens(batch)
         if self.state.global_step % STEPS_UNSEEN == 0:
-            self._flush_guard()
+            guard.flush()
 
     def _catch_up_with_device(self) -> float:
         """Bring the schedule to where the recorded steps are; returns the first group's rate in the last of them."""
@@ -332,7 +329,7 @@ class ImageClassificationTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # Its data loader draws from PyTorch's generator: training must not depend on how often a run is evaluated.
-        with self._apart(), torch.random.fork_rng(devices=[]):
+        with self._apart(), torch.random.fork_rng(devices=[]), self._set_aside():
             metrics = super().evaluate(*args, **kwargs)
         if not self.is_in_train:
             self.loaders.end_workers()
@@ -344,14 +341,15 @@ class ImageClassificationTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if description != "Evaluation":
             return output
-        self._check_finite(output.metrics)
+        where = None if self._guard is None else self._guard.where
+        check_metrics(output.metrics, self.state.global_step, where)
         if self.average is None:
             return output
         with self.average.applied(self.bare_model):
             second = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs
             )
-        self._check_finite(second.metrics)
+        check_metrics(second.metrics, self.state.global_step, where)
         metrics = {key: value for key, value in second.metrics.items() if not key.endswith("_model_preparation_time")}
         return EvalLoopOutput(
             output.predictions, output.label_ids, output.metrics | metrics, output.num_samples + second.num_samples
@@ -411,7 +409,8 @@ class ImageClassificationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds images per second where the training loss is logged, and the totals at the end of training."""
-        self._flush_guard()
+        if self._guard is not None:
+            self._guard.flush()
         for name in [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]:
             del logs[name]  # The gradient's norm of a step that fp16 skips: JSON has no infinity.
         if "loss" in logs:
@@ -429,42 +428,24 @@ class ImageClassificationTrainer(Trainer):
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
         """What is done within is not counted as training; training must not have diverged before it."""
-        self._flush_guard()
         if self._guard is not None:
             self._guard.check_weights(self.state.global_step)
         with self.throughput.excluded():
             yield
 
-    def _flush_guard(self) -> None:
-        """
-        Raises:
-            InputError: training has diverged.
-        """
-        if self._guard is None:
-            return
-        self._guard.flush()
-        if self.recorded is not None and (found := self.recorded.divergence()) is not None:
-            step, (loss, *norms) = found
-            self._guard.judge(step, loss, dict(zip(self.recorded.names, norms, strict=True)), SKIPPED_STEPS)
-
-    def _check_finite(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                if self._guard is not None:
-                    step = self.state.global_step
-                    said = f"The run has diverged: `{name}` is {value:g} after step {step}. {self._guard.where}"
-                    raise Diverged(said + self._set_aside(step), weights=step)
-                raise InputError(
-                    f"`{name}` is {value:g}: what the model computes of these images is not finite. Its weights are of "
-                    "a run that has diverged, or they need a precision that has their range (fp32, bf16)."
-                )
-
-    def _set_aside(self, step: int) -> str:
+    @contextlib.contextmanager
+    def _set_aside(self) -> Iterator[None]:
         """The checkpoint of a step whose weights give what is not finite is not to be gone on from."""
-        folder = checkpoints.checkpoint_folder(self.args.output_dir, step)
-        if not self.args.should_save or not folder.is_dir():
-            return ""
-        return f" {folder.name} has such weights: it is now called {checkpoints.set_aside(folder).name}."
+        try:
+            yield
+        except Diverged as error:
+            if error.weights is None or not self.args.should_save:
+                raise
+            folder = checkpoints.checkpoint_folder(self.args.output_dir, error.weights)
+            if not folder.is_dir():
+                raise
+            aside = checkpoints.set_aside(folder).name
+            raise Diverged(f"{error} {folder.name} has such weights: it is now called {aside}.") from error
 
     # Checkpoints
 
@@ -550,7 +531,7 @@ class _Events(TrainerCallback):
         self.trainer.throughput.note_startup()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.recorded = None  # And the memory of its graph.
+        self.trainer.recorded = self.trainer._guard.recorded = None  # And the memory of its graph.
 
 
 class _Asked(Exception):
