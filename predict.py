@@ -16,6 +16,7 @@ from transformers import pipeline
 from image_classification.data.images import check_image, read_image
 from image_classification.errors import InputError, one_line, reason_of, run_command
 from image_classification.flags import Parser
+from image_classification.models.families import fixed_image_size
 from image_classification.models.loading import base_of_adapter, device_of, load_image_processor, load_model
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def predict(argv: list[str]) -> None:
     """Print the labels of each image. Raises `InputError` where an image or the model cannot be used."""
-    parser = Parser(prog="predict.py", description="Classify images with a KArAt-ViT (or ViT) checkpoint.")
+    parser = Parser(prog="predict.py", description="Classify images with a checkpoint of run_image_classification.py.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, or its name on the Hub")
     parser.add_argument("--top-k", type=int, default=5, help="labels to show (default: 5)")
@@ -79,7 +80,7 @@ def load_classifier(model: str, device: str | None = None) -> Callable:
     elif folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise InputError(f"there is no model folder {model}. `python run_image_classification.py` trains one.")
     network, _ = load_model(model, "--model")
-    processor = load_image_processor(model, "--model", network.config.image_size)
+    processor = load_image_processor(model, "--model", fixed_image_size(network.config))
     if processor is None:
         raise InputError(f"`--model` {model} has no preprocessor_config.json, which says how images are prepared.")
     if teacher := getattr(network.config, "teacher_attention", None):

@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from image_classification.errors import InputError
 from image_classification.models import transfer
 from image_classification.models.building import build_model, sum_of_weights
+from image_classification.models.families import fixed_image_size
 from image_classification.models.loading import load_config, load_image_processor, load_model
 from image_classification.runs import checkpoints
 from image_classification.runs.run_folder import RECORD, read_record
@@ -129,7 +130,7 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
         source,
         Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2],
         model.eval().to(device),
-        load_image_processor(source, flag, config.image_size),
+        load_image_processor(source, flag, fixed_image_size(config)),
         read_run(source),
         has_classifier=not new,
     )

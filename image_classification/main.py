@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .data.sources import ImageData, as_classes_of, load_data
-from .data.transforms import build_image_processor
+from .data.transforms import build_image_processor, serves
 from .errors import InputError, run_command
 from .hub import find_token
 from .models import transfer
@@ -28,8 +28,11 @@ from .models.building import (
     describe_model,
     load_trained,
     sum_of_weights,
+    training_size,
 )
+from .models.families import fixed_image_size, image_size
 from .models.loading import find_file, load_config, load_image_processor
+from .pipeline import calibration_images
 from .publishing.destination import Destination, prepare
 from .publishing.publisher import PUSHED, Publisher
 from .reports import trackers
@@ -197,9 +200,15 @@ def _train(
 ) -> dict[str, float]:
     args, asked = settings.training, settings.model
     # Cheap, so a misspelt setting does not wait for the data.
-    build_config(asked)
+    wanted = build_config(asked)
+    size = training_size(asked, wanted)
     check_best(args.metric_for_best_model, args.model_ema)
-    finetuned = load_image_processor(asked.finetune, "finetune") if asked.finetune else None
+    theirs = load_image_processor(asked.weights, "finetune") if asked.weights else None
+    processor = build_image_processor(settings.data, size, theirs, wanted.model_type)
+    with tempfile.TemporaryDirectory() as place:
+        # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
+        processor.save_pretrained(place)
+        processor = AutoImageProcessor.from_pretrained(place)
     with args.main_process_first(desc="reading the data"):
         data = _load_data(settings)
     check_best(args.metric_for_best_model, args.model_ema, len(data.labels))
@@ -210,18 +219,18 @@ def _train(
             f"{args.global_batch_size:,}."
         )
     set_seed(args.seed)
-    model = build_model(asked, data.labels)
+    images = None
+    if asked.karatize == "replace" and plan.checkpoint is None:
+        images = calibration_images(data, asked.calibration_images, args.seed, processor).to(args.device)
+    model = build_model(asked, data.labels, images)
     if plan.checkpoint:  # Before the raw weights are loaded: the same model, the same classes.
         config = load_config(plan.checkpoint, "resume_from_checkpoint")
         check_labels(config, data.labels, plan.checkpoint)
         check_same_model(model.config, config, plan.checkpoint)
         if settings.data.streaming:
             logger.info("What was seen of the epoch is read again, without decoding it, before training goes on.")
-    processor = build_image_processor(settings.data, model.config.image_size, finetuned, model.config.model_type)
-    with tempfile.TemporaryDirectory() as place:
-        # Evaluate with what is saved, so that the pipeline sees what the evaluation saw.
-        processor.save_pretrained(place)
-        processor = AutoImageProcessor.from_pretrained(place)
+    if theirs is not None and not serves(theirs, settings.data, size):
+        logger.info(f"Images  prepared by this run's settings, and not in every way as for {asked.weights}")
     begin = functools.partial(_begin, request, args.should_save, plan.identity, processor, sum_of_weights(model))
     resumed = plan.checkpoint is not None and not plan.anew and run_folder.read_record(request.folder) is not None
     if not resumed:
@@ -302,7 +311,7 @@ def _evaluate(settings: Settings) -> dict[str, float]:
     transfer.check_evaluated(checkpoint, config, teacher)
     data = as_classes_of(_load_data(settings, train=False), config.label2id)
     model = load_trained(checkpoint, settings.model, data.labels)
-    processor = load_image_processor(checkpoint, "resume_from_checkpoint", config.image_size)
+    processor = load_image_processor(checkpoint, "resume_from_checkpoint", fixed_image_size(config))
     if processor is None:
         logger.warning(
             f"{checkpoint} has no image processor (preprocessor_config.json): images are prepared as this command's "
@@ -310,7 +319,7 @@ def _evaluate(settings: Settings) -> dict[str, float]:
         )
     asked = (settings.data.image_mean, settings.data.image_std, settings.data.eval_crop_ratio)
     if processor is None or any(value is not None for value in asked):
-        processor = build_image_processor(settings.data, model.config.image_size, processor)
+        processor = build_image_processor(settings.data, image_size(model.config, processor), processor)
     with contextlib.ExitStack() as stack:
         if target is None:
             # The Trainer insists on a folder; nothing is to be kept.

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """How images come to the model: what is read, by whom it is transformed, and what the device does with it."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .data.augmentation import check_cutmix, make_collate
 from .data.dataset import ImageDataset, ImageSource
+from .data.images import decode
 from .data.sources import ImageData
-from .data.streaming import StreamedImageDataset
+from .data.streaming import StreamedImageDataset, StreamedSplit
 from .data.transforms import EvalTransform, TrainTransform
 from .device_pipeline.augmentation import DeviceAugmentation, build_augmentation
 from .device_pipeline.resident import CropTransform, ResidentDataset, ResidentEvaluation, collate_for_device, read
@@ -75,3 +79,15 @@ def _held_out(args, run, size, data, processor, augment: DeviceAugmentation | No
     ):
         return ResidentEvaluation(data.validation, "validation", processor, run.device, run.dataloader_num_workers)
     return ImageDataset(data.validation, EvalTransform(processor), "validation")
+
+
+def calibration_images(data: ImageData, count: int, seed: int, processor: BaseImageProcessor) -> torch.Tensor:
+    """Training images as the evaluation prepares them, (B, 3, height, width): drawn with the seed; a stream's first."""
+    split = data.train
+    assert split is not None
+    if isinstance(split, StreamedSplit):
+        rows = list(itertools.islice(split.rows(), count))
+    else:
+        rows = list(split.select(np.sort(np.random.default_rng(seed).permutation(len(split))[:count])))
+    prepare = EvalTransform(processor)
+    return torch.stack([prepare(decode(row["image"], "a training image")) for row in rows])

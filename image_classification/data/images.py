@@ -103,3 +103,12 @@ def _read(item: dict[str, Any], where: str, quick: bool) -> Image.Image:
             "remove it."
         ) from error
     return upright_rgb(image, name)
+
+
+def made_size(processor) -> tuple[int, int] | None:
+    """Height and width of the images that an image processor makes of any image; `None` where they vary."""
+    if getattr(processor, "do_center_crop", None):
+        size = dict(processor.crop_size or {})
+    else:
+        size = dict(processor.size or {}) if processor.do_resize else {}
+    return (size["height"], size["width"]) if {"height", "width"} <= size.keys() else None

@@ -6,6 +6,9 @@ Evaluation goes through the image processor that is saved with the model, so a p
 the pixels that the evaluation saw.
 """
 
+import copy
+from typing import Any
+
 import torch
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
@@ -17,6 +20,7 @@ from modeling_karat_vit.configuration_karat_vit import height_and_width
 from ..errors import InputError
 from ..settings.arguments import DataArguments
 from .augmentation import auto_augment, random_erasing
+from .images import made_size
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,18 +39,31 @@ def build_image_processor(
         args: the data arguments; what they leave unset is the checkpoint's.
         image_size: the model's, in pixels or as (height, width).
         checkpoint: the processor that came with the weights, if any.
-        model_type: the model's. Beside a `vit`, which Transformers loads without any code of ours, lies its own class.
+        model_type: the model's. Beside one that Transformers loads without any code of ours lies a class of its own.
 
     Returns:
-        A `KArAtViTImageProcessor` or `ViTImageProcessor`: resize of the shorter side to image size / crop ratio
-        (bicubic) and centre crop; a plain resize for a ratio of 1; then rescale and normalise.
+        A `KArAtViTImageProcessor`, or where there are no KArAt heads the checkpoint's, if it `serves`, or a
+        `ViTImageProcessor`. It resizes and crops as the checkpoint's, if that serves; else it resizes the shorter side
+        to image size / crop ratio (bicubic) and crops the centre, or for a ratio of 1 resizes all. Then it rescales and
+        normalises.
     """
     height, width = height_and_width(image_size)
-    mean = args.image_mean or getattr(checkpoint, "image_mean", None) or IMAGENET_MEAN
-    std = args.image_std or getattr(checkpoint, "image_std", None) or IMAGENET_STD
+    has_karat = model_type.startswith("karat_")
+    as_theirs = checkpoint is not None and serves(checkpoint, args, (height, width))
+    if as_theirs and not has_karat:
+        kept = copy.deepcopy(checkpoint)
+        kept.do_convert_rgb = True
+        return kept
+    as_it_is = checkpoint is not None and not checkpoint.do_normalize
+    mean = args.image_mean or ([0.0] * 3 if as_it_is else getattr(checkpoint, "image_mean", None)) or IMAGENET_MEAN
+    std = args.image_std or ([1.0] * 3 if as_it_is else getattr(checkpoint, "image_std", None)) or IMAGENET_STD
     ratio = args.eval_crop_ratio or _crop_ratio_of(checkpoint) or 0.9
-    geometry = {"size": {"height": height, "width": width}, "do_center_crop": False}
-    if ratio < 1:
+    geometry: dict[str, Any] = {"size": {"height": height, "width": width}, "do_resize": True, "do_center_crop": False}
+    if as_theirs:
+        geometry = {
+            name: getattr(checkpoint, name, None) for name in ("size", "do_resize", "do_center_crop", "crop_size")
+        }
+    elif ratio < 1:
         if height != width:
             raise InputError(
                 f"`eval_crop_ratio` is {ratio:g}, and images of {height}x{width} are not square. Use 1, which resizes "
@@ -54,13 +71,12 @@ def build_image_processor(
             )
         shorter = int(height / ratio)
         crop = {"height": height, "width": width}
-        geometry = {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": crop}
+        geometry |= {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": crop}
     kinds = ViTImageProcessorPil, ViTImageProcessor
-    if model_type != "vit":
+    if has_karat:
         kinds = KArAtViTImageProcessorPil, KArAtViTImageProcessor
     return kinds[is_torchvision_available()](
         do_convert_rgb=True,
-        do_resize=True,
         resample=getattr(checkpoint, "resample", None) or BICUBIC,
         do_rescale=True,
         rescale_factor=1 / 255,
@@ -69,6 +85,16 @@ def build_image_processor(
         image_std=list(std),
         **geometry,
     )
+
+
+def serves(checkpoint: BaseImageProcessor, args: DataArguments, size: tuple[int, int]) -> bool:
+    """
+    Whether a checkpoint's image processor prepares the images of a run as it is: no setting asks for another
+    preparation, it makes images of that size, and of pixels from 0 to 1 what training makes of them.
+    """
+    given = args.image_mean, args.image_std, args.eval_crop_ratio
+    as_training = checkpoint.do_rescale and checkpoint.do_normalize and abs(255 * checkpoint.rescale_factor - 1) < 1e-6
+    return given == (None, None, None) and bool(as_training) and made_size(checkpoint) == size
 
 
 def _crop_ratio_of(processor: BaseImageProcessor | None) -> float | None:

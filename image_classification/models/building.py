@@ -10,20 +10,30 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
 )
 
-from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification
+from modeling_karat_vit import KArAtViTConfig
 from modeling_karat_vit.configuration_karat_vit import STRUCTURAL_FIELDS, height_and_width
 from modeling_karat_vit.modeling_karat_vit import drop_path
 
-from ..errors import InputError, did_you_mean, more
+from ..errors import InputError, did_you_mean, more, reason_of
 from ..paths import CONFIGURATION
 from ..settings.arguments import NOT_OF_THE_CONFIG, ModelArguments
-from .loading import HEAD, HEAD_OR_OPERATOR, UNUSED, load_config, load_model, load_weights
+from .backbones import KARAT_FIELDS, configure, load_backbone, put_karat_heads, try_out
+from .families import OWN, block_names, class_of, fixed_image_size, image_size, is_karatized, karat_heads, vision
+from .loading import (
+    HEAD,
+    HEAD_OR_OPERATOR,
+    UNUSED,
+    check_type,
+    load_config,
+    load_image_processor,
+    load_model,
+    load_weights,
+)
 from .softmax_attention import UNMASKED
 
 
@@ -31,6 +41,12 @@ logger = logging.getLogger(__name__)
 
 # The paper's number of KArAt heads beside softmax heads, by the number of heads: ViT-Tiny, Small, Base.
 PAPER_KARAT_HEADS = {3: 1, 6: 3, 12: 6}
+# Of a family's configuration, what its weights do not depend on.
+_NOT_STRUCTURE = (
+    *("id2label", "label2id", "architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate"),
+    *("initializer_range", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
+)
 
 
 def presets() -> list[str]:
@@ -54,14 +70,24 @@ def build_config(args: ModelArguments, labels: list[str] | None = None) -> PreTr
             f"No model is named. Give --model with a preset ({', '.join(presets())}) or a folder with a config.json, "
             "or --finetune with a checkpoint."
         )
+    if args.karatize is not None:
+        base = _base(args)
+        config = build_config(base, labels)
+        size = training_size(base, config)
+        with torch.device("meta"):
+            model = put_karat_heads(class_of(config)._from_config(config), _with_paper_heads(args, config), size, None)
+        try_out(model, size, args.weights)
+        return model.config
     source = load_config(args.finetune, "finetune") if args.model is None else _preset(args.model)
-    if source.model_type not in ("vit", "karat_vit"):
-        raise InputError(
-            f"{args.model or args.finetune} is a model of type {source.model_type!r}. This script trains 'karat_vit' "
-            "and its softmax baseline 'vit'"
-            + (": name the KArAt model that takes over this backbone with --model." if args.model is None else ".")
-        )
+    check_type(source, args.model or args.finetune, "finetune" if args.model is None else "model")
     overrides = _overrides(args, source)
+    if source.model_type not in OWN:
+        if args.model is not None and args.finetune is not None:
+            raise InputError(
+                f"`model` {args.model} is a {source.model_type!r}, and `finetune` names weights, which bring their "
+                "model along: leave out --model."
+            )
+        return _backbone_config(args, source, overrides, labels)
     if source.model_type == "vit":
         _check_drop_path(overrides.pop("drop_path_rate", 0.0))  # `build_model` adds it: the configuration has none.
         foreign = sorted(set(overrides) - set(ViTConfig().to_dict()))
@@ -70,37 +96,109 @@ def build_config(args: ModelArguments, labels: list[str] | None = None) -> PreTr
                 f"`{foreign[0]}` is a setting of KArAt, and {args.model or args.finetune} is the softmax baseline. "
                 "Name a KArAt --model (vit_tiny_patch16_224_karat, ...), or leave it out."
             )
-    if labels is not None:
-        overrides["id2label"] = dict(enumerate(labels))
-        overrides["label2id"] = {name: index for index, name in enumerate(labels)}
+    overrides |= _classes(labels)
     try:
         config = type(source).from_dict({**_plain(source, keep_labels=labels is None), **overrides})
     except Exception as error:  # `@strict` wraps type errors in its own class.
         raise InputError(f"The model cannot be configured: {error}") from error
-    if config.num_channels != 3:
-        raise InputError(
-            f"`num_channels` is {config.num_channels}: this script reads every image as RGB (grey ones too), as the "
-            "pipeline does. Expected 3."
-        )
+    _check_channels(config)
     return config
 
 
-def build_model(args: ModelArguments, labels: list[str]) -> PreTrainedModel:
+def _check_channels(config: PreTrainedConfig) -> None:
+    if (channels := vision(config).num_channels) != 3:
+        raise InputError(
+            f"`num_channels` is {channels}: this script reads every image as RGB (grey ones too), as the pipeline "
+            "does. Expected 3."
+        )
+
+
+def _classes(labels: list[str] | None) -> dict[str, Any]:
+    """The fields of a configuration that name the classes, where they are known."""
+    if labels is None:
+        return {}
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+
+
+def _backbone_config(
+    args: ModelArguments, source: PreTrainedConfig, overrides: dict[str, Any], labels: list[str] | None
+) -> PreTrainedConfig:
+    """`build_config` of another family than ViT."""
+    named = args.model or args.finetune
+    config = configure(source, overrides, named, args.finetune is not None)
+    for name, value in _classes(labels).items():
+        setattr(config, name, value)
+    _check_channels(config)
+    try:
+        with torch.device("meta"):
+            model = class_of(config)._from_config(config)
+    except Exception as error:  # Whatever a layer says of sizes that it cannot have.
+        raise InputError(f"The model {named} cannot be configured: {reason_of(error)}") from error
+    try_out(model, training_size(args, config), named)
+    return config
+
+
+def training_size(args: ModelArguments, config: PreTrainedConfig) -> tuple[int, int]:
     """
-    The model that a run starts from: newly initialised, or with the weights of `--finetune`.
+    Height and width of the images of a run: `--image_size`, or what the checkpoint's image processor makes, or what its
+    configuration says.
+
+    Args:
+        args: the model arguments.
+        config: that `build_config` made of them.
+    """
+    if config.model_type in OWN or is_karatized(config):
+        return image_size(config)
+    if args.image_size is not None:
+        return height_and_width(args.image_size if len(args.image_size) > 1 else args.image_size[0])
+    return image_size(config, load_image_processor(args.finetune, "finetune") if args.finetune else None)
+
+
+def _base(args: ModelArguments) -> ModelArguments:
+    """The arguments of the model that `--karatize` puts KArAt heads into."""
+    if args.model is not None and args.finetune is not None:
+        raise InputError(
+            f"`karatize` puts KArAt heads into one pre-trained model, and there are two: --model {args.model} and "
+            f"--finetune {args.finetune}. Leave one out."
+        )
+    if args.model in presets():
+        raise InputError(
+            f"`karatize` puts KArAt heads into a pre-trained model, and the preset {args.model} has no weights. Name a "
+            f"checkpoint with --model, or train the preset {args.model.removesuffix('_karat')}_karat from scratch."
+        )
+    config = load_config(args.weights, "model" if args.finetune is None else "finetune")
+    check_type(config, args.weights, "karatize")
+    if config.model_type.startswith("karat_"):
+        raise InputError(f"`karatize`: {args.weights} has KArAt heads already. --finetune trains it on.")
+    return _with(args, model=None, finetune=args.weights, karatize=None, **dict.fromkeys(KARAT_FIELDS))
+
+
+def _with_paper_heads(args: ModelArguments, config: PreTrainedConfig) -> ModelArguments:
+    return _with(args, num_karat_heads=_overrides(args, vision(config)).get("num_karat_heads"))
+
+
+def build_model(args: ModelArguments, labels: list[str], images: torch.Tensor | None = None) -> PreTrainedModel:
+    """
+    The model that a run starts from: newly initialised, or with the weights of `--finetune`, or karatized.
 
     Args:
         args: the model arguments.
         labels: names of the classes, by index.
+        images: (B, 3, height, width), that `--karatize replace` fits the operators on, on the device that does it;
+            `None` leaves them as they are, for a checkpoint to be loaded.
 
     Raises:
         InputError: see `build_config`; or the weights do not fit the model.
     """
     config = build_config(args, labels)
+    if args.karatize is not None:
+        return _karatized(args, labels, images)
     how = _attention(args, config)
     try:
         if args.finetune is None:
-            model = AutoModelForImageClassification.from_config(config, **how)
+            model = class_of(config)._from_config(config, **how)
+        elif config.model_type not in OWN:
+            model = load_backbone(config, args.finetune, training_size(args, config), **how)
         else:
             model = _start_from(args, config, how)
         if config.model_type == "vit" and args.drop_path_rate:
@@ -110,6 +208,24 @@ def build_model(args: ModelArguments, labels: list[str]) -> PreTrainedModel:
         raise
     except (ValueError, OSError, ImportError) as error:
         raise InputError(str(error)) from error
+
+
+def _karatized(args: ModelArguments, labels: list[str], images: torch.Tensor | None) -> PreTrainedModel:
+    base = _with(_base(args), attn_implementation=None, drop_path_rate=None)
+    rate = args.drop_path_rate
+    is_vit = load_config(base.finetune, "finetune").model_type == "vit"
+    model = build_model(base if is_vit else _with(base, drop_path_rate=rate), labels)
+    if images is not None:
+        model.to(images.device)
+    model = put_karat_heads(model, _with_paper_heads(args, model.config), training_size(base, model.config), images)
+    if args.attn_implementation is not None:
+        try:
+            model.set_attn_implementation(args.attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise InputError(str(error)) from error
+    if is_vit and rate:
+        add_drop_path(model, rate)
+    return model
 
 
 def _attention(args: ModelArguments, config: PreTrainedConfig) -> dict[str, str]:
@@ -191,15 +307,29 @@ def sum_of_weights(model: PreTrainedModel) -> float:
 
 def describe_model(model: PreTrainedModel) -> str:
     """One line for the log and the card: which attention, how large."""
-    config = model.config
+    config, part = model.config, vision(model.config)
     operator = config.describe_operator() if hasattr(config, "describe_operator") else "softmax attention"
     if teacher := getattr(config, "teacher_attention", None):
         operator = f"attention of its teacher {teacher}"
-    height, width = height_and_width(config.image_size)
+    if is_karatized(config):
+        heads = [of for _, of in karat_heads(model)]
+        plain = heads[0].operator.config.describe_operator().rsplit(", ", 3)[0]  # Its own words on heads and blocks.
+        start = "beside softmax (residual)" if heads[0].gamma is not None else "in place of softmax"
+        count = config.karat["heads"]
+        where = f"{'all' if count is None else f'the first {count}'} heads of blocks {config.karat['layers']}"
+        operator = (
+            f"{config.model_type.removeprefix('karat_').removeprefix('plain_')} with {plain}, {start}, in {where}"
+        )
+    elif config.model_type not in OWN:
+        operator = f"{config.model_type} with {operator}"
+    heads = part.num_attention_heads
+    heads = "/".join(map(str, heads)) if isinstance(heads, (list, tuple)) else heads
+    size = fixed_image_size(config)
+    images = "images of any size" if size is None else f"images {size[0]}x{size[1]}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
-        f"{operator}; {config.num_hidden_layers} blocks, {config.num_attention_heads} heads, width "
-        f"{config.hidden_size}, images {height}x{width}; {parameters:,} parameters"
+        f"{operator}; {len(block_names(model))} blocks, {heads} heads, width {part.hidden_size}, {images}; "
+        f"{parameters:,} parameters"
     )
 
 
@@ -210,7 +340,7 @@ def _preset(name: str) -> PreTrainedConfig:
         return load_config(name, "model")
     raise InputError(
         f"There is no model {name!r}{did_you_mean(name, presets())}: expected a preset ({', '.join(presets())}), or a "
-        "folder with a config.json. Weights to start from are given with --finetune."
+        "folder with a config.json. Weights to start from are given with --finetune (or --karatize beside --model)."
     )
 
 
@@ -231,13 +361,13 @@ def _overrides(args: ModelArguments, source: PreTrainedConfig) -> dict[str, Any]
         overrides["modular_mode"] = None
     if overrides.get("num_karat_heads") == 0:
         heads = overrides.get("num_attention_heads", source.num_attention_heads)
-        if heads not in PAPER_KARAT_HEADS:
+        if isinstance(heads, (list, tuple)) or heads not in PAPER_KARAT_HEADS:
             raise InputError(
                 f"The paper mixes heads in models of 3, 6 and 12 heads; this one has {heads}. Say how many are KArAt "
                 "with --num_karat_heads (--num_attention)."
             )
         overrides["num_karat_heads"] = PAPER_KARAT_HEADS[heads]
-    if "hidden_size" in overrides:
+    if "hidden_size" in overrides and source.model_type in OWN:
         # ViT derives it from the width.
         overrides["pooler_output_size"] = None
     return overrides
@@ -252,7 +382,11 @@ def _plain(config: PreTrainedConfig, keep_labels: bool) -> dict[str, Any]:
 
 def _structure(config: PreTrainedConfig) -> dict[str, Any]:
     """What the weights depend on. Through JSON, so that pairs compare equal whether they are lists or tuples."""
-    fields = {key: getattr(config, key) for key in STRUCTURAL_FIELDS if hasattr(config, key)}
+    if config.model_type in OWN:
+        fields = {key: getattr(config, key) for key in STRUCTURAL_FIELDS if hasattr(config, key)}
+    else:
+        fields = {key: value for key, value in vision(config).to_dict().items() if key not in _NOT_STRUCTURE}
+        fields["karat"] = getattr(config, "karat", None)
     return json.loads(json.dumps({"model_type": config.model_type, **fields}))
 
 
@@ -262,10 +396,8 @@ def _start_from(args: ModelArguments, config: PreTrainedConfig, how: dict[str, A
     size, own_size = height_and_width(config.image_size), height_and_width(source.image_size)
     at_own_size = type(config).from_dict({**config.to_dict(), "image_size": source.image_size})
     if isinstance(config, KArAtViTConfig):
-        kind = KArAtViTForImageClassification
         how = {**how, "drop_distillation_token": args.drop_distillation_token}
     else:
-        kind = AutoModelForImageClassification
         if source.model_type != config.model_type:
             raise InputError(
                 f"{args.finetune} is of type {source.model_type!r}, and --model {args.model} is the softmax baseline: "
@@ -274,7 +406,6 @@ def _start_from(args: ModelArguments, config: PreTrainedConfig, how: dict[str, A
     if source.model_type == config.model_type:
         check_same_model(at_own_size, source, args.finetune)
     model, new = load_weights(
-        kind,
         args.finetune,
         "finetune",
         at_own_size,

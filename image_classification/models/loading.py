@@ -18,7 +18,6 @@ from PIL import Image
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -34,13 +33,19 @@ from modeling_karat_vit.configuration_karat_vit import height_and_width
 from .. import hub
 from ..errors import InputError, more, reason_of
 from ..runs import checkpoints
+from .families import KNOWN, class_of, is_known, vision
 
 
 # Parts that may differ between a checkpoint and the classifier that it becomes, by the names of their weights.
-HEAD = re.compile(r"classifier\.")
-HEAD_OR_OPERATOR = re.compile(r"classifier\.|(.*\.)?operator\.")
-# Of no use to a classifier: the pooler, the parts for masked images and for distillation.
-UNUSED = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$)|decoder\.|distillation_classifier\.")
+HEAD = re.compile(r"(cls_|distillation_)?classifier\.|beit\.pooler\.")
+HEAD_OR_OPERATOR = re.compile(rf"{HEAD.pattern}|(.*\.)?operator\.")
+# Numbers of positions, which models make themselves; older versions of Transformers saved them.
+_INDICES = r"(.*\.)?(position_ids|relative_position_index)$"
+# Of no use to a classifier: the pooler, the parts for masked images, for distillation and for text.
+UNUSED = re.compile(
+    r"(\w+\.)?(pooler\.|layernorm\.|embeddings\.mask_token$)|decoder\.|lm_head\.|distillation_classifier\."
+    rf"|text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|{_INDICES}"
+)
 # An adapter of PEFT: what it is and of which model, its weights, and how their names begin.
 ADAPTER, ADAPTER_WEIGHTS, ADAPTED = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Larger images are no vision transformer's.
@@ -136,18 +141,19 @@ def load_model(
         InputError: see `load_config` and `load_weights`; or it is no ViT.
     """
     config = load_config(source, setting)
-    if config.model_type not in ("karat_vit", "vit"):
-        raise InputError(
-            f"`{setting}` {source} is a model of type {config.model_type!r}, expected 'karat_vit' or 'vit' (the "
-            "softmax ViT of Transformers)."
-        )
+    check_type(config, source, setting)
     encoder = encoder_suffices and set(config.architectures or ()) & {"KArAtViTModel", "ViTModel"}
     parts = {"may_lack": HEAD, "may_drop": UNUSED} if encoder else {}
-    return load_weights(AutoModelForImageClassification, source, setting, config, **parts, **how)
+    return load_weights(source, setting, config, **parts, **how)
+
+
+def check_type(config: PreTrainedConfig, source: str, setting: str) -> None:
+    """Raise an `InputError` for a model that is no classifier of a known family."""
+    if not is_known(config):
+        raise InputError(f"`{setting}` {source} is a model of type {config.model_type!r}, {KNOWN}.")
 
 
 def load_weights(
-    kind: type,
     source: str,
     setting: str,
     config: PreTrainedConfig,
@@ -159,7 +165,6 @@ def load_weights(
     A model with the weights of a checkpoint, or of an adapter of PEFT merged into its base model.
 
     Args:
-        kind: class of the model, or of Transformers' auto classes.
         source: folder or Hub name.
         setting: which setting named it, for errors.
         config: of the model.
@@ -187,21 +192,21 @@ def load_weights(
             found = {name: kind for path in files for name, kind in checkpoints.read_header(path).items()}
     except InputError as error:
         raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
-    if whole := sorted(name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF"))):
+    indices = {name for name in found if re.match(_INDICES, name)}
+    if whole := sorted(
+        name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF")) and name not in indices
+    ):
         refuse(f"it has weights that are no floating-point numbers: {_some(whole)}")
     if found:
         # Before it takes any memory or time.
         _check_size(config, may_lack, sum(math.prod(shape) for _, shape in found.values()), len(found), refuse)
-    if state is not None and kind is AutoModelForImageClassification:
-        kind = kind._model_mapping[type(config)]  # The auto class takes no weights without a folder.
     try:
-        model, info = kind.from_pretrained(
+        model, info = class_of(config).from_pretrained(
             source if state is None else None,
             state_dict=state,
             config=config,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            trust_remote_code=False,
             **how,
         )
     except Exception as error:  # Of Torch, safetensors, the Hub's client, Transformers, or the file system.
@@ -211,7 +216,7 @@ def load_weights(
     for names, allowed, what in (
         (set(info["missing_keys"]), may_lack, "lacks weights of its model"),
         (mismatched, may_lack, "has weights of another shape than its model's"),
-        (set(info["unexpected_keys"]), may_drop, "has weights that its model does not have"),
+        (set(info["unexpected_keys"]) - indices, may_drop, "has weights that its model does not have"),
     ):
         if wrong := sorted(name for name in names if allowed is None or not allowed.match(name)):
             refuse(f"it {what}: {_some(wrong)}. It is damaged or of another model")
@@ -252,9 +257,9 @@ def _merged(source: str, base: str, setting: str) -> dict[str, torch.Tensor]:
     from peft import PeftModel, get_peft_model_state_dict
 
     header = _adapter_header(source)
-    model, new = load_weights(
-        AutoModelForImageClassification, base, setting, load_config(source, setting), may_lack=HEAD, may_drop=UNUSED
-    )
+    config = load_config(source, setting)
+    check_type(config, source, setting)
+    model, new = load_weights(base, setting, config, may_lack=HEAD, may_drop=UNUSED)
     if missing := sorted(name for name in new if ADAPTED + name not in header):
         raise InputError(f"neither the adapter nor its base model {base} has the weights {_some(missing)}")
     try:
@@ -272,11 +277,11 @@ def _check_size(
     config: PreTrainedConfig, may_lack: re.Pattern | None, numbers: int, tensors: int, refuse: Callable[..., None]
 ) -> None:
     """Refuse a configuration of which no model can be made, or a far larger one than its weights are of."""
-    if config.num_hidden_layers > tensors:
-        refuse(f"config.json names {config.num_hidden_layers:,} blocks, and there are weights for fewer")
+    if (blocks := vision(config).num_hidden_layers) > tensors:
+        refuse(f"config.json names {blocks:,} blocks, and there are weights for fewer")
     try:
         with torch.device("meta"):
-            model = AutoModelForImageClassification.from_config(config)
+            model = class_of(config)._from_config(config)
     except Exception as error:  # Whatever a layer says of sizes that it cannot have.
         refuse(f"no model can be made of its config.json ({type(error).__name__}: {reason_of(error)})", error)
     needed = sum(
@@ -377,7 +382,7 @@ def _wrong_in_config(written: Any) -> str | None:
         return "is no JSON object"
     kind = written.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return f"sets `model_type` to {kind!r}, expected 'karat_vit' or 'vit' (the softmax ViT of Transformers)"
+        return f"sets `model_type` to {kind!r}, {KNOWN}"
     labels, classes = written.get("id2label"), written.get("num_labels")
     if classes is not None and (type(classes) is not int or not 0 < classes <= MOST_CLASSES):
         return f"sets `num_labels` to {classes!r}, expected 1 to {MOST_CLASSES:,}"

@@ -14,6 +14,7 @@ from ..data.sources import ImageData
 from ..errors import one_line
 from ..models import transfer
 from ..models.building import describe_model
+from ..models.families import OWN, is_karatized
 from ..settings.arguments import to_json
 from .curves import CURVES, HISTORY
 from .recipe import AGAIN, RECIPE
@@ -79,15 +80,18 @@ class RunCard:
             progress: how far training is, if it is not finished.
         """
         data, record = self.data, to_json(self.record)
-        name, started_from = one_line(self.folder.resolve().name), record["finetune"]
-        karat = self.model.config.model_type == "karat_vit"
+        name = one_line(self.folder.resolve().name)
+        started_from = record["finetune"] or (record["model"] if record["karatize"] else None)
+        kind, karatized = self.model.config.model_type, is_karatized(self.model.config)
+        karat, family = karatized or kind == "karat_vit", kind.removeprefix("karat_").removeprefix("plain_")
+        tags = ["karat-vit", "kolmogorov-arnold-attention"] * karat + [family] * (kind != "karat_vit")
         remarks = [describe_choice(weights, metrics)] if weights is not None else []
         if paper := describe_reported(self.reported):
             remarks.append(f"For this recipe, {paper}.")
         header = ModelCardData(
             library_name="transformers",
             pipeline_tag="image-classification",
-            tags=["vision", *(["karat-vit", "kolmogorov-arnold-attention"] if karat else ["vit"])],
+            tags=["vision", *tags],
             datasets=[data.hub_name] if data.hub_name else None,
             metrics=["accuracy"],
             base_model=started_from if started_from is not None and not Path(started_from).exists() else None,
@@ -99,6 +103,8 @@ class RunCard:
             template_path=str(Path(__file__).with_name("model_card.md")),
             name=name,
             karat=karat,
+            karatized=karatized,
+            family=None if kind in OWN else family,
             teacher=transfer.needs(self.model.config),
             progress=progress,
             described=describe_model(self.model),

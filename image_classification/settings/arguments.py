@@ -147,11 +147,23 @@ class ModelArguments:
 
     model: str | None = _optional(
         "Architecture, trained from scratch: a preset of configuration/ (vit_tiny_patch16_224_karat, ...), or a folder "
-        "with a config.json."
+        "with a config.json. With --karatize: the pre-trained model, a checkpoint folder or Hub name."
     )
     finetune: str | None = _optional(
         "Start from these weights: a checkpoint folder or Hub name. A ViT or DeiT gives its backbone to a KArAt "
-        "--model; another --image_size resamples positions and operator; another set of classes gets a new head."
+        "--model; another --image_size resamples a ViT's positions and operator; another set of classes gets a new "
+        "head."
+    )
+    karatize: str | None = _optional(
+        "Put KArAt heads into a pre-trained model (ViT, DeiT, DINOv2, BEiT, CLIP, SigLIP, Swin), which --model or "
+        "--finetune names: residual (adds them to softmax, and starts as the model was; the default) or replace (in "
+        "place of softmax, fitted to it on training images). In the last two blocks unless --karat_layers says which.",
+        nargs="?",
+        const="residual",
+        choices=["residual", "replace"],
+    )
+    calibration_images: Annotated[int, COUNT] = field(
+        default=64, metadata={"help": "With --karatize replace: training images that the operators are fitted on."}
     )
     drop_distillation_token: bool = _setting(
         False, "Start from a distilled DeiT without its distillation token and head."
@@ -200,16 +212,29 @@ class ModelArguments:
         "KArAt heads in each block, the others softmax. 0 is the paper's number: 1, 3, 6 for Tiny, Small, Base."
     )
     karat_layers: Annotated[list[int] | None, Range(-1024, 1023)] = _optional(
-        "Blocks with KArAt heads (from 0; -1 is the last); unset: all."
+        "Blocks with KArAt heads (from 0; -1 is the last); unset: all, with --karatize the last two."
     )
     project_l1: bool | None = _optional("Project activated rows on the probability simplex.")
     train_basis: bool | None = _optional("false freezes the basis.")
     train_base: bool | None = _optional("false freezes the scale of the base function.")
     karat_init: str | None = _optional("scaled (keeps the variance) or normal (the paper's N(0, 1)).")
 
+    @property
+    def weights(self) -> str | None:
+        """The checkpoint that a run starts from, if any: a folder or Hub name."""
+        return self.finetune or (self.model if self.karatize else None)
+
 
 # Fields of `ModelArguments` that are no fields of a model configuration.
-NOT_OF_THE_CONFIG = ("model", "finetune", "drop_distillation_token", "teacher_attention", "attn_implementation")
+NOT_OF_THE_CONFIG = (
+    "model",
+    "finetune",
+    "karatize",
+    "calibration_images",
+    "drop_distillation_token",
+    "teacher_attention",
+    "attn_implementation",
+)
 
 
 @dataclass

@@ -6,10 +6,9 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from modeling_karat_vit.configuration_karat_vit import height_and_width
-
 from ..data.sources import ImageData
 from ..models import transfer
+from ..models.families import image_size
 from ..pipeline import build_pipeline
 from ..reports import trackers
 from ..reports.console import EpochLines
@@ -37,11 +36,12 @@ def build_trainer(
         processor: of the evaluation, and saved with the model.
         kind: of which class.
     """
-    pipeline = build_pipeline(args, run, height_and_width(model.config.image_size), data, processor)
+    pipeline = build_pipeline(args, run, image_size(model.config, processor), data, processor)
     if teacher is not None:
         dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else None
         loaded = transfer.load_teacher(teacher, model.config, processor, dtype)
         transfer.feed(model, loaded, transfer.short_name(teacher))
+    run.label_names = ["labels"]  # Not every family's classifier takes them.
     trainer = kind(
         model=model,
         args=run,

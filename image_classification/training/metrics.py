@@ -59,18 +59,21 @@ def check_best(metric: str | None, average: bool, classes: int | None = None) ->
         raise InputError(f"`metric_for_best_model` is {metric!r}{hint}, expected one of {', '.join(names)}.")
 
 
-def preprocess(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def preprocess(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     All that the metrics need of a batch, image by image, so that what is gathered of several processes can be cut to
     the images that there are.
 
     Args:
-        logits: (B, classes).
+        logits: (B, classes); of a model that returns more, as a distilled DeiT, the first is taken.
         labels: class indices (B,).
 
     Returns:
         Indices of the best classes (B, up to 5), best first; and losses (B,).
     """
+    logits = logits[0] if isinstance(logits, tuple) else logits
     losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     return logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices, losses
 

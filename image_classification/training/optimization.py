@@ -4,7 +4,6 @@
 import contextlib
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,12 +13,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import InputError, reason_of
+from ..models.families import block_names
 from ..settings.arguments import RunArguments
 from .sharding import plain_name
 
 
 # Position embeddings and tokens are matrices in shape only; ViT does not decay them.
-NO_DECAY = ("cls_token", "position_embeddings", "mask_token")
+NO_DECAY = (
+    *("cls_token", "distillation_token", "mask_token", "register_tokens", "class_embedding"),
+    *("position_embeddings", "position_embedding.weight", "relative_position_bias_table"),
+)
 
 
 @contextlib.contextmanager
@@ -89,6 +92,7 @@ def parameter_groups(model: PreTrainedModel, args: RunArguments) -> list[dict]:
         if getattr(args, name) is not None and not karat:
             raise InputError(f"`{name}` is of KArAt parameters, and this model has none.")
     assert args.learning_rate is not None  # By `RunArguments`.
+    blocks = block_names(model)
     groups: dict[tuple[float, float, float], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -97,7 +101,7 @@ def parameter_groups(model: PreTrainedModel, args: RunArguments) -> list[dict]:
             if name in karat:
                 rate = args.attn_learning_rate if args.attn_learning_rate is not None else rate
                 decay = decay if args.attn_weight_decay is None else args.attn_weight_decay
-            scale = layer_scale(name, model.config.num_hidden_layers, args.layer_decay or 1.0)
+            scale = layer_scale(name, blocks, args.layer_decay or 1.0)
             groups.setdefault((scale, rate, decay), {})[plain_name(name)] = parameter
     return [
         {
@@ -111,13 +115,21 @@ def parameter_groups(model: PreTrainedModel, args: RunArguments) -> list[dict]:
     ]
 
 
-def layer_scale(name: str, blocks: int, decay: float) -> float:
-    """The factor on a parameter's rate: `decay` to the power of its distance from the head (BEiT's counting)."""
-    block = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    if block:
-        return decay ** (blocks - int(block[1]))
-    if "embeddings." in name:
-        return decay ** (blocks + 1)
+def layer_scale(name: str, blocks: list[str], decay: float) -> float:
+    """
+    The factor on a parameter's rate: `decay` to the power of its distance from the head (BEiT's counting).
+
+    Args:
+        name: of the parameter.
+        blocks: names of the blocks, first to last. What ends a stage goes with the last of its blocks.
+        decay: `layer_decay`.
+    """
+    stages = [block.rpartition(".blocks.")[0] or block for block in blocks]
+    for prefixes in (blocks, stages):
+        if own := [index for index, prefix in enumerate(prefixes) if name.startswith(f"{prefix}.")]:
+            return decay ** (len(blocks) - own[-1])
+    if "embeddings." in name or "pre_layrnorm." in name:
+        return decay ** (len(blocks) + 1)
     # Final norm and head; and the universal operator, which works in the last block too.
     return decay if "operator" in name else 1.0
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
 
 from ..data.dataset import source_of
+from ..models.families import OWN
 from ..models.softmax_attention import UNMASKED
 from .divergence import SKIPPED_STEPS
 from .ema import WeightAverage
@@ -347,7 +348,9 @@ def obstacle(trainer) -> str | None:
         return "FSDP and DeepSpeed decide on the host what is where"
     if args.n_gpu > 1:
         return "one process has several GPUs: start one for each, with `accelerate launch`"
-    if trainer.bare_model.config.model_type == "vit" and trainer.bare_model.config._attn_implementation == "sdpa":
+    if (kind := trainer.bare_model.config.model_type) not in OWN:
+        return f"no step of a model of type {kind} has been recorded so far, only of KArAt-ViT and ViT"
+    if kind == "vit" and trainer.bare_model.config._attn_implementation == "sdpa":
         return f"`attn_implementation` sdpa makes a mask while it is recorded ({UNMASKED} does not)"
     if any(getattr(module, "gradient_checkpointing", False) for module in trainer.bare_model.modules()):
         return "`gradient_checkpointing` restores random numbers on the host"
