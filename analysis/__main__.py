@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m analysis WHAT ...`: finds the module of that name, reads its flags and runs it."""
+"""Command `python -m analysis WHAT ...`: finds the module of that name, reads its flags and runs it."""
 
 import argparse
 import importlib
@@ -69,7 +69,7 @@ def analyse(what: str, flags: list[str]) -> None:
         module = importlib.import_module(".command", module.__name__)
     parser = Parser(
         prog=f"python -m analysis {what}",
-        description=module.__doc__.strip(),
+        description=(module.__doc__ or "").strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)

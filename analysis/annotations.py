@@ -50,7 +50,8 @@ def find_annotated(
     boxes, masks = _object_columns(rows, source)
     for column in [image] + ([masks] if masks else []):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    found, objects = [], []
+    found: list[Found] = []
+    objects = []
     for index in draw_numbers(len(rows), count, seed):
         row = rows[index]
         where = f"{named} image {index}"
@@ -70,7 +71,7 @@ def find_annotated(
 
 def as_seen(checkpoint: Checkpoint, objects: list[np.ndarray]) -> np.ndarray:
     """
-    Objects on the images as the model takes them: resized and cropped as its image processor does with the images.
+    Show objects on the images as the model takes them: resized and cropped as its image processor does with the images.
 
     Args:
         checkpoint: the model.
@@ -132,7 +133,7 @@ def _image_column(rows: Dataset, source: str) -> str:
 
 
 def _object_columns(rows: Dataset, source: str) -> tuple[str | None, str | None]:
-    """The column of boxes, and that of masks, one of them `None`."""
+    """Find the column of boxes, or that of masks: the other is `None`."""
     if isinstance(rows.features.get("mask"), datasets.Image):
         return None, "mask"
     inside = rows.features.get("objects")
@@ -158,7 +159,7 @@ def _from_mask(item: dict | None, picture: Image.Image, where: str) -> np.ndarra
             f"{where} has {picture.width} x {picture.height} pixels, and its mask {mask.width} x {mask.height}: "
             "expected the same."
         )
-    inside = np.asarray(mask).any(-1)
+    inside = np.asarray(np.asarray(mask).any(-1))
     if not inside.any():
         raise InputError(f"{where} has a mask that is black: there is no object. Leave the image out.")
     return inside

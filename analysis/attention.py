@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 
 from image_classification.errors import InputError
@@ -28,7 +29,7 @@ from . import options, style
 from .images import Images, find_images, prepare
 from .models import Checkpoint
 from .output import Output, figure_names
-from .recording import record
+from .recording import record_batches
 
 
 STAGES = ("before", "after")
@@ -80,15 +81,14 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, query: int
 
 def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, batch_size: int = 8) -> list[Maps]:
     """`compute` for every block, first to last, in the same forward passes: rollout needs the maps of all anyway."""
-    blocks = range(checkpoint.blocks)
-    before, after, rolled = {block: [] for block in blocks}, {block: [] for block in blocks}, []
-    for part in pixels.split(batch_size):
-        attention = record(checkpoint, part, list(blocks), batch_size)
-        for block in blocks:
-            # Copies, so that the whole N x N maps are not kept alive.
-            before[block].append(attention[block].scores[:, :, query].clone())
-            after[block].append(attention[block].maps[:, :, query].clone())
-        rolled.append(rollout([attention[block].maps.numpy() for block in blocks])[:, query])
+    before, after, rolled = [], [], []
+    for recorded in record_batches(checkpoint, pixels, list(range(checkpoint.blocks)), batch_size):
+        # Copies, so that the whole N x N maps are not kept alive: (L, B, h, N).
+        before.append(np.stack([each.scores[:, :, query] for each in recorded.values()]))
+        after.append(np.stack([each.maps[:, :, query] for each in recorded.values()]))
+        rolled.append(rollout([each.maps.numpy() for each in recorded.values()])[:, query])
+    stages = zip(np.concatenate(before, axis=1), np.concatenate(after, axis=1))
+    rolled_out = np.concatenate(rolled)
     return [
         Maps(
             name=checkpoint.name,
@@ -97,11 +97,11 @@ def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, ba
             grid=checkpoint.grid,
             block=block,
             query=query,
-            before=torch.cat(before[block]).numpy(),
-            after=torch.cat(after[block]).numpy(),
-            rollout=np.concatenate(rolled),
+            before=scores,
+            after=maps,
+            rollout=rolled_out,
         )
-        for block in blocks
+        for block, (scores, maps) in enumerate(stages)
     ]
 
 
@@ -128,23 +128,23 @@ def rollout(maps: list[np.ndarray]) -> np.ndarray:
 
 
 def on_grid(rows: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(..., N) as (..., rows, columns): the patches, without [CLS]."""
+    """Arrange (..., N) as (..., rows, columns): the patches, without [CLS]."""
     return rows[..., 1:].reshape(*rows.shape[:-1], *grid)
 
 
 def dominant_head(maps: np.ndarray) -> np.ndarray:
-    """The head whose map is the longest vector over the patches: (..., h, N) to (...)."""
+    """Find the head whose map is the longest vector over the patches: (..., h, N) to (...)."""
     return np.linalg.norm(maps[..., 1:], axis=-1).argmax(-1)
 
 
 def strongest_heads(maps: np.ndarray) -> np.ndarray:
-    """At each token, the head of the largest magnitude: (..., h, N) to (..., N)."""
+    """Find at each token the head of the largest magnitude: (..., h, N) to (..., N)."""
     return np.abs(maps).argmax(-2)
 
 
 def region(rows: np.ndarray, share: float) -> np.ndarray:
     """
-    The smallest set of patches that holds `share` of what is positive.
+    Find the smallest set of patches that holds `share` of what is positive.
 
     Args:
         rows: (..., N). [CLS] takes no part.
@@ -166,7 +166,7 @@ def region(rows: np.ndarray, share: float) -> np.ndarray:
 
 
 def draw_picture(picture: np.ndarray, grid: tuple[int, int], query: int, axes: Axes) -> Axes:
-    """The image (height, width, 3), with the query's patch framed."""
+    """Draw the image (height, width, 3), with the query's patch framed."""
     style.blank(axes).imshow(picture)
     if query > 0:
         height, width = picture.shape[0] / grid[0], picture.shape[1] / grid[1]
@@ -176,9 +176,9 @@ def draw_picture(picture: np.ndarray, grid: tuple[int, int], query: int, axes: A
     return axes
 
 
-def draw_signed(values: np.ndarray, axes: Axes, norm=None):
+def draw_signed(values: np.ndarray, axes: Axes, norm: Normalize | None = None) -> AxesImage:
     """
-    Signed values on the grid of patches.
+    Draw signed values on the grid of patches.
 
     Args:
         values: (rows, columns).
@@ -195,7 +195,7 @@ def draw_overlay(
     picture: np.ndarray, values: np.ndarray, axes: Axes, low: float | None = 0.0, opacity: float = 0.85
 ) -> Axes:
     """
-    A map as a red veil over the image in pale grey.
+    Draw a map as a red veil over the image in pale grey.
 
     Args:
         picture: (height, width, 3).
@@ -220,7 +220,7 @@ def draw_overlay(
 
 
 def draw_region(picture: np.ndarray, inside: np.ndarray, axes: Axes) -> Axes:
-    """The image, pale outside a region (rows, columns) and with a line around it."""
+    """Draw the image, pale outside a region (rows, columns) and with a line around it."""
     height, width = picture.shape[:2]
     rows, columns = inside.shape
     enlarged = np.kron(inside, np.ones((height // rows, width // columns))) > 0
@@ -238,8 +238,8 @@ def draw_region(picture: np.ndarray, inside: np.ndarray, axes: Axes) -> Axes:
     return axes
 
 
-def draw_strongest(heads: np.ndarray, count: int, axes: Axes):
-    """The strongest head at each patch, (rows, columns) of numbers below `count`, a colour each. Returns the image."""
+def draw_strongest(heads: np.ndarray, count: int, axes: Axes) -> AxesImage:
+    """Draw the strongest head at each patch, (rows, columns) of numbers below `count`, in a colour each."""
     return style.blank(axes).imshow(heads, cmap=style.categories(count), vmin=-0.5, vmax=count - 0.5)
 
 
@@ -292,7 +292,7 @@ def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure
     query = "[CLS]" if maps[0].query == 0 else "framed patch"
     shown.set_title(f"query:\n{query}")
     names = style.tell_apart(maps)
-    bars = {}
+    bars: dict[tuple[int, str], tuple[AxesImage, list[Axes]]] = {}
     for row, (each, stage, heads) in enumerate(lines):
         values = on_grid(getattr(each, stage)[image], each.grid)
         norm = style.symmetric(values)
@@ -306,8 +306,8 @@ def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure
             if column == 0:
                 axes.set_ylabel(f"{names[maps.index(each)]}\n{stage}" if len(maps) > 1 else stage)
             bars.setdefault((maps.index(each), stage), (drawn, []))[1].append(axes)
-    for drawn, axes in bars.values():
-        bar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.015, aspect=12)
+    for drawn, beside in bars.values():
+        bar = figure.colorbar(drawn, ax=beside, fraction=0.05, pad=0.015, aspect=12)
         bar.ax.tick_params(labelsize=6, length=1.5, pad=1.5)
         bar.ax.locator_params(nbins=4)
         bar.outline.set_linewidth(0.4)
@@ -318,7 +318,7 @@ def draw_summary(
     maps: list[Maps], pictures: list[np.ndarray], labels: list[str], figure: Figure, stage: str, share: float
 ) -> Figure:
     """
-    A row for each image, four pictures for each model.
+    Draw a row for each image, four pictures for each model.
 
     Args:
         maps: of one model or several.
@@ -361,8 +361,8 @@ def draw_summary(
     if len(maps) > 1:
         figure.suptitle(" ")
     heads = max(len(each.head_kinds) for each in maps)
-    colours = style.categories(heads).colors
-    handles = [Patch(color=colour, label=f"head {head}") for head, colour in enumerate(colours)]
+    colours = style.categories(heads)
+    handles = [Patch(color=colours(head), label=f"head {head}") for head in range(heads)]
     figure.legend(handles=handles, loc="outside lower center", ncols=_legend_columns(heads, len(maps)))
     return figure
 
@@ -384,18 +384,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage", choices=STAGES, default="after", help="which maps the summary shows (default: after)"
     )
-    parser.add_argument(
-        "--share", type=float, default=0.6, help="of what is positive, how much the region holds (default: 0.6)"
-    )
+    options.add_share(parser, "of what is positive, how much the region holds")
     options.add_images(parser, count=3)
     options.add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if not 0 < args.share <= 1:
-        raise InputError(f"`--share` is {args.share}, expected more than 0 and at most 1.")
-    checkpoints = options.load_models(args, options.device_of(args.device))
-    blocks = options.blocks(args.block, checkpoints)
+    checkpoints = options.load_models(args.model, args.compare, options.device_of(args.device))
+    blocks = [options.block_of(args.block, each) for each in checkpoints]
     query = _query(args.query, checkpoints)
     found = find_images(checkpoints, args.images, args.num_images, args.seed)
     stems = [f"attention_heads_{index}" for index in range(len(found))]
@@ -424,7 +420,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _heads_size(maps: list[Maps]) -> tuple[float, float]:
-    """Width and height of `draw_heads`' figure, whose panels are at most an inch wide."""
+    """Choose width and height of `draw_heads`' figure, whose panels are at most an inch wide."""
     columns = min(max(len(each.head_kinds) for each in maps), HEADS_PER_ROW)
     lines = sum(len(STAGES) * -(-len(each.head_kinds) // HEADS_PER_ROW) for each in maps)
     width = min(style.PAGE, 0.75 + 1.0 * (columns + 1.25))
@@ -454,12 +450,12 @@ def _arrays(maps: list[Maps], images: list[Images], share: float, stage: str) ->
     for prefix, each, these in zip(("model", "compare"), maps, images):
         values = getattr(each, stage)
         dominant = dominant_head(values)
-        arrays |= {
-            f"{prefix}_{name}": np.array(getattr(each, name)) for name in ("grid", "block", *STAGES, "rollout")
-        } | {
-            f"{prefix}_pictures": these.pictures,
-            f"{prefix}_dominant_head": dominant,
-            f"{prefix}_strongest_head": strongest_heads(values),
-            f"{prefix}_region": region(values[np.arange(len(values)), dominant], share),
+        found = {name: np.array(getattr(each, name)) for name in ("grid", "block", *STAGES, "rollout")}
+        found |= {
+            "pictures": these.pictures,
+            "dominant_head": dominant,
+            "strongest_head": strongest_heads(values),
+            "region": region(values[np.arange(len(values)), dominant], share),
         }
+        arrays |= {f"{prefix}_{name}": array for name, array in found.items()}
     return arrays

@@ -15,10 +15,10 @@ out at. It has no count for other bases and operators. Writes compare.csv, compa
 """
 
 import argparse
+import math
 import os
-import statistics
-import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch.utils import benchmark
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +36,7 @@ from image_classification.errors import InputError
 from image_classification.reports.curves import history
 from image_classification.reports.summary import RESULTS
 from image_classification.runs import checkpoints
-from modeling_karat_vit.configuration_karat_vit import height_and_width
+from modeling_karat_vit.configuration_karat_vit import height_and_width, patches_of
 
 from . import options, style
 from .models import Checkpoint, load_checkpoint, read_state, run_folder, use_default_attention
@@ -43,12 +44,12 @@ from .output import Output, figure_names
 
 
 _DECIMAL = {"G": 1e9, "M": 1e6, "k": 1e3}
-_BINARY = {"Gi": 2**30, "Mi": 2**20, "Ki": 2**10}
+_BINARY = {"Gi": 2.0**30, "Mi": 2.0**20, "Ki": 2.0**10}
 _PERCENT = {"": 0.01}
 _PLAIN = {"": 1.0}
 
 # The columns: key, title, unit and its prefixes, digits after the point.
-COLUMNS = (
+COLUMNS: tuple[tuple[str, str, str, dict[str, float], int], ...] = (
     ("accuracy", "top-1", "%", _PERCENT, 2),
     ("top5_accuracy", "top-5", "%", _PERCENT, 2),
     ("parameters", "parameters", "", _DECIMAL, 3),
@@ -65,7 +66,8 @@ COLUMNS = (
 
 def scaled(rows: list[dict], key: str) -> tuple[str, str, list[str]]:
     """
-    A column as it is printed, in one unit for all rows: the largest prefix in which the largest value is 0.1 or more.
+    Write out a column as it is printed, in one unit for all rows: the largest prefix that leaves the largest value 0.1
+    or more.
 
     Returns:
         Title, unit, and the cells: a dash where nothing is known.
@@ -79,7 +81,7 @@ def scaled(rows: list[dict], key: str) -> tuple[str, str, list[str]]:
 
 def paper_count(config) -> tuple[int, int] | None:
     """
-    Multiply-adds of one image as the paper books them: (activation, total).
+    Count the multiply-adds of one image as the paper books them: (activation, total).
 
     Args:
         config: of a KArAt-ViT or a softmax ViT.
@@ -89,10 +91,8 @@ def paper_count(config) -> tuple[int, int] | None:
         projection on the simplex.
     """
     blocks, heads, hidden = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
-    patches = 1
-    for side, patch in zip(height_and_width(config.image_size), height_and_width(config.patch_size)):
-        patches *= side // patch
-    patch_pixels = height_and_width(config.patch_size)[0] * height_and_width(config.patch_size)[1]
+    patches = math.prod(patches_of(config.image_size, config.patch_size))
+    patch_pixels = math.prod(height_and_width(config.patch_size))
     tokens = patches + 1
     karat_heads = per_score = 0
     if config.model_type == "karat_vit":
@@ -138,7 +138,7 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self.known = set()
+        self.known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -176,14 +176,14 @@ def real_count(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def training_memory(checkpoint: Checkpoint, batch_size: int) -> int | None:
     """
-    Peak bytes of a training step (forward, backward, AdamW), weights included: what CUDA's allocator says, or on the
-    CPU the tensors that live at once. `None` on other devices.
+    Measure the peak bytes of a training step (forward, backward, AdamW), weights included: what CUDA's allocator says,
+    or on the CPU the tensors that live at once. `None` on other devices.
     """
     if checkpoint.model.device.type not in ("cpu", "cuda"):
         return None
-    model = use_default_attention(checkpoint).train()
+    model = checkpoint.model
     device = model.device
-    step = _training_step(checkpoint, model, batch_size)
+    step = _training_step(checkpoint, batch_size)
     if device.type == "cuda":
         step()
         torch.cuda.synchronize(device)
@@ -196,52 +196,40 @@ def training_memory(checkpoint: Checkpoint, batch_size: int) -> int | None:
             step()  # makes the optimiser's state, which stays
             step()
         peak = own + memory.peak
-    model.zero_grad(set_to_none=True)
-    model.eval()
+    model.eval().zero_grad()
     return peak
 
 
-def speed(checkpoint: Checkpoint, batch_size: int, train: bool, repeats: int = 5) -> float:
-    """Images per second: median of `repeats` passes after one to warm up."""
-    model = use_default_attention(checkpoint)
-    if train:
-        step = _training_step(checkpoint, model.train(), batch_size)
-    else:
-        pixels = _pixels(checkpoint, batch_size)
-
-        def step():
-            with torch.inference_mode():
-                model(pixels)
-
-    times = []
-    for _ in range(repeats + 1):
-        _wait(model.device)
-        began = time.perf_counter()
-        step()
-        _wait(model.device)
-        times.append(time.perf_counter() - began)
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    return batch_size / statistics.median(times[1:])
+def speed(checkpoint: Checkpoint, batch_size: int, train: bool) -> float:
+    """Measure images per second: median of passes, until these agree within a tenth or took five seconds."""
+    step = (_training_step if train else _inference)(checkpoint, batch_size)
+    step()
+    timer = benchmark.Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    seconds = timer.adaptive_autorange(max_run_time=5.0).median
+    checkpoint.model.eval().zero_grad()
+    return batch_size / seconds
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _training_step(checkpoint: Checkpoint, model, batch_size: int):
-    """A step that leaves the weights as they are: its learning rate is 0."""
-    pixels = _pixels(checkpoint, batch_size)
-    classes = max(1, model.config.num_labels)
-    labels = torch.arange(batch_size, device=model.device) % classes
+def _training_step(checkpoint: Checkpoint, batch_size: int) -> Callable[[], None]:
+    """Make a step that leaves the weights as they are: its learning rate is 0."""
+    model, pixels = use_default_attention(checkpoint).train(), _pixels(checkpoint, batch_size)
+    labels = torch.arange(batch_size, device=model.device) % max(1, model.config.num_labels)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
 
     def step():
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(pixels).logits
-        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(pixels).logits, labels).backward()
         optimizer.step()
+
+    return step
+
+
+def _inference(checkpoint: Checkpoint, batch_size: int) -> Callable[[], None]:
+    model, pixels = use_default_attention(checkpoint), _pixels(checkpoint, batch_size)
+
+    def step():
+        with torch.inference_mode():
+            model(pixels)
 
     return step
 
@@ -254,7 +242,7 @@ def _pixels(checkpoint: Checkpoint, batch_size: int) -> torch.Tensor:
 
 
 def accuracy(source: str) -> dict[str, float]:
-    """`accuracy` and `top5_accuracy` (0 to 1) of a run, or of a checkpoint in one; empty if it is of none."""
+    """Read `accuracy` and `top5_accuracy` (0 to 1) of a run, or of a checkpoint in one; empty if it is of none."""
     folder = run_folder(source)
     if folder is None:
         return {}
@@ -312,6 +300,7 @@ def compute(checkpoint: Checkpoint, name: str, batch_size: int | None = 32) -> d
 
 
 def describe_device(device: torch.device) -> str:
+    """Name the hardware that measures."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -320,7 +309,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table in Markdown, a model in each row; columns in which nothing is known are left out."""
+    """Write the table in Markdown, a model in each row; columns in which nothing is known are left out."""
     columns = [scaled(rows, key) for key, *_ in COLUMNS if any(key in row for row in rows)]
     titles = [f"{title} ({unit})" if unit else title for title, unit, _ in columns]
     lines = [f"| model | attention | {' | '.join(titles)} |", "| --- | --- |" + " ---: |" * len(columns)]
@@ -359,7 +348,7 @@ DRAWN = ("accuracy", "parameters", "paper_total", "matrix_products", "elementwis
 
 
 def draw_all(rows: list[dict], figure: Figure) -> Figure:
-    """The columns that are known, side by side."""
+    """Draw the columns that are known, side by side."""
     keys = [key for key in DRAWN if any(key in row for row in rows)]
     panels = np.atleast_1d(figure.subplots(1, len(keys), sharey=True))
     for key, axes in zip(keys, panels):
@@ -373,7 +362,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--names", nargs="+", help="what to call them (default: the folders' names)")
     parser.add_argument(
-        "--batch-size", type=options.positive, default=32, help="of the measurements of memory and speed (default: 32)"
+        "--batch-size",
+        type=options.at_least(1),
+        default=32,
+        help="of the measurements of memory and speed (default: 32)",
     )
     parser.add_argument("--no-measure", action="store_true", help="count only: leave out memory and speed")
     options.add_device(parser)

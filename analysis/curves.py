@@ -31,7 +31,7 @@ METRICS = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Curves:
     """
     The curves of one run.
@@ -51,7 +51,7 @@ class Curves:
 
 def read(source: str, name: str | None = None) -> Curves:
     """
-    The history of a run: history.json, or of a run that is not finished its last checkpoint's log.
+    Read the history of a run: history.json, or of a run that is not finished its last checkpoint's log.
 
     Raises:
         InputError: `source` is no run's folder, or it has not come to its first evaluation.
@@ -75,31 +75,33 @@ def read(source: str, name: str | None = None) -> Curves:
             raise ValueError("an epoch or `eval_loss` that is no number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"The history of {folder} ({HISTORY}) is damaged: {reason_of(error)}.") from error
-    return Curves(name or folder.name, epochs, metrics, rows)
+    return Curves(name=name or folder.name, epochs=epochs, metrics=metrics, rows=rows)
 
 
 def draw_loss(curves: list[Curves], axes: Axes) -> Axes:
-    """Held-out loss solid, training loss dashed."""
+    """Draw held-out loss solid, training loss dashed."""
     for each, colour in zip(curves, _colours(curves)):
         axes.plot(each.epochs, each.metrics["train_loss"], "--", color=colour, linewidth=0.9)
         axes.plot(each.epochs, each.metrics["eval_loss"], "-", color=colour, label=each.name, **_marker(each))
     axes.set_xlabel("epoch")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
     return axes
 
 
 def draw_accuracy(curves: list[Curves], axes: Axes, metric: str = "eval_accuracy") -> Axes:
-    """Held-out accuracy in per cent, with its last value."""
+    """Draw held-out accuracy in per cent."""
     for each, colour in zip(curves, _colours(curves)):
         axes.plot(each.epochs, 100 * each.metrics[metric], "-", color=colour, label=each.name, **_marker(each))
     axes.set_xlabel("epoch")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel(f"{METRICS[metric]} in %")
     return axes
 
 
 def draw_all(curves: list[Curves], figure: Figure) -> Figure:
-    """Loss and accuracy side by side, one legend."""
+    """Draw loss and accuracy side by side, one legend."""
     loss, accuracy = figure.subplots(1, 2)
     draw_loss(curves, loss)
     draw_accuracy(curves, accuracy)

@@ -24,7 +24,8 @@ Writes faithfulness.csv (means and intervals), .npz (the curves and measures of 
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,25 +90,44 @@ class Faithfulness:
     @property
     def measures(self) -> dict[str, np.ndarray]:
         """The measures of every image, (3, B)."""
-        areas = {
+        found = {
             "deletion": area(self.shares, self.deletion_curves),
             "insertion": area(self.shares, self.insertion_curves),
+            "pointing": self.pointing,
+            "iou": self.iou,
         }
-        return areas if self.pointing is None else {**areas, "pointing": self.pointing, "iou": self.iou}
+        return {name: values for name, values in found.items() if values is not None}
+
+
+@dataclass(kw_only=True)
+class Protocol:
+    """
+    The way to measure, the same for every model.
+
+    Args:
+        map: one of `KINDS`.
+        steps: of the curves; at most one for each patch.
+        deleted, inserted: what patches are that have vanished, and that have not appeared: one of `FILLS`.
+        share: of the map that the region of the IoU holds.
+        seed: of the random maps and of the order of equal patches.
+        batch_size: images computed at once.
+    """
+
+    map: str = "mean"
+    steps: int = 20
+    deleted: str = "mean"
+    inserted: str = "blur"
+    share: float = 0.6
+    seed: int = 0
+    batch_size: int = 8
 
 
 def compute(
     checkpoint: Checkpoint,
     pixels: torch.Tensor,
     block: int,
-    kind: str = "mean",
     objects: np.ndarray | None = None,
-    steps: int = 20,
-    deleted: str = "mean",
-    inserted: str = "blur",
-    share: float = 0.6,
-    seed: int = 0,
-    batch_size: int = 8,
+    protocol: Protocol | None = None,
 ) -> Faithfulness:
     """
     Measure the map of one block on images.
@@ -116,32 +136,29 @@ def compute(
         checkpoint: the model, with a classifier.
         pixels: (B, 3, height, width), as the model takes them.
         block: whose map.
-        kind: one of `KINDS`.
         objects: boolean, (B, height, width), True on the object; `None` leaves out pointing game and IoU.
-        steps: of the curves; at most one for each patch.
-        deleted, inserted: what patches are that have vanished, and that have not appeared: one of `FILLS`.
-        share: of the map that the region of the IoU holds.
-        seed: of the random maps and of the order of equal patches, the same for every model.
-        batch_size: images computed at once.
+        protocol: how; default as `Protocol` has it.
 
     Raises:
         InputError: see `check`.
     """
     check(checkpoint)
+    protocol = protocol or Protocol()
+    batch_size = protocol.batch_size
     grid, count = checkpoint.grid, len(pixels)
     patches = grid[0] * grid[1]
-    random = np.random.default_rng(seed)
-    ours = importance(attention_maps(checkpoint, pixels, block, 0, batch_size), kind)
+    random = np.random.default_rng(protocol.seed)
+    ours = importance(attention_maps(checkpoint, pixels, block, 0, batch_size), protocol.map)
     values = np.stack([ours, random.random((count, patches)), np.broadcast_to(centre(grid), (count, patches))])
     ties = random.random((count, patches))
     orders = np.stack([ranking(each, ties) for each in values])
-    counts = np.unique(np.linspace(0, patches, steps + 1).round().astype(int))
+    counts = np.unique(np.linspace(0, patches, protocol.steps + 1).round().astype(int))
     probability, predicted = _probability(checkpoint, pixels, batch_size)
     ends = {
-        "deletion": (pixels, fill(pixels, deleted, checkpoint)),
-        "insertion": (fill(pixels, inserted, checkpoint), pixels),
+        "deletion": (pixels, fill(pixels, protocol.deleted, checkpoint)),
+        "insertion": (fill(pixels, protocol.inserted, checkpoint), pixels),
     }
-    curves = {measure: [] for measure in ends}
+    curves: dict[str, list[np.ndarray]] = {measure: [] for measure in ends}
     images = len(ends) * len(SOURCES) * len(counts) * count
     title = f"Deletion and insertion, {checkpoint.name}"
     with tqdm(total=images, desc=title, unit="image", leave=False, delay=1) as bar:
@@ -151,7 +168,7 @@ def compute(
     pointing = iou = None
     if objects is not None:
         pointing = np.stack([point(order[:, 0], objects, grid) for order in orders])
-        iou = np.stack([overlap(each, objects, grid, share) for each in values])
+        iou = np.stack([overlap(each, objects, grid, protocol.share) for each in values])
     return Faithfulness(
         name=checkpoint.name,
         kind=checkpoint.kind,
@@ -180,7 +197,7 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def importance(maps: Maps, kind: str) -> np.ndarray:
-    """The strength of a map at every patch, 0 or more: (B, patches). `kind` is one of `KINDS`."""
+    """Measure the strength of a map at every patch, 0 or more: (B, patches). `kind` is one of `KINDS`."""
     if kind == "rollout":
         values = maps.rollout
     elif kind == "mean":
@@ -191,19 +208,19 @@ def importance(maps: Maps, kind: str) -> np.ndarray:
 
 
 def centre(grid: tuple[int, int]) -> np.ndarray:
-    """A map that knows nothing of the image: a Gaussian about the centre, a quarter of each side wide, (patches,)."""
+    """Make a map that knows nothing of the image: a Gaussian about the centre, a quarter of each side, (patches,)."""
     rows, columns = ((2 * np.arange(size) + 1 - size) / size / 0.5 for size in grid)
     return np.exp(-(rows[:, None] ** 2 + columns**2) / 2).reshape(-1)
 
 
 def ranking(values: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    """Patches from the strongest to the weakest, equal ones by `ties`: both (B, patches)."""
+    """Order patches from the strongest to the weakest, equal ones by `ties`: both (B, patches)."""
     return np.lexsort((ties, -values), axis=-1)
 
 
 def fill(pixels: torch.Tensor, how: str, checkpoint: Checkpoint) -> torch.Tensor:
     """
-    Images without what is in them.
+    Make images without what is in them.
 
     Args:
         pixels: (B, 3, height, width).
@@ -229,7 +246,7 @@ def perturb(
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """
-    The curve of a score while patches of one image replace those of another.
+    Follow a score while patches of one image replace those of another.
 
     Args:
         probability: the score (b,) of images (b, 3, height, width), and which of the B they are.
@@ -258,20 +275,20 @@ def perturb(
 
 
 def area(shares: np.ndarray, curves: np.ndarray) -> np.ndarray:
-    """Area under curves (..., points) over `shares`, by trapezoids."""
+    """Measure the area under curves (..., points) over `shares`, by trapezoids."""
     return np.trapezoid(curves, shares, axis=-1)
 
 
 def point(strongest: np.ndarray, objects: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """1 where a patch (B,) touches the object (B, height, width), 0 where not, NaN where there is no object: (B,)."""
-    touched = _by_patch(objects, grid).any(-1)
+    """Tell by 1 or 0 whether a patch (B,) touches the object (B, height, width), by NaN that there is none: (B,)."""
+    touched = np.asarray(_by_patch(objects, grid).any(-1))
     hits = touched[np.arange(len(strongest)), strongest].astype(float)
     return np.where(touched.any(-1), hits, np.nan)
 
 
 def overlap(values: np.ndarray, objects: np.ndarray, grid: tuple[int, int], share: float) -> np.ndarray:
     """
-    Intersection over union, in pixels, of objects and the smallest sets of patches that hold `share` of the map.
+    Measure intersection over union, in pixels, of objects and the smallest sets of patches with `share` of the map.
 
     Args:
         values: (B, patches), 0 or more.
@@ -293,7 +310,7 @@ def overlap(values: np.ndarray, objects: np.ndarray, grid: tuple[int, int], shar
 
 def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float, int]:
     """
-    The mean over images with its interval, at the level `LEVEL`, by percentiles of resampled means (Efron 1979).
+    Compute the mean over images and its interval, at the level `LEVEL`, by percentiles of resampled means (Efron 1979).
 
     Args:
         values: (B,); NaN takes no part.
@@ -339,7 +356,7 @@ def table(data: list[Faithfulness], resamples: int = 2000, seed: int = 0) -> lis
 
 
 def text(rows: list[dict]) -> str:
-    """The rows of `table` in Markdown, a line for each model and map."""
+    """Write the rows of `table` in Markdown, a line for each model and map."""
     measures = list(dict.fromkeys(row["measure"] for row in rows))
     titles = [" ".join(MEASURES[measure]) for measure in measures]
     lines = [["model", "map", *titles]]
@@ -357,13 +374,13 @@ def text(rows: list[dict]) -> str:
 
 
 def draw(data: list[Faithfulness], measure: str, axes: Axes, resamples: int = 2000) -> Axes:
-    """The curves of one measure (`"deletion"` or `"insertion"`), mean over images; a band for the model's own map."""
+    """Draw the curves of `"deletion"` or `"insertion"`, mean over images; a band for the model's own map."""
     names, colours = style.tell_apart(data), style.colours_of(data)
     for each, name, colour in zip(data, names, colours):
         curves = each.deletion_curves if measure == "deletion" else each.insertion_curves
         for source, of in zip(SOURCES, curves):
             label = f"{name}, {source}" if len(data) > 1 else source
-            pale = {} if source == "attention" else {"alpha": 0.75, "linewidth": 0.9}
+            pale: dict[str, Any] = {} if source == "attention" else {"alpha": 0.75, "linewidth": 0.9}
             axes.plot(100 * each.shares, of.mean(0), DASHES[source], color=colour, label=label, **pale)
         low, high = np.array([bootstrap(points, resamples)[1:3] for points in curves[0].T]).T
         axes.fill_between(100 * each.shares, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -375,7 +392,7 @@ def draw(data: list[Faithfulness], measure: str, axes: Axes, resamples: int = 20
 
 
 def draw_measure(data: list[Faithfulness], rows: list[dict], measure: str, axes: Axes) -> Axes:
-    """The mean of one measure with its interval, for every model and map, from the rows of `table`."""
+    """Draw the mean of one measure with its interval, for every model and map, from the rows of `table`."""
     names, colours = style.tell_apart(data), style.colours_of(data)
     for index, (each, name, colour) in enumerate(zip(data, names, colours)):
         found = {row["map"]: row for row in rows if (row["model"], row["measure"]) == (each.name, measure)}
@@ -419,14 +436,16 @@ def _minus(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[s
 
 
 def _by_patch(objects: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(B, height, width) as (B, patches, pixels of a patch)."""
+    """Cut (B, height, width) into (B, patches, pixels of a patch)."""
     count, height, width = objects.shape
     tiles = objects.reshape(count, grid[0], height // grid[0], grid[1], width // grid[1])
     return tiles.transpose(0, 1, 3, 2, 4).reshape(count, grid[0] * grid[1], -1)
 
 
-def _probability(checkpoint: Checkpoint, pixels: torch.Tensor, batch_size: int):
-    """A function for `perturb` (the probability of the class predicted of the whole image), and those classes, (B,)."""
+def _probability(
+    checkpoint: Checkpoint, pixels: torch.Tensor, batch_size: int
+) -> tuple[Callable[[torch.Tensor, slice], torch.Tensor], torch.Tensor]:
+    """Make for `perturb` the probability of the class predicted of the whole image; and give the classes, (B,)."""
     model = use_default_attention(checkpoint)
 
     @torch.inference_mode()
@@ -461,15 +480,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="xywh",
         help="boxes are left, top, width, height, or left, top, right, bottom (default: xywh)",
     )
+    options.add_share(parser, "of the map, how much the region of the IoU holds")
     parser.add_argument(
-        "--share", type=float, default=0.6, help="of the map, how much the region of the IoU holds (default: 0.6)"
-    )
-    parser.add_argument(
-        "--steps", type=options.positive, default=20, help="of the curves, at most one for each patch (default: 20)"
+        "--steps", type=options.at_least(1), default=20, help="of the curves, at most one for each patch (default: 20)"
     )
     parser.add_argument("--deleted", choices=FILLS, default="mean", help="what deletion leaves (default: mean)")
     parser.add_argument("--inserted", choices=FILLS, default="blur", help="what insertion begins with (default: blur)")
-    parser.add_argument("--resamples", type=options.positive, default=2000, help="of the bootstrap (default: 2000)")
+    parser.add_argument("--resamples", type=options.at_least(1), default=2000, help="of the bootstrap (default: 2000)")
     options.add_output(parser)
 
 
@@ -478,14 +495,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("`--annotated` and `--images` both name images. Give one of them.")
     if args.annotated is None and args.split is not None:
         raise InputError("`--split` is one of --annotated, which is not given.")
-    sources = [args.model] if args.compare is None else [args.model, args.compare]
-    if not 0 < args.share <= 1:
-        raise InputError(f"`--share` is {args.share}, expected more than 0 and at most 1.")
-    checkpoints = options.load_models(args, options.device_of(args.device))
-    for each, name in zip(checkpoints, options.names(None, sources)):
-        each.name = name
+    checkpoints = options.load_models(args.model, args.compare, options.device_of(args.device))
+    for each in checkpoints:
         check(each)
-    blocks = options.blocks(args.block, checkpoints)
+    blocks = [options.block_of(args.block, each) for each in checkpoints]
     output = Output(
         args.output, ["faithfulness.csv", "faithfulness.npz", *figure_names("faithfulness")], args.overwrite
     )
@@ -497,14 +510,13 @@ def run(args: argparse.Namespace) -> None:
     if len(found) < 2:
         raise InputError("There is one image, and an interval over images needs two or more.")
     kept = ("shares", "deletion_curves", "insertion_curves", "predicted")
+    protocol = Protocol(**{field.name: getattr(args, field.name) for field in fields(Protocol)})
     data, arrays = [], {"names": np.array([name for _, name, _ in found]), "maps": np.array(SOURCES)}
     for prefix, each, block in zip(("model", "compare"), checkpoints, blocks):
         seen = None if objects is None else as_seen(each, objects)
         if seen is not None and (lost := int((~seen.any((1, 2))).sum())):
             print(f"{each.name}: of {lost} images the crop leaves nothing of the object; no pointing game, no IoU.")
-        names = ("steps", "deleted", "inserted", "share", "seed", "batch_size")
-        how = {name: getattr(args, name) for name in names}
-        data.append(compute(each, prepare(each, found).pixels, block, args.map, seen, **how))
+        data.append(compute(each, prepare(each, found).pixels, block, seen, protocol))
         arrays |= {f"{prefix}_{key}": getattr(data[-1], key) for key in kept}
         arrays |= {f"{prefix}_{measure}": values for measure, values in data[-1].measures.items()}
     rows = table(data, args.resamples, args.seed)

@@ -10,9 +10,11 @@ Writes `functions_block<B>.png`, .svg (the figure) and .csv (its curves and dens
 import argparse
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,6 +23,7 @@ from tqdm.auto import tqdm
 
 from image_classification.errors import InputError
 from image_classification.models.building import check_same_model
+from modeling_karat_vit.karat_operator import KArAtOperator
 
 from . import options, style
 from .images import load_images
@@ -63,12 +66,12 @@ class Functions:
 
 
 @torch.inference_mode()
-def inputs_of(operator, scores: torch.Tensor, step: int = 0) -> torch.Tensor:
+def inputs_of(operator: KArAtOperator, scores: torch.Tensor, step: int = 0) -> torch.Tensor:
     """
-    The inputs that the functions of a step are applied to.
+    Compute the inputs that the functions of a step are applied to.
 
     Args:
-        operator: the `KArAtOperator`.
+        operator: of the block.
         scores: of its heads, (B, h, N, N).
         step: which step of learnable functions.
 
@@ -81,18 +84,18 @@ def inputs_of(operator, scores: torch.Tensor, step: int = 0) -> torch.Tensor:
     return x
 
 
-def input_name(operator, step: int = 0) -> str:
-    """The name in figures of the inputs of a step: scores, or what an earlier step made of them."""
+def input_name(operator: KArAtOperator, step: int = 0) -> str:
+    """Name for figures the inputs of a step: scores, or what an earlier step made of them."""
     return "input $x$" if operator.mode == "w1_phi2" or step > 0 else "score $x$"
 
 
 @torch.inference_mode()
-def evaluate(operator, head: int, x: torch.Tensor, step: int = 0) -> torch.Tensor:
+def evaluate(operator: KArAtOperator, head: int, x: torch.Tensor, step: int = 0) -> torch.Tensor:
     """
-    phi_pq(x) of all edges of one head.
+    Compute phi_pq(x) of all edges of one head.
 
     Args:
-        operator: the `KArAtOperator`.
+        operator: of the block.
         head: which KArAt head.
         x: (T, 1) for the same points on every edge, or (T, Q) for one value per input.
         step: which step of learnable functions.
@@ -100,7 +103,7 @@ def evaluate(operator, head: int, x: torch.Tensor, step: int = 0) -> torch.Tenso
     Returns:
         (T, P, Q)
     """
-    edges = operator.edges[step]
+    edges: Any = operator.edges[step]
     tensors = {name: tensor[head : head + 1] for name, tensor in edges(x.dtype).items()}
     x = x.expand(-1, edges.in_features)[None, :, None]
     # Some thousand rows of a full-rank operator would fill the memory.
@@ -109,10 +112,10 @@ def evaluate(operator, head: int, x: torch.Tensor, step: int = 0) -> torch.Tenso
 
 
 @torch.inference_mode()
-def strength_of(operator, head: int, inputs: torch.Tensor, step: int = 0) -> torch.Tensor:
+def strength_of(operator: KArAtOperator, head: int, inputs: torch.Tensor, step: int = 0) -> torch.Tensor:
     """
-    The strength of each edge, by how far it moves the activated row: the standard deviation of phi_pq over the inputs
-    that occur, times the length of column p of W where W follows (phi1_w2).
+    Measure the strength of each edge, by how far it moves the activated row: the standard deviation of phi_pq over the
+    inputs that occur, times the length of column p of W where W follows (phi1_w2).
 
     Args:
         inputs: (rows, Q).
@@ -120,15 +123,15 @@ def strength_of(operator, head: int, inputs: torch.Tensor, step: int = 0) -> tor
     Returns:
         (P, Q)
     """
-    edges = operator.edges[step]
+    edges: Any = operator.edges[step]
     rows = max(1, 2**24 // (edges.in_features * edges.out_features))
-    total = squares = 0.0
+    total = squares = torch.zeros(())
     for part in inputs.double().split(rows):
         values = evaluate(operator, head, part, step)
         total, squares = total + values.sum(0), squares + values.square().sum(0)
     mean = total / len(inputs)
     deviation = (squares / len(inputs) - mean.square()).clamp(min=0).sqrt()
-    if operator.mode == "phi1_w2":
+    if operator.projector is not None and operator.mode == "phi1_w2":
         deviation = deviation * operator.projector[head].double().norm(dim=0)[:, None]
     return deviation
 
@@ -138,6 +141,7 @@ def compute(
     pixels: torch.Tensor,
     block: int,
     heads: list[int],
+    *,
     edge: tuple[int, int] | None = None,
     strongest: int = 5,
     step: int = 0,
@@ -145,7 +149,7 @@ def compute(
     batch_size: int = 8,
 ) -> list[Functions]:
     """
-    The functions of some heads of a block.
+    Compute the functions of some heads of a block.
 
     Args:
         checkpoint: a KArAt model.
@@ -163,43 +167,18 @@ def compute(
     # The curves are a matter of fp64, which not every device has.
     operator = copy.deepcopy(checkpoint.operator(block)).cpu()
     kinds = checkpoint.head_kinds(block)
-    softmax = [head for head in heads if kinds[head] == "softmax"]
-    if softmax:
-        raise InputError(f"Head {softmax[0]} of block {block} is softmax, and has no learned functions.")
-    if not 0 <= step < len(operator.edges):
-        raise InputError(
-            f"`--step` is {step}, and the operator has {len(operator.edges)} step(s) of functions, from 0."
-        )
-    outputs, inputs = operator.edges[step].out_features, operator.edges[step].in_features
-    if edge is not None and not (0 <= edge[0] < outputs and 0 <= edge[1] < inputs):
-        raise InputError(
-            f"`--edge` is {edge[0]} {edge[1]}, and there are {outputs} x {inputs} edges (p, q): 0 0 to {outputs - 1} "
-            f"{inputs - 1}."
-        )
-    karat = kinds.count("karat")
-    scores = record(checkpoint, pixels, [block], batch_size)[block].scores[:, :karat]
+    _check(operator, kinds, block, heads, step, edge)
+    scores = record(checkpoint, pixels, [block], batch_size)[block].scores[:, : kinds.count("karat")]
     entering = inputs_of(operator, scores, step)
     result = []
     bar = tqdm(heads, desc=f"Functions of {checkpoint.name}", unit="head", leave=False, delay=1)
     for index, head in enumerate(bar):
         values = entering[:, head].flatten(0, 1)
-        if same_as is None:
-            # Not `torch.quantile`, which takes 16 million values at most.
-            low, high = np.quantile(values.numpy(), [OUTSIDE, 1 - OUTSIDE])
-            if low == high:  # an untrained model may score everything alike
-                low, high = low - 0.5, high + 0.5
-            x = torch.linspace(low, high, POINTS, dtype=torch.float64)
-        else:
-            x = torch.as_tensor(same_as[index].x)
+        x = _points(values) if same_as is None else torch.as_tensor(same_as[index].x)
         curves = evaluate(operator, head, x[:, None], step)
         rows = values[torch.linspace(0, len(values) - 1, min(ROWS, len(values))).round().long()]
         strength = strength_of(operator, head, rows, step)
-        if same_as is None:
-            order = strength.flatten().argsort(descending=True)[:strongest].tolist()
-            chosen = [pair for position in order if (pair := divmod(position, inputs)) != edge]
-            chosen += [edge] if edge is not None else []
-        else:
-            chosen = same_as[index].edges
+        chosen = _strongest(strength, strongest, edge) if same_as is None else same_as[index].edges
         # Not `density=True`, which divides by zero where all inputs lie outside, as before training they may.
         counts, bins = np.histogram(values.numpy(), bins=BINS, range=(float(x[0]), float(x[-1])))
         result.append(
@@ -216,6 +195,42 @@ def compute(
             )
         )
     return result
+
+
+def _check(
+    operator: KArAtOperator, kinds: list[str], block: int, heads: list[int], step: int, edge: tuple[int, int] | None
+) -> None:
+    """Raise the errors of `compute`."""
+    softmax = [head for head in heads if kinds[head] == "softmax"]
+    if softmax:
+        raise InputError(f"Head {softmax[0]} of block {block} is softmax, and has no learned functions.")
+    if not 0 <= step < len(operator.edges):
+        raise InputError(
+            f"`--step` is {step}, and the operator has {len(operator.edges)} step(s) of functions, from 0."
+        )
+    edges: Any = operator.edges[step]
+    outputs, inputs = edges.out_features, edges.in_features
+    if edge is not None and not (0 <= edge[0] < outputs and 0 <= edge[1] < inputs):
+        raise InputError(
+            f"`--edge` is {edge[0]} {edge[1]}, and there are {outputs} x {inputs} edges (p, q): 0 0 to {outputs - 1} "
+            f"{inputs - 1}."
+        )
+
+
+def _points(values: torch.Tensor) -> torch.Tensor:
+    """Choose the points of the curves, (T,), so that they span the values but the outermost."""
+    # Not `torch.quantile`, which takes 16 million values at most.
+    low, high = np.quantile(values.numpy(), [OUTSIDE, 1 - OUTSIDE])
+    if low == high:  # an untrained model may score everything alike
+        low, high = low - 0.5, high + 0.5
+    return torch.linspace(low, high, POINTS, dtype=torch.float64)
+
+
+def _strongest(strength: torch.Tensor, count: int, last: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """Find the strongest edges, strongest first; `last` comes at the end."""
+    order = strength.flatten().argsort(descending=True)[:count].tolist()
+    found = [edge for position in order if (edge := divmod(position, strength.shape[1])) != last]
+    return found if last is None else [*found, last]
 
 
 def draw(data: Functions, axes: Axes, edge: tuple[int, int] | None = None) -> Axes:
@@ -248,7 +263,11 @@ def draw(data: Functions, axes: Axes, edge: tuple[int, int] | None = None) -> Ax
 
 
 def draw_all(
-    after: list[Functions], figure: Figure, before: list[Functions] | None = None, edge=None, inputs: str = "score $x$"
+    after: list[Functions],
+    figure: Figure,
+    before: list[Functions] | None = None,
+    edge: tuple[int, int] | None = None,
+    inputs: str = "score $x$",
 ) -> Figure:
     """Draw all heads of a block; with `before`, two panels a head, on one scale: see `layout`."""
     stages = [(after, "")] if before is None else [(before, ", before training"), (after, ", after training")]
@@ -276,7 +295,7 @@ def draw_all(
 
 def layout(heads: int, stages: int) -> tuple[int, int, list[list[tuple[int, int]]]]:
     """
-    Places of the panels: the stages of one or two heads side by side in one row, of more heads beneath each other.
+    Place the panels: the stages of one or two heads side by side in one row, of more heads beneath each other.
 
     Returns:
         Rows, columns, and for each head the (row, column) of its stages.
@@ -288,8 +307,8 @@ def layout(heads: int, stages: int) -> tuple[int, int, list[list[tuple[int, int]
     return -(-heads // columns) * stages, columns, places
 
 
-def _legend(data: Functions, edge) -> list:
-    handles = [
+def _legend(data: Functions, edge: tuple[int, int] | None) -> list[Artist]:
+    handles: list[Artist] = [
         Line2D([], [], color=style.INK, linewidth=1.4, label="mean over edges"),
         Patch(color=style.ORANGE, alpha=0.3, linewidth=0, label="± 1 s.d. over edges"),
     ]
@@ -313,7 +332,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_block(parser)
     parser.add_argument("--heads", type=int, nargs="+", help="which heads, from 0 (default: all KArAt heads)")
     parser.add_argument("--edge", type=int, nargs=2, metavar=("P", "Q"), help="an edge to highlight: output p, input q")
-    parser.add_argument("--strongest", type=int, default=5, help="how many of the strongest edges to draw (default: 5)")
+    parser.add_argument(
+        "--strongest", type=options.at_least(0), default=5, help="how many of the strongest edges to draw (default: 5)"
+    )
     parser.add_argument(
         "--step", type=int, default=0, help="which step of functions, for operators of several (default: 0)"
     )
@@ -324,12 +345,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     device = options.device_of(args.device)
     checkpoint = load_checkpoint(args.model, device=device)
-    (block,) = options.numbers([args.block], checkpoint.blocks, "--block", "block")
+    block = options.block_of(args.block, checkpoint)
     stem = f"functions_block{block}"
     output = Output(args.output, [*figure_names(stem), f"{stem}.csv"], args.overwrite)
-    if args.strongest < 0:
-        raise InputError(f"`--strongest` is {args.strongest}, expected 0 or more.")
-    checkpoint.operator(block)
+    operator = checkpoint.operator(block)
     if args.heads is None:
         heads = [head for head, kind in enumerate(checkpoint.head_kinds(block)) if kind == "karat"]
     else:
@@ -352,7 +371,7 @@ def run(args: argparse.Namespace) -> None:
         width = style.COLUMN if columns <= 2 else style.PAGE
         legend = 0.6 if columns < 3 else 0.3
         figure = style.figure(width, 0.15 + legend + 1.35 * rows)
-        draw_all(after, figure, before, edge, input_name(checkpoint.operator(block), args.step))
+        draw_all(after, figure, before, edge, input_name(operator, args.step))
         output.figure(stem, figure)
     output.table(f"{stem}.csv", _rows(after, before, block))
     output.report()

@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def pictures_of(name: str) -> list[Picture]:
-    """`PICTURES` with what is worth waiting for with a data set, by its name in recipes."""
+    """List `PICTURES` with what is worth waiting for with a data set, by its name in recipes."""
     scale = {"FAITHFULNESS": FAITHFULNESS[name], "LANDSCAPE": LANDSCAPE[name]}
     return [
         dataclasses.replace(picture, command=" ".join(scale.get(word, word) for word in picture.command.split()))
@@ -206,16 +206,14 @@ def pictures_of(name: str) -> list[Picture]:
 
 def train_both(name: str, work: Path, data_path: str | None = None) -> tuple[str, str]:
     """Train the KArAt model and its softmax twin under one recipe, or find them trained. Returns their folders."""
-    folders = []
-    for kind in ("karat", "softmax"):
-        folder = str(work / kind)
+    folders = str(work / "karat"), str(work / "softmax")
+    for kind, folder in zip(("karat", "softmax"), folders):
         words = [str(CONFIGURATION / "gallery" / f"{name}_{kind}.yaml"), "--output_dir", folder]
         words += ["--data_path", data_path] if data_path else []
         words += ["--bf16"] if torch.cuda.is_available() else []
         if train(words) != 0:
             raise InputError(f"The training of {folder} failed: see above.")
-        folders.append(folder)
-    return tuple(folders)
+    return folders
 
 
 def describe(checkpoint: Checkpoint) -> str:
@@ -236,7 +234,7 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def page(pictures: list[Picture], described: list[str], note: str | None = None) -> str:
-    """The page that shows the pictures, in Markdown."""
+    """Write the page that shows the pictures, in Markdown."""
     parts = [
         "<!-- SPDX-License-Identifier: Apache-2.0. Made by `python -m analysis gallery`. -->",
         "# Gallery",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor
 
 from image_classification.data.folders import files_below
 from image_classification.data.images import decode, read_image
@@ -44,7 +45,7 @@ class Images:
 
 
 def load_images(checkpoint: Checkpoint, paths: list[str] | None, count: int, seed: int = 0) -> Images:
-    """`find_images` for one model, prepared for it."""
+    """Find images by `find_images` for one model, and prepare them for it."""
     return prepare(checkpoint, find_images([checkpoint], paths, count, seed))
 
 
@@ -89,7 +90,7 @@ def find_images(
 
 
 def prepare(checkpoint: Checkpoint, found: list[Found]) -> Images:
-    """Images as a model takes them, by its image processor."""
+    """Prepare images as a model takes them, by its image processor."""
     processor = processor_of(checkpoint)
     pictures, names, labels = zip(*found, strict=True)
     pixels = torch.cat([processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures])
@@ -98,8 +99,8 @@ def prepare(checkpoint: Checkpoint, found: list[Found]) -> Images:
     return Images(pixels, shown.clamp(0, 1).permute(0, 2, 3, 1).numpy(), list(names), list(labels))
 
 
-def processor_of(checkpoint: Checkpoint):
-    """The image processor beside a model. Raises `InputError` where there is none."""
+def processor_of(checkpoint: Checkpoint) -> BaseImageProcessor:
+    """Find the image processor beside a model. Raises `InputError` where there is none."""
     if checkpoint.processor is None:
         raise InputError(
             f"{checkpoint.source} has no image processor (preprocessor_config.json), so how its images were prepared "
@@ -123,30 +124,24 @@ def _of_paths(checkpoint: Checkpoint, paths: list[str], count: int, seed: int, f
             raise InputError(f"`{flag}` {path} does not exist.")
     files += [in_folders[index] for index in draw_numbers(len(in_folders), count, seed)]
     classes = set(checkpoint.labels)
-    return [
-        (
-            read_image(file),
-            file.name,
-            file.parent.name if file.parent.name in classes else None,
-        )
-        for file in files
-    ]
+    labels = [file.parent.name if file.parent.name in classes else None for file in files]
+    return [(read_image(file), file.name, label) for file, label in zip(files, labels)]
 
 
 def _of_run(checkpoints: list[Checkpoint], count: int, seed: int, flag: str) -> list[Found]:
-    checkpoint = next((checkpoint for checkpoint in checkpoints if checkpoint.run is not None), None)
-    if checkpoint is None:
+    source, run = next(((each.source, each.run) for each in checkpoints if each.run is not None), ("", None))
+    if run is None:
         raise InputError(
             f"{checkpoints[0].source} is of no run of run_image_classification.py (no run.json), so its data set is "
             f"not known. Name images with {flag}."
         )
-    settings = checkpoint.run["settings"]
+    settings = run["settings"]
     fields = {field.name for field in dataclasses.fields(DataArguments)}
     args = DataArguments(**{key: value for key, value in settings.items() if key in fields})
     try:
         data = _held_out(args, settings["seed"])
     except InputError as error:
-        raise InputError(f"The data set of {checkpoint.source} is not there: {error} Or name {flag}.") from error
+        raise InputError(f"The data set of {source} is not there: {error} Or name {flag}.") from error
     return _of_data(data, count, seed)
 
 
@@ -166,6 +161,6 @@ def _of_data(data: ImageData, count: int, seed: int) -> list[Found]:
 
 
 def draw_numbers(size: int, count: int, seed: int) -> list[int]:
-    """`count` of the numbers below `size`, or all if there are fewer; in order."""
+    """Draw `count` of the numbers below `size`, or all if there are fewer; in order."""
     order = np.random.default_rng(seed).permutation(size)[:count]
     return sorted(order.tolist())

@@ -77,17 +77,17 @@ class Checkpoint:
         return [config.id2label[index] for index in range(config.num_labels)]
 
     def attention(self, block: int) -> torch.nn.Module:
-        """The attention module of a block."""
+        """Find the attention module of a block."""
         return self.model.vit.layers[block].attention
 
     def head_kinds(self, block: int) -> list[str]:
-        """`"karat"` or `"softmax"` for each head of a block; KArAt heads come first."""
+        """List for each head of a block whether it is `"karat"` or `"softmax"`; KArAt heads come first."""
         karat = getattr(self.attention(block), "karat_heads", 0)
         return ["karat"] * karat + ["softmax"] * (self.heads - karat)
 
     def operator(self, block: int) -> KArAtOperator:
         """
-        The learnable activation of a block, its own or the universal one.
+        Find the learnable activation of a block, its own or the universal one.
 
         Raises:
             InputError: the block has none.
@@ -97,7 +97,7 @@ class Checkpoint:
         if "karat" not in self.head_kinds(block):
             layers = ", ".join(map(str, self.model.config.karat_layers))
             raise InputError(f"Block {block} of {self.source} is plain softmax: blocks with KArAt heads are {layers}.")
-        own = self.attention(block).operator
+        own: Any = self.attention(block).operator
         return self.model.vit.operator if own is None else own
 
 
@@ -136,8 +136,8 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
     )
 
 
-def use_default_attention(checkpoint: Checkpoint, karat: str | None = None):
-    """The model with attention as it runs by default, or KArAt heads by the implementation named."""
+def use_default_attention(checkpoint: Checkpoint, karat: str | None = None) -> PreTrainedModel:
+    """Take the model with attention as it runs by default, or KArAt heads by the implementation named."""
     model = checkpoint.model
     model.set_attn_implementation(
         (karat or model.get_correct_attn_implementation(None)) if checkpoint.is_karat else "sdpa"
@@ -146,7 +146,7 @@ def use_default_attention(checkpoint: Checkpoint, karat: str | None = None):
 
 
 def run_folder(source: str | Path) -> Path | None:
-    """The folder of the run that a checkpoint belongs to: itself, or for checkpoint-* the one above."""
+    """Find the folder of the run that a checkpoint belongs to: itself, or for checkpoint-* the one above."""
     folder = Path(source).resolve()
     for candidate in (folder, folder.parent) if re.fullmatch(r"checkpoint-\d+", folder.name) else (folder,):
         if (candidate / RECORD).is_file():
@@ -157,8 +157,9 @@ def run_folder(source: str | Path) -> Path | None:
 def read_run(source: str | Path) -> dict[str, Any] | None:
     """Read what run.json says of the run that a checkpoint belongs to; `None` if it is of no run."""
     folder = run_folder(source)
-    record = None if folder is None else read_record(folder)
-    if record is not None:
+    if folder is None:
+        return None
+    if (record := read_record(folder)) is not None:
         settings, text = record["settings"], str | None
         values = {**settings, "start": record.get("start")}
         kinds = {"seed": int, "data_set": text, "data_path": text, "dataset_name": text, "start": float | int | None}
@@ -169,7 +170,7 @@ def read_run(source: str | Path) -> dict[str, Any] | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state in a checkpoint-* folder: `epoch`, `global_step`, `log_history`."""
+    """Read the Trainer's state in a checkpoint-* folder: `epoch`, `global_step`, `log_history`."""
     checkpoints.check_progress(checkpoint)
     return checkpoints.read_json(checkpoint / checkpoints.STATE)
 
@@ -191,7 +192,7 @@ class Moment:
 
 def moments(source: str) -> list[Moment]:
     """
-    The points of a run whose weights can be had, in order: its start, then its checkpoint-* folders.
+    List the points of a run whose weights can be had, in order: its start, then its checkpoint-* folders.
 
     Raises:
         InputError: `source` is no run's folder, or the run kept no checkpoint.
@@ -206,7 +207,7 @@ def moments(source: str) -> list[Moment]:
 
 
 def load_moment(source: str, moment: Moment, device: torch.device | str = "cpu") -> Checkpoint:
-    """The model of a run at one of its `moments`."""
+    """Load the model of a run at one of its `moments`."""
     if moment.folder is not None:
         return load_checkpoint(str(moment.folder), device=device)
     return load_start(source, device)
@@ -214,15 +215,15 @@ def load_moment(source: str, moment: Moment, device: torch.device | str = "cpu")
 
 def load_start(source: str, device: torch.device | str = "cpu") -> Checkpoint:
     """
-    The model of a run before its first step: its checkpoint-0 if it has one, else rebuilt as the run built it, from the
-    settings and the seed in run.json, or from the weights that it fine-tuned.
+    Load the model of a run before its first step: its checkpoint-0 if it has one, else rebuilt as the run built it,
+    from the settings and the seed in run.json, or from the weights that it fine-tuned.
 
     Raises:
         InputError: `source` is of no run, what the run started from is not there any more, or other random numbers are
             drawn here than where it ran: `trunc_normal_` of PyTorch 2.11 is not that of 2.15.
     """
     run, folder = read_run(source), run_folder(source)
-    if run is None:
+    if run is None or folder is None:
         raise InputError(f"{source} is no folder of a run: it holds no {RECORD} to rebuild the start from.")
     if (first := checkpoints.checkpoints(folder).get(0)) is not None:
         return dataclasses.replace(load_checkpoint(str(first), device=device), source=str(folder), name="start")

@@ -2,6 +2,7 @@
 """Flags that the commands share, and what their values mean."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +25,13 @@ def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:
     add_device(parser)
 
 
-def load_models(args: argparse.Namespace, device: torch.device | str = "cpu") -> list[Checkpoint]:
-    """The model of `--model` and, if there is one, that of `--compare`."""
-    sources = {"--model": args.model, "--compare": args.compare}
-    return [load_checkpoint(source, flag, device) for flag, source in sources.items() if source is not None]
+def load_models(model: str, compare: str | None, device: torch.device | str) -> list[Checkpoint]:
+    """Load the model of `--model` and, if there is one, that of `--compare`, under names that tell them apart."""
+    sources = {flag: source for flag, source in (("--model", model), ("--compare", compare)) if source is not None}
+    checkpoints = [load_checkpoint(source, flag, device) for flag, source in sources.items()]
+    for checkpoint, name in zip(checkpoints, names(None, list(sources.values()))):
+        checkpoint.name = name
+    return checkpoints
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -44,19 +48,23 @@ def add_images(parser: argparse.ArgumentParser, count: int) -> None:
     )
     parser.add_argument(
         "--num-images",
-        type=positive,
+        type=at_least(1),
         default=count,
         metavar="COUNT",
         help=f"how many to draw from a folder or data set; named files are all used (default: {count})",
     )
-    parser.add_argument("--seed", type=not_negative, default=0, help="of the draw (default: 0)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images computed at once (default: 8)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the draw (default: 0)")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="images computed at once (default: 8)")
 
 
 def add_block(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block", type=int, default=-1, help="which block, from 0; negative ones from the end (default: -1)"
     )
+
+
+def add_share(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--share", type=share, default=0.6, help=f"{what} (default: 0.6)")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -66,14 +74,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
 
-def positive(text: str, least: int = 1) -> int:
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Make the type of a flag: whole numbers from `least`."""
 
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        return int(text)
 
-def not_negative(text: str) -> int:
-    return positive(text, 0)
+    return whole_number
 
 
 def above_zero(text: str) -> float:
@@ -82,9 +91,15 @@ def above_zero(text: str) -> float:
     return float(text)
 
 
+def share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)
+
+
 def numbers(given: list[int] | None, size: int, flag: str, what: str) -> list[int]:
     """
-    The blocks, heads, ... that a flag names: numbers from 0, negative ones from the end; unset means all.
+    Resolve the blocks, heads, ... that a flag names: numbers from 0, negative ones from the end; unset means all.
 
     Raises:
         InputError: there is no such one.
@@ -97,13 +112,13 @@ def numbers(given: list[int] | None, size: int, flag: str, what: str) -> list[in
     return list(dict.fromkeys(number % size for number in given))
 
 
-def blocks(number: int, checkpoints: list[Checkpoint]) -> list[int]:
-    """The block of `--block` in each model."""
-    return [numbers([number], each.blocks, "--block", "block")[0] for each in checkpoints]
+def block_of(number: int, checkpoint: Checkpoint) -> int:
+    """Resolve the block of `--block` in a model."""
+    return numbers([number], checkpoint.blocks, "--block", "block")[0]
 
 
 def names(given: list[str] | None, sources: list[str]) -> list[str]:
-    """Names for several models: `--names`, or their folders' names; the folder above tells equal ones apart."""
+    """Name several models: by `--names`, or their folders' names; the folder above tells equal ones apart."""
     if given is not None:
         if len(given) != len(sources) or len(set(given)) != len(given):
             raise InputError(f"`--names` gives {' '.join(given)}, expected {len(sources)} different names.")

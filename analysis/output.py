@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -32,7 +33,8 @@ class Output:
     """
 
     def __init__(self, folder: str | Path, names: list[str], overwrite: bool = False):
-        self.folder, self.names, self.written = Path(folder), list(names), []
+        self.folder, self.names = Path(folder), list(names)
+        self.written: list[str] = []
         assert len(set(names)) == len(names), names
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"`--output` {folder} is a file, expected a folder.")
@@ -64,12 +66,13 @@ class Output:
             writer.writeheader()
             writer.writerows(rows)
 
-    def arrays(self, name: str, **arrays: np.ndarray) -> None:
+    def arrays(self, name: str, **arrays: Any) -> None:
         """Save arrays by name as a compressed NPZ."""
         with self._whole(name) as path, path.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     def text(self, name: str, text: str) -> None:
+        """Save a text."""
         with self._whole(name) as path:
             path.write_text(text, encoding="utf-8")
 
@@ -85,7 +88,7 @@ class Output:
 
     @contextlib.contextmanager
     def _whole(self, name: str) -> Iterator[Path]:
-        """A path to write to that becomes the file once it is whole."""
+        """Give a path to write to that becomes the file once it is whole."""
         assert name in self.names, name
         with written_whole(self.folder / name) as part:
             yield part
@@ -93,4 +96,5 @@ class Output:
 
 
 def figure_names(stem: str) -> list[str]:
+    """Name the files of a figure."""
     return [f"{stem}.png", f"{stem}.svg"]

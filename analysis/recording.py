@@ -2,7 +2,9 @@
 """Attention as it happens: scores before the activation and maps after it, of KArAt and softmax models alike."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -24,7 +26,6 @@ class Attention:
     maps: torch.Tensor
 
 
-@torch.inference_mode()
 def record(
     checkpoint: Checkpoint,
     pixels: torch.Tensor,
@@ -45,50 +46,51 @@ def record(
     Returns:
         The attention by block, in the model's dtype or `dtype`. Memory: B * heads * N^2 * 2 floats a block.
     """
-    model = checkpoint.model
-    model.set_attn_implementation("eager")  # the one that has maps
-    own = model.dtype
-    kept: dict[int, list[Attention]] = {block: [] for block in blocks}
-    starts = range(0, len(pixels), batch_size)
-    try:
-        if dtype is not None:
-            model.to(dtype)
-        with contextlib.ExitStack() as hooks:
-            for block in blocks:
-                _watch(checkpoint, block, kept[block], hooks)
-            for start in tqdm(starts, desc=f"Attention of {checkpoint.name}", unit="batch", leave=False, delay=1):
-                model.vit(pixels[start : start + batch_size].to(model.device, model.dtype))
-    finally:
-        model.to(own)
+    parts = list(record_batches(checkpoint, pixels, blocks, batch_size, dtype))
     return {
-        block: Attention(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
-        for block, parts in kept.items()
+        block: Attention(*(torch.cat([getattr(part[block], name) for part in parts]) for name in ("scores", "maps")))
+        for block in blocks
     }
 
 
-def _watch(checkpoint: Checkpoint, block: int, kept: list[Attention], hooks: contextlib.ExitStack) -> None:
-    """Append the attention of one block to `kept` at every forward pass."""
-    module = checkpoint.attention(block)
+def record_batches(
+    checkpoint: Checkpoint,
+    pixels: torch.Tensor,
+    blocks: list[int],
+    batch_size: int = 8,
+    dtype: torch.dtype | None = None,
+) -> Iterator[dict[int, Attention]]:
+    """`record` batch by batch, for what need not be kept of all images at once."""
+    model = checkpoint.model
+    model.set_attn_implementation("eager")  # the one that has maps
+    own = model.dtype
+    batches = pixels.split(batch_size)
+    try:
+        model.to(dtype or own)
+        for batch in tqdm(batches, desc=f"Attention of {checkpoint.name}", unit="batch", leave=False, delay=1):
+            kept: dict[int, Attention] = {}
+            with contextlib.ExitStack() as hooks, torch.inference_mode():
+                for block in blocks:
+                    _watch(checkpoint, block, kept, hooks)
+                model.vit(batch.to(model.device, model.dtype))
+            yield kept
+    finally:
+        model.to(own)
+
+
+def _watch(checkpoint: Checkpoint, block: int, kept: dict[int, Attention], hooks: contextlib.ExitStack) -> None:
+    """Put the attention of one block into `kept` at a forward pass."""
+    module: Any = checkpoint.attention(block)
     projected = {}
 
-    def projection(name):
-        def hook(_, __, output):
-            projected[name] = output
+    def keep_projection(projection, _, output):
+        projected[projection] = output.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
 
-        return hook
-
-    def attention(_, __, output):
+    def keep_attention(_, __, output):
         maps, scores = output[1], output[2] if len(output) > 2 else None
         if scores is None:  # Transformers' own attention does not hand its scores on.
-            query, key = (
-                projected[name].unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for name in ("query", "key")
-            )
-            scores = (query @ key.mT) * module.scaling
-        kept.append(Attention(scores.cpu(), maps.cpu()))
+            scores = (projected[module.q_proj] @ projected[module.k_proj].mT) * module.scaling
+        kept[block] = Attention(scores.cpu(), maps.cpu())
 
-    for target, hook in (
-        (module.q_proj, projection("query")),
-        (module.k_proj, projection("key")),
-        (module, attention),
-    ):
+    for target, hook in ((module.q_proj, keep_projection), (module.k_proj, keep_projection), (module, keep_attention)):
         hooks.callback(target.register_forward_hook(hook).remove)

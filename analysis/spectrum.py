@@ -11,18 +11,21 @@ device has it; what is zero up to rounding is not drawn.
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from . import options, style
 from .images import find_images, prepare
 from .models import Checkpoint
 from .output import Output, figure_names
-from .recording import record
+from .recording import record_batches
+
+
+STAGES = {"before": "scores", "after": "maps"}
 
 
 @dataclass(kw_only=True)
@@ -66,23 +69,13 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size
         batch_size: images computed at once.
     """
     dtype = torch.float32 if checkpoint.model.device.type == "mps" else torch.float64
-    kept = {"before": [], "after": []}
-    effective = {"before": [], "after": []}
-    parts = pixels.split(batch_size)
-    bar = tqdm(total=len(parts) * checkpoint.blocks, desc=f"Spectra of {checkpoint.name}", leave=False, delay=1)
-    for part in parts:
-        recorded = record(checkpoint, part, list(range(checkpoint.blocks)), batch_size, dtype)
-        ranks = {"before": [], "after": []}
-        for index, attention in recorded.items():
-            for stage, matrices in (("before", attention.scores), ("after", attention.maps)):
-                values = torch.linalg.svdvals(matrices).numpy()
-                ranks[stage].append(effective_rank(values))
-                if index == block:
-                    kept[stage].append(values)
-            bar.update()
-        for stage in ranks:
-            effective[stage].append(np.stack(ranks[stage]))
-    bar.close()
+    kept: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
+    effective: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
+    for recorded in record_batches(checkpoint, pixels, list(range(checkpoint.blocks)), batch_size, dtype):
+        for stage, name in STAGES.items():
+            values = [torch.linalg.svdvals(getattr(attention, name)).numpy() for attention in recorded.values()]
+            kept[stage].append(values[block])
+            effective[stage].append(np.stack([effective_rank(each) for each in values]))
     config = checkpoint.model.config
     bounded = checkpoint.is_karat and config.modular_mode == "phi1_w2" and not config.project_l1
     return Spectrum(
@@ -92,15 +85,17 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size
         head_size=config.hidden_size // config.num_attention_heads,
         rank=config.karat_rank if bounded else None,
         block=block,
-        **{stage: np.concatenate(found) for stage, found in kept.items()},
-        **{f"effective_{stage}": np.concatenate(found, axis=1) for stage, found in effective.items()},
+        before=np.concatenate(kept["before"]),
+        after=np.concatenate(kept["after"]),
+        effective_before=np.concatenate(effective["before"], axis=1),
+        effective_after=np.concatenate(effective["after"], axis=1),
         resolution=checkpoint.tokens * torch.finfo(dtype).eps,
     )
 
 
 def effective_rank(values: np.ndarray) -> np.ndarray:
     """
-    exp(-sum p log p) of p = values / sum (Roy and Vetterli 2007): from 1, one singular value, to N, all equal.
+    Compute exp(-sum p log p) of p = values / sum (Roy and Vetterli 2007): from 1, one singular value, to N, all equal.
 
     Args:
         values: singular values, (..., N).
@@ -115,7 +110,7 @@ def effective_rank(values: np.ndarray) -> np.ndarray:
 
 
 def series(data: Spectrum, block: int) -> list[tuple[str, str, str, list[int]]]:
-    """The lines drawn of a block: (stage, label, colour, heads), the kinds of heads apart after the activation."""
+    """List the lines drawn of a block: (stage, label, colour, heads), the kinds of heads apart after the activation."""
     kinds = data.head_kinds[block]
     found = [("before", "before (scores)", style.GREY, list(range(len(kinds))))]
     for kind in ("karat", "softmax"):
@@ -126,7 +121,7 @@ def series(data: Spectrum, block: int) -> list[tuple[str, str, str, list[int]]]:
 
 
 def draw(data: Spectrum, axes: Axes) -> Axes:
-    """The singular values of one block: mean (line), smallest to largest (band), over heads and images."""
+    """Draw the singular values of one block: mean (line), smallest to largest (band), over heads and images."""
     lowest = np.inf
     for stage, label, colour, heads in series(data, data.block):
         values = getattr(data, stage)[:, heads].reshape(-1, getattr(data, stage).shape[-1])
@@ -157,8 +152,8 @@ def draw(data: Spectrum, axes: Axes) -> Axes:
 
 def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None = None) -> Axes:
     """
-    The effective rank over the blocks: before the activation (dashed, mean) and after it (solid, mean and range over
-    heads and images).
+    Draw the effective rank over the blocks: before the activation (dashed, mean) and after it (solid, mean and range
+    over heads and images).
     """
     labels = labels or [data.name for data in spectra]
     for data, colour, label in zip(spectra, style.colours_of(spectra), labels):
@@ -183,15 +178,14 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
             axes.axhline(data.rank, color=colour, linewidth=0.8, linestyle=":")
             style.note(axes, f"$r={data.rank}$", (1, data.rank), (2, 0), ("axes fraction", "data"), color=colour)
     axes.set_ylim(bottom=0)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    axes.locator_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("effective rank")
     return axes
 
 
 def draw_all(spectra: list[Spectrum], figure: Figure) -> Figure:
-    """A panel of singular values for each model, on one scale, and the effective ranks of all."""
+    """Draw a panel of singular values for each model, on one scale, and the effective ranks of all."""
     panels = figure.subplots(1, len(spectra) + 1)
     names = style.tell_apart(spectra)
     for data, name, axes in zip(spectra, names, panels):
@@ -205,15 +199,8 @@ def draw_all(spectra: list[Spectrum], figure: Figure) -> Figure:
     # Beneath the panels, where they hide no line.
     for group, side, title in ((panels[:-1], "left", "singular values"), (panels[-1:], "right", "effective rank")):
         lines = {line.get_label(): line for axes in group for line in axes.get_legend_handles_labels()[0]}
-        figure.legend(
-            handles=list(lines.values()),
-            handlelength=2.2,
-            loc=f"outside lower {side}",
-            ncols=2,
-            title=title,
-            title_fontsize=7,
-            alignment="left",
-        )
+        how: dict[str, Any] = {"loc": f"outside lower {side}", "title": title, "alignment": "left"}
+        figure.legend(handles=list(lines.values()), handlelength=2.2, ncols=2, title_fontsize=7, **how)
     return figure
 
 
@@ -225,8 +212,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    checkpoints = options.load_models(args, options.device_of(args.device))
-    blocks = options.blocks(args.block, checkpoints)
+    checkpoints = options.load_models(args.model, args.compare, options.device_of(args.device))
+    blocks = [options.block_of(args.block, each) for each in checkpoints]
     stem = f"spectrum_block{blocks[0]}"
     output = Output(args.output, [*figure_names(stem), f"{stem}.npz"], args.overwrite)
     found = find_images(checkpoints, args.images, args.num_images, args.seed)
@@ -235,9 +222,10 @@ def run(args: argparse.Namespace) -> None:
     ]
     with style.context():
         output.figure(stem, draw_all(spectra, style.figure(style.PAGE, 2.5)))
-    arrays = {}
-    for prefix, data in zip(("model", "compare"), spectra):
-        for name in ("before", "after", "effective_before", "effective_after"):
-            arrays[f"{prefix}_{name}"] = getattr(data, name)
+    arrays = {
+        f"{prefix}_{name}": getattr(data, name)
+        for prefix, data in zip(("model", "compare"), spectra)
+        for name in ("before", "after", "effective_before", "effective_after")
+    }
     output.arrays(f"{stem}.npz", **arrays)
     output.report()

@@ -83,12 +83,12 @@ def context() -> Iterator[None]:
 
 
 def use() -> None:
-    """The same for a whole notebook."""
+    """Make and draw figures so in a whole notebook."""
     matplotlib.rcParams.update(_RC)
 
 
 def figure(width: float = PAGE, height: float = 2.4) -> Figure:
-    """An empty figure with constrained layout, apart from pyplot (no window system, nothing global). Inches."""
+    """Make an empty figure with constrained layout, apart from pyplot (no window system, nothing global). Inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.03, hspace=0.03)
     made = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(made)
@@ -96,14 +96,14 @@ def figure(width: float = PAGE, height: float = 2.4) -> Figure:
 
 
 def symmetric(*values: np.ndarray) -> Normalize:
-    """A norm for `DIVERGING`, with 0 in the middle and the largest finite magnitude at both ends."""
+    """Make a norm for `DIVERGING`, with 0 in the middle and the largest finite magnitude at both ends."""
     largest = max((float(np.nanmax(np.abs(v))) for v in values if np.size(v)), default=0.0)
     largest = largest if largest > 0 else 1.0
     return Normalize(-largest, largest)
 
 
 def blank(axes: Axes) -> Axes:
-    """Axes for a picture: no ticks, a thin frame."""
+    """Ready axes for a picture: no ticks, a thin frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -120,30 +120,30 @@ def tell_apart(data: list) -> list[str]:
 
 
 def colours_of(data: list) -> list[str]:
-    """The colours of models side by side, by their `kind` where that tells them apart."""
+    """Choose the colours of models side by side, by their `kind` where that tells them apart."""
     colours = [KIND_COLOURS[each.kind] for each in data]
     return colours if len(set(colours)) == len(colours) else list(PALETTE[: len(data)])
 
 
 def note(axes: Axes, text: str, at: tuple, offset: tuple[float, float], coordinates="data", **how: Any) -> Annotation:
-    """A small text, `offset` points beside a place."""
+    """Write a small text, `offset` points beside a place."""
     options: dict[str, Any] = {"fontsize": 7, "va": "center"} | how
     return axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **options)
 
 
 def shades(count: int) -> list:
-    """`count` colours from early (light) to late (dark), for series with an order."""
+    """Make `count` colours from early (light) to late (dark), for series with an order."""
     steps = np.linspace(0.88, 0.05, count) if count > 1 else [0.2]
     return [matplotlib.colormaps[ORDERED](step) for step in steps]
 
 
 def columns_of(panels: int) -> int:
-    """The number of panels to put in a row of a page."""
+    """Choose the number of panels in a row of a page."""
     return 3 if panels > 4 and panels % 4 in (1, 2) else min(panels, 4)
 
 
 def categories(count: int) -> Colormap:
-    """`count` colours for names without an order. Beyond the palette they are repeated lighter, then lighter again."""
+    """Make `count` colours for names without an order. Beyond the palette they are repeated lighter and lighter."""
     base = [np.array(matplotlib.colors.to_rgb(colour)) for colour in PALETTE]
     colours = [
         base[i % len(base)] + (1 - base[i % len(base)]) * min(0.8, 0.45 * (i // len(base))) for i in range(count)

@@ -10,6 +10,7 @@ seed in run.json. Writes weights.png, .svg and .csv (counts of every bin, mean a
 import argparse
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from .output import Output, figure_names
 BINS = 80
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Distributions:
     """
     A group of weights at M moments of a run.
@@ -48,7 +49,7 @@ class Distributions:
 
 def groups(checkpoint: Checkpoint, block: int | None = None, head: int | None = None) -> dict[str, np.ndarray]:
     """
-    The weights of a model by what they are.
+    Group the weights of a model by what they are.
 
     Args:
         checkpoint: the model.
@@ -61,41 +62,38 @@ def groups(checkpoint: Checkpoint, block: int | None = None, head: int | None = 
     Raises:
         InputError: the block or head is softmax.
     """
-    model = checkpoint.model
-    found = {"all weights": torch.cat([parameter.detach().flatten() for parameter in model.parameters()])}
-    if not checkpoint.is_karat:
-        if block is not None or head is not None:
-            raise InputError(f"{checkpoint.source} is a softmax ViT: `--block` and `--head` choose KArAt weights.")
-        return {title: values.cpu().numpy() for title, values in found.items()}
+    parts = {"all weights": [parameter.flatten() for parameter in checkpoint.model.parameters()]}
+    if checkpoint.is_karat:
+        operators, heads = _operators(checkpoint, block, head)
+        for operator in operators:
+            for step in operator.edges:
+                for name in step.parameter_names:
+                    parameter = getattr(step, name)
+                    if parameter is not None:
+                        for title, values in _titled(name, parameter[heads]):
+                            parts.setdefault(title, []).append(values.flatten())
+        if operators[0].projector is not None:
+            parts["projector $W$"] = [operator.projector[heads].flatten() for operator in operators]
+    elif block is not None or head is not None:
+        raise InputError(f"{checkpoint.source} is a softmax ViT: `--block` and `--head` choose KArAt weights.")
+    return {title: torch.cat(values).detach().cpu().numpy() for title, values in parts.items()}
+
+
+def _operators(checkpoint: Checkpoint, block: int | None, head: int | None) -> tuple[list[Any], slice]:
+    """Find the operators that `groups` takes, and the slice of their heads."""
     chosen = range(checkpoint.blocks) if block is None else [block]
     with_heads = [index for index in chosen if "karat" in checkpoint.head_kinds(index)]
     if not with_heads:
         checkpoint.operator(chosen[0])  # raises, and says which blocks have KArAt heads
     # One universal operator is counted once.
-    operators = list({id(operator): operator for operator in map(checkpoint.operator, with_heads)}.values())
-    karat = len(operators[0].edges[0].scale_basis)
-    if head is not None and head >= karat:
+    operators: list[Any] = list(dict.fromkeys(map(checkpoint.operator, with_heads)))
+    if head is not None and head >= len(operators[0].edges[0].scale_basis):
         raise InputError(f"Head {head} is softmax, and has no learned functions.")
-    heads = slice(None) if head is None else slice(head, head + 1)
-    parts: dict[str, list[torch.Tensor]] = {}
-    for operator in operators:
-        for step in operator.edges:
-            for name in step.parameter_names:
-                parameter = getattr(step, name)
-                if parameter is None:
-                    continue
-                for title, values in _titled(name, parameter[heads]):
-                    parts.setdefault(title, []).append(values.flatten())
-        if operator.projector is not None:
-            parts.setdefault("projector $W$", []).append(operator.projector[heads].flatten())
-    found |= {title: torch.cat(values).detach() for title, values in parts.items()}
-    # W last, whatever order the operators came in.
-    found |= {title: found.pop(title) for title in ["projector $W$"] if title in found}
-    return {title: values.cpu().numpy() for title, values in found.items()}
+    return operators, slice(None) if head is None else slice(head, head + 1)
 
 
 def _titled(name: str, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """A parameter of the basis, (h, K, P, Q) or (h, P, Q), as titled groups."""
+    """Split a parameter of the basis, (h, K, P, Q) or (h, P, Q), into titled groups."""
     if name in ("cos_coef", "sin_coef"):
         return [
             (f"harmonic {m}: $a_{{{m}}}$, $b_{{{m}}}$", parameter[:, m - 1]) for m in range(1, parameter.shape[1] + 1)
@@ -105,14 +103,13 @@ def _titled(name: str, parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]
     if name in ("numerator", "denominator"):
         symbol, first = ("a", 0) if name == "numerator" else ("b", 1)
         return [(f"{name} ${symbol}_{{{first + j}}}$", parameter[:, j]) for j in range(parameter.shape[1])]
-    return [
-        ({"amplitude": "amplitude $w$", "translation": r"translation $\tau$", "width": "width $s$"}[name], parameter)
-    ]
+    titles = {"amplitude": "amplitude $w$", "translation": r"translation $\tau$", "width": "width $s$"}
+    return [(titles[name], parameter)]
 
 
 def compute(values: list[dict[str, np.ndarray]]) -> list[Distributions]:
     """
-    Histograms on common bins.
+    Count histograms on common bins.
 
     Args:
         values: the `groups` of each moment.
@@ -127,11 +124,11 @@ def compute(values: list[dict[str, np.ndarray]]) -> list[Distributions]:
         counts, edges = zip(*(np.histogram(each, bins=BINS, range=(low, high)) for each in of_moments))
         result.append(
             Distributions(
-                title,
-                edges[0],
-                np.stack(counts),
-                np.array([each.mean(dtype=np.float64) for each in of_moments]),
-                np.array([each.std(dtype=np.float64) for each in of_moments]),
+                title=title,
+                edges=edges[0],
+                counts=np.stack(counts),
+                means=np.array([each.mean(dtype=np.float64) for each in of_moments]),
+                deviations=np.array([each.std(dtype=np.float64) for each in of_moments]),
             )
         )
     return result
@@ -150,7 +147,7 @@ def draw(data: Distributions, axes: Axes, labels: list[str]) -> Axes:
 
 
 def draw_all(groups: list[Distributions], figure: Figure, labels: list[str]) -> Figure:
-    """A panel for each group, four in a row."""
+    """Draw a panel for each group, four in a row."""
     columns = style.columns_of(len(groups))
     grid = figure.subplots(-(-len(groups) // columns), columns, squeeze=False)
     for axes in grid.flat[len(groups) :]:
@@ -169,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
         "--moments",
-        type=options.positive,
+        type=options.at_least(2),
         default=4,
         metavar="COUNT",
         help="how many moments of the run: the start, the end, and others evenly between (default: 4)",
@@ -184,15 +181,13 @@ def run(args: argparse.Namespace) -> None:
     device = options.device_of(args.device)
     output = Output(args.output, [*figure_names("weights"), "weights.csv"], args.overwrite)
     found = [moment for moment in moments(args.model) if moment.step > 0 or not args.no_start]
-    if args.moments < 2:
-        raise InputError("`--moments` is 1, expected 2 or more: the start and the end.")
     places = np.linspace(0, len(found) - 1, min(args.moments, len(found))).round().astype(int)
     found = [found[place] for place in dict.fromkeys(places.tolist())]
     values, block, head = [], args.block, args.head
     for moment in tqdm(found, desc="Checkpoints", leave=False, delay=1):
         checkpoint = load_moment(args.model, moment, device)
         if block is not None:
-            (block,) = options.numbers([block], checkpoint.blocks, "--block", "block")
+            block = options.block_of(block, checkpoint)
         if head is not None:
             (head,) = options.numbers([head], checkpoint.heads, "--head", "head")
         values.append(groups(checkpoint, block, head))

@@ -23,8 +23,11 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,10 +35,11 @@ from image_classification.flags import Parser
 
 from . import attention, devices, input_pipeline, rivals, runs, training_step
 from .common import Rates, Table
+from .training_step import Case
 
 
-G3, G1 = {"grid_size": 3}, {"grid_size": 1}
 FUSED = ["softmax", "karat_triton"]
+TINY = Case("tiny", "fourier G=3", 256)
 
 
 def attention_on_cuda(table: Table) -> None:
@@ -45,35 +49,34 @@ def attention_on_cuda(table: Table) -> None:
 
 
 def models_on_cuda(table: Table) -> None:
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 15, FUSED)
+    training_step.run("cuda", table, TINY, 15, FUSED)
     for basis in ("spline", "mexican_hat", "morlet", "dog", "meyer", "shannon", "rational"):
-        training_step.run("cuda", table, "tiny", basis, attention.BASES[basis], 256, 10, ["karat_triton"])
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 256, 5, ["karat_portable", "eager", "naive"])
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 32, 30, FUSED)
+        training_step.run("cuda", table, replace(TINY, basis=basis), 10, ["karat_triton"])
+    training_step.run("cuda", table, TINY, 5, ["karat_portable", "eager", "naive"])
+    training_step.run("cuda", table, replace(TINY, batch=32), 30, FUSED)
     for batch in (128, 256):
-        training_step.run("cuda", table, "small", "fourier G=3", G3, batch, 10, FUSED)
-    training_step.run("cuda", table, "base", "fourier G=1", G1, 128, 10, FUSED)
+        training_step.run("cuda", table, Case("small", "fourier G=3", batch), 10, FUSED)
+    training_step.run("cuda", table, Case("base", "fourier G=1", 128), 10, FUSED)
 
 
 def compiled_on_cuda(table: Table) -> None:
     for batch in (32, 256):
-        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 20, FUSED, ("compile",))
+        training_step.run("cuda", table, replace(TINY, batch=batch), 20, FUSED, ("compile",))
 
 
 def single_image_on_cuda(table: Table) -> None:
-    modes = ("eager", "compile")
-    training_step.run("cuda", table, "tiny", "fourier G=3", G3, 1, 50, FUSED, modes, whats=("infer",))
+    training_step.run("cuda", table, replace(TINY, batch=1), 50, FUSED, ("eager", "compile"), ("infer",))
 
 
 def many_tokens_on_cuda(table: Table) -> None:
-    for image_size, batch in ((512, 16), (1024, 2)):
-        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 10, FUSED, image_size=image_size)
-        training_step.run("cuda", table, "tiny", "fourier G=3", G3, batch, 3, ["naive"], image_size=image_size)
+    for case in (replace(TINY, batch=16, image_size=512), replace(TINY, batch=2, image_size=1024)):
+        training_step.run("cuda", table, case, 10, FUSED)
+        training_step.run("cuda", table, case, 3, ["naive"])
 
 
 def input_pipeline_on_cuda(table: Rates) -> None:
     run = partial(input_pipeline.run, "cuda", table, 256, 2048, 30, 130)
-    ways = [input_pipeline.Way(name, os.cpu_count() - 1) for name in input_pipeline.WAYS]
+    ways = [input_pipeline.Way(name, (os.cpu_count() or 2) - 1) for name in input_pipeline.WAYS]
     run(ways[:2], basis="", alone=False)
     run(ways, mode="eager", alone=False)
     run(ways)  # Last, with the parts alone, whose profiler makes all launches after it slower.
@@ -89,11 +92,10 @@ def attention_on_cpu(table: Table) -> None:
 
 
 def models_on_cpu(table: Table) -> None:
-    every = ["softmax", "karat_portable", "eager", "naive"]
-    training_step.run_in_turn(table, "tiny", "fourier G=3", G3, 8, 15, every)
+    training_step.run_in_turn(table, replace(TINY, batch=8), 15, ["softmax", "karat_portable", "eager", "naive"])
 
 
-PARTS = {
+PARTS: dict[str, dict[str, Callable[..., None]]] = {
     "cuda": {
         "runs": partial(runs.run, "cuda"),
         "rivals": partial(rivals.run, "cuda"),
@@ -146,7 +148,7 @@ def main() -> None:
     output = arguments.output or Path(__file__).parent / "results" / f"{device}.csv"
     if arguments.data_path is not None and not arguments.data_path.is_dir():
         parser.error(f"--data-path {arguments.data_path}: there is no such folder")
-    data = {"epochs": arguments.epochs, "data": arguments.data_path, "images": arguments.images}
+    data: dict[str, Any] = {"epochs": arguments.epochs, "data": arguments.data_path, "images": arguments.images}
     some = {name: getattr(arguments, name) for name in ("rows", "modes", "starts", "ways")}
     options = {"rivals": data, "runs": data | {name: values for name, values in some.items() if values}}
     tables = {

@@ -2,6 +2,7 @@
 """One attention alone, forward and backward, beside PyTorch's fused softmax attention."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from modeling_karat_vit.karat_operator import KArAtOperator, eager_karat_attenti
 from .common import Table, measure, relative_error
 
 
-BASES = {
+BASES: dict[str, dict[str, Any]] = {
     "fourier G=1": {"basis_type": "fourier", "grid_size": 1},
     "fourier G=3": {"basis_type": "fourier", "grid_size": 3},
     "spline": {"basis_type": "spline"},
@@ -41,9 +42,9 @@ def error(operator, tensors, way) -> float:
     output = operator(*tensors, scaling, way)[0]
     found = [output, *gradients(output, [*tensors, *parameters.values()])]
     double = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
-    leaves = [x.detach().double().requires_grad_() for x in tensors]
+    query, key, value = leaves = [x.detach().double().requires_grad_() for x in tensors]
     full = {**double, "edges.0.scale_base": operator.edges[0].scale_base.detach().double()}
-    expected, _, _ = eager_karat_attention(operator, *leaves, scaling, full)
+    expected, _, _ = eager_karat_attention(operator, query, key, value, scaling, full)
     expected = [expected, *gradients(expected, [*leaves, *double.values()])]
     return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -75,17 +76,16 @@ def run(device: str, table: Table, batch: int, tokens_side: int, repeats: int, w
             hidden_size=heads * head_size, num_attention_heads=heads, image_size=tokens_side, patch_size=1, **options
         )
         operator = KArAtOperator(config)
-        for module in operator.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        modules: list[Any] = [module for module in operator.modules() if hasattr(module, "reset_parameters")]
+        for module in modules:
+            module.reset_parameters()
         operator = operator.to(device)
         leaves = [*tensors, *(p for name, p in operator.named_parameters() if not name.endswith("scale_base"))]
         for way in ways:
             wrong = error(operator, tensors, way)
             if not wrong < LIMIT[dtype]:
-                table.add(
-                    **row, provider=way, basis=basis, what="forward+backward", error=f"wrong by {wrong:.1e}, not timed"
-                )
+                said = f"wrong by {wrong:.1e}, not timed"
+                table.add(**row, provider=way, basis=basis, what="forward+backward", error=said)
                 continue
             attend = partial(lambda operator, way: operator(*tensors, head_size**-0.5, way)[0], operator, way)
             time(attend, leaves, provider=way, basis=basis, error=f"{wrong:.1e}")

@@ -20,6 +20,7 @@ HOST = ("hardware", "cpu", "cores", "torch", "transformers", "triton", "date")
 
 
 def hardware(device: str) -> str:
+    """Name what computes."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
@@ -93,6 +94,7 @@ def stopped(step) -> float:
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
+    """Compute the 20th, 50th and 80th percentile."""
     values = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
     return dict(zip(("p20_ms", "median_ms", "p80_ms"), values.tolist()))
 
@@ -143,6 +145,7 @@ class PeakMemory:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Compute the RMS difference over the RMS of what is expected."""
     expected = expected.double()
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
@@ -173,14 +176,16 @@ class Table:
         for ratio, what in (("ratio_time", "median_ms"), ("ratio_memory", "peak_gib"), ("ratio_gpu", "gpu_ms")):
             if what in row and what in baseline:
                 row[ratio] = row[what] / baseline[what]
-        self.rows.append({**row, **self.constant})
         numbers = f"{row['median_ms']:9.3f} ms" if "median_ms" in row else row["error"]
         numbers += f"  GPU {row['gpu_ms']:9.3f} ms" if "gpu_ms" in row else ""
-        numbers += "".join(
-            f"   {key.removeprefix('ratio_')} x{row[key]:.2f}" for key in row if key.startswith("ratio_")
-        )
-        name = " ".join(str(row.get(key, "")) for key in ("model", "what", "provider", "basis", "mode"))
-        print(f"{name:62s} {numbers}", flush=True)
+        ratios = [key for key in row if key.startswith("ratio_")]
+        numbers += "".join(f"   {key.removeprefix('ratio_')} x{row[key]:.2f}" for key in ratios)
+        self.keep(row, ("model", "what", "provider", "basis", "mode"), numbers)
+
+    def keep(self, row: dict, names: tuple[str, ...], numbers: str) -> None:
+        """Keep a row for the CSV, and print it: the fields that name it, and its numbers in words."""
+        self.rows.append({**row, **self.constant})
+        print(f"{' '.join(str(row.get(name, '')) for name in names):62s} {numbers}", flush=True)
 
     def write(self, path: Path) -> None:
         """Append to the CSV at `path`."""
@@ -206,7 +211,6 @@ class Rates(Table):
     )
 
     def add(self, **row) -> None:
-        self.rows.append({**row, **self.constant})
         number = row.get("error", "")
         if "images_per_second" in row:
             number = f"{row['images_per_second']:9.0f} images/s"
@@ -215,7 +219,7 @@ class Rates(Table):
         if "cpu_ms" in row:
             number += f", {row['cpu_ms']:.2f} ms CPU"
         ratio = f"  x{row['ratio']:.3f}" if "ratio" in row else ""
-        print(f"{row['what']:40s} {row.get('provider', ''):32s} {number}{ratio}", flush=True)
+        self.keep(row, ("what", "provider"), number + ratio)
 
     def add_times(self, row: dict, stopwatch, step: float) -> None:
         """Add what the parts of a training step take, which takes `step` ms in all."""

@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -79,6 +80,7 @@ class Devices(Table):
     base, same = "one", ("model", "dtype", "what")
 
     def add(self, **row) -> None:
+        row = {"benchmark": "devices", **row}
         one = self.baseline(row)
         numbers = str(row.get("error", ""))
         if "images_per_second" in row:
@@ -86,9 +88,7 @@ class Devices(Table):
             row["ratio_memory"] = row["peak_gib"] / one.get("peak_gib", float("nan"))
             numbers = f"{row['images_per_second']:9.0f} images/s  x{row['ratio']:.2f} of one's"
             numbers += f"   {row['peak_gib']:.2f} GiB a device  x{row['ratio_memory']:.2f}  {row.get('error', '')}"
-        self.rows.append({**row, **self.constant})
-        name = " ".join(str(row[key]) for key in ("provider", "model", "dtype", "what"))
-        print(f"{name:58s} {numbers}", flush=True)
+        self.keep(row, ("provider", "model", "dtype", "what"), numbers)
 
 
 class Gradients(TrainerCallback):
@@ -120,11 +120,16 @@ def make_rows(size: Size, side: int) -> list[dict]:
     return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
 
 
-def make_trainer(kind, name: str, size: Size, device: str, folder: Path, rows=None, **settings):
+def make_trainer(kind, name: str, size: Size, device: str, folder: Path, rows=None, **settings: Any):
     # What the launcher or the run before has set.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     model = make_model(name, size)
-    settings = {"save_strategy": "no", "logging_strategy": "no", "learning_rate": 1e-3, "warmup_epochs": 0} | settings
+    defaults: dict[str, Any] = {
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "learning_rate": 1e-3,
+        "warmup_epochs": 0,
+    }
     args = RunArguments(
         output_dir=str(folder),
         use_cpu=device == "cpu",
@@ -133,7 +138,7 @@ def make_trainer(kind, name: str, size: Size, device: str, folder: Path, rows=No
         eval_strategy="no",
         dataloader_num_workers=0,
         save_total_limit=0,
-        **settings,
+        **(defaults | settings),
     )
     return kind(model=model, args=args, train_dataset=rows or make_rows(size, model.config.image_size))
 
@@ -242,30 +247,22 @@ def compare(layout: str, folder: Path, table: Devices, processes: int) -> None:
     """Compare what must agree, between a layout and one process, or the layout whose checkpoints it went on from."""
     own, one, writer = folder / layout.replace(", ", "-"), folder / "one", folder / WRITES
     for name in PRESETS:
-        row = {"model": name, "dtype": "float32", "processes": processes, "batch": ""}
+        row = {"provider": layout, "model": name, "dtype": "float32", "processes": processes, "batch": ""}
         if layout not in ("one", "one, resumed"):
             ours, theirs = (torch.load(path / name / "result.pt") for path in (own, one))
             steps = zip(ours["gradients"], theirs["gradients"], strict=True)
             wrong = max(apart(a, b) for a, b in steps)
             losses = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-            found = f"gradients {wrong:.1e} from one process's, losses {losses:.1e}"
-            table.add(
-                benchmark="devices", provider=layout, **row, what="agree", error=found + _mark(wrong, "gradients")
-            )
+            found = f"gradients {wrong:.1e} from one process's, losses {losses:.1e}{_mark(wrong, 'gradients')}"
+            table.add(**row, what="agree", error=found)
         if (own / f"{name}-resumed").is_dir():
             ours, theirs = torch.load(own / f"{name}-resumed" / "result.pt"), torch.load(writer / name / "result.pt")
             start = load_file(writer / name / "checkpoint-3" / "model.safetensors")
             between = sum(((ours["weights"][key] - theirs["weights"][key]) ** 2).sum() for key in start) ** 0.5
             moved = sum(((theirs["weights"][key] - start[key]) ** 2).sum() for key in start) ** 0.5
             wrong = float(between / moved)
-            found = f"weights {wrong:.1e} apart, of what the epoch changed"
-            table.add(
-                benchmark="devices",
-                provider=layout,
-                **row,
-                what=f"goes on from {WRITES}",
-                error=found + _mark(wrong, "weights"),
-            )
+            found = f"weights {wrong:.1e} apart, of what the epoch changed{_mark(wrong, 'weights')}"
+            table.add(**row, what=f"goes on from {WRITES}", error=found)
 
 
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -288,19 +285,12 @@ def run(device: str, table: Devices) -> None:
             try:
                 launch(layout, config, device, folder)
             except subprocess.CalledProcessError as error:
-                table.add(
-                    benchmark="devices",
-                    provider=layout,
-                    model="",
-                    dtype="",
-                    what="launch",
-                    error=f"exit {error.returncode}",
-                )
+                table.add(provider=layout, model="", dtype="", what="launch", error=f"exit {error.returncode}")
                 continue
             processes = 1 if config is None else 2
             compare(layout, folder, table, processes)
             for row in json.loads((folder / layout.replace(", ", "-") / "rows.json").read_text()):
-                table.add(benchmark="devices", provider=layout, **row)
+                table.add(provider=layout, **row)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

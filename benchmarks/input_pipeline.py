@@ -18,14 +18,16 @@ import dataclasses
 import functools
 import gc
 import io
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from image_classification.data.images import decode
-from image_classification.data.sources import load_data
+from image_classification.data.sources import ImageData, load_data
 from image_classification.data.transforms import build_image_processor
 from image_classification.device_pipeline.resident import read
 from image_classification.models.building import build_model
@@ -115,7 +117,9 @@ class Stopwatch:
         self.clear()
 
     def clear(self) -> None:
-        self.wall, self.cpu, self.calls = Counter(), Counter(), Counter()
+        self.wall: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
 
     def timed(self, name: str, function):
         @functools.wraps(function)
@@ -135,8 +139,8 @@ class Clock(TrainerCallback):
     """Images per second between two steps, when the device has done them, and what the stopwatch has for them."""
 
     def __init__(self, begin: int, end: int, images: int, stopwatch: Stopwatch):
-        self.begin, self.end, self.images, self.per_second, self.times = begin, end, images, None, {}
-        self.stopwatch = stopwatch
+        self.begin, self.end, self.images, self.stopwatch = begin, end, images, stopwatch
+        self.per_second, self.times = math.nan, dict[int, float]()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in (self.begin, self.end):
@@ -182,7 +186,7 @@ class Pipeline:
 
     def __init__(self, folder: Path, device: str, batch: int, basis: str):
         self.folder, self.device, self.batch, self.recipe = folder, device, batch, RECIPES[basis]
-        self.data = None
+        self.data: ImageData | None = None
 
     def trainer(self, name: str, workers: int, steps: int, flags=(), kind=ImageClassificationTrainer):
         words = [str(self.recipe), *FULL, "--data_path", str(self.folder)]
@@ -195,13 +199,11 @@ class Pipeline:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.data = load_data(settings.data, settings.training.seed)
         # An epoch longer than any run here: its beginning, when the workers start, is not what is measured.
-        images = (
-            RESIDENT[self.device]
-            if settings.data.augment_on == "device" and settings.data.resident_share
-            else 400 * self.batch
-        )
-        copies = 1 + images // len(self.data.train)
-        data = dataclasses.replace(self.data, train=concatenate_datasets([self.data.train] * copies), notes=[])
+        resident = settings.data.augment_on == "device" and settings.data.resident_share
+        images = RESIDENT[self.device] if resident else 400 * self.batch
+        once: Any = self.data.train
+        train = concatenate_datasets([once] * (1 + images // len(once)))
+        data = dataclasses.replace(self.data, train=train, notes=[])
         torch.manual_seed(0)
         model = build_model(settings.model, self.data.labels)
         processor = build_image_processor(settings.data, model.config.image_size)
@@ -236,9 +238,8 @@ class Pipeline:
     def without_training(self, workers: int, flags: list[str], seconds: float) -> float:
         """Measure the images per second that reach the device as training batches, where nothing is trained on them."""
         trainer = self.trainer("pipeline", workers, 1, flags)
-        return self._rate(
-            map(trainer.augment or (lambda batch: batch), trainer.get_train_dataloader()), workers, seconds
-        )
+        augment = trainer.augment or (lambda batch: batch)
+        return self._rate(map(augment, trainer.get_train_dataloader()), workers, seconds)
 
     def _rate(self, batches, workers: int, seconds: float) -> float:
         for _ in range(max(2, workers)):  # Each worker's first one.
@@ -300,9 +301,8 @@ def gpu_time_and_calls(function, repeats: int = 3) -> tuple[float, float]:
             function()
         torch.cuda.synchronize()
     events = profiler.key_averages()
-    calls = sum(
-        event.count for event in events if event.key.startswith(("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy"))
-    )
+    launches = ("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy")
+    calls = sum(event.count for event in events if event.key.startswith(launches))
     return sum(event.self_device_time_total for event in events) / repeats / 1e3, calls / repeats
 
 
@@ -325,6 +325,8 @@ def run(
     alone: bool = True,
 ) -> None:
     """
+    Measure training by each way to augment, beside training on synthetic tensors before and after it.
+
     Args:
         count: of JPEG files.
         begin, end: steps between which training is timed.

@@ -7,14 +7,14 @@ The rows of benchmarks/results/cuda.csv as a picture: training steps over softma
 Without arguments, the picture of docs/performance.md.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .table import RESULTS, read
 
-RESULTS = Path(__file__).parent / "results"
+
 PICTURE = Path(__file__).parents[1] / "docs" / "performance.png"
 NAMES = {"karat_triton": "fused", "karat_portable": "portable", "eager": "reference", "naive": "einsums"}
 WAVELETS = {
@@ -29,14 +29,9 @@ TIME, MEMORY = "#0072b2", "#e69f00"  # Okabe and Ito's, which the colour-blind c
 
 def latest(path: Path) -> list[dict]:
     """Pick the last row measured of each training step of the eager mode, in the order of the file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["what"] == "train" and row["mode"] == "eager"]
-    found = {}
-    for row in rows:
-        if row["provider"] != "softmax" and row["ratio_gpu"]:
-            key = tuple(row[name] for name in ("model", "provider", "basis", "batch", "tokens"))
-            found[key] = row
-    return list(found.values())
+    key = ("model", "provider", "basis", "batch", "tokens")
+    rows = [machines[-1] for machines in read(path, key, what="train", mode="eager").values()]
+    return [row for row in rows if row["provider"] != "softmax" and row["ratio_gpu"]]
 
 
 def label(row: dict) -> str:

@@ -13,8 +13,10 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import timm
@@ -43,7 +45,8 @@ class Clock(TrainerCallback):
     """Images per second of the steps after the warm-up, for about so many seconds; also as a Trainer's callback."""
 
     def __init__(self, batch: int, device: str, seconds: float):
-        self.batch, self.device, self.seconds, self.steps, self.per_second = batch, device, seconds, 0, None
+        self.batch, self.device, self.seconds, self.steps = batch, device, seconds, 0
+        self.per_second: float | None = None
 
     def step(self) -> bool:
         """Count a step, and tell whether it was the last."""
@@ -67,7 +70,8 @@ class Images(torch.utils.data.Dataset):
     """Images as timm's loader takes them, which sets `transform`."""
 
     def __init__(self, rows: datasets.Dataset):
-        self.rows, self.transform = rows, None
+        self.rows = rows
+        self.transform: Callable[[Image.Image], Any]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,10 +82,12 @@ class Images(torch.utils.data.Dataset):
 
 
 def timm_loop(settings: Settings, clock: Clock, workers: int, compiled: bool = False) -> None:
-    data, run, device = settings.data, settings.training, torch.device(clock.device)
-    rows = load_data(data, run.seed).train
+    """Train by a loop of one's own until the clock stops it."""
+    data: Any = settings.data
+    run: Any = settings.training
+    images, device = Images(load_data(data, run.seed).train), torch.device(clock.device)
     loader = create_loader(
-        Images(rows),
+        images,  # type: ignore[arg-type]  # timm's annotation knows its own data sets only.
         (3, 224, 224),
         clock.batch,
         is_training=True,
@@ -111,6 +117,7 @@ def timm_loop(settings: Settings, clock: Clock, workers: int, compiled: bool = F
 
 
 def plain_trainer(settings: Settings, clock: Clock, workers: int) -> None:
+    """Train by Transformers' Trainer until the clock stops it."""
     steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     transform = transforms.Compose([*steps, transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
 
@@ -118,7 +125,8 @@ def plain_trainer(settings: Settings, clock: Clock, workers: int) -> None:
         images = [transform(image.convert("RGB")) for image in rows["image"]]
         return {"pixel_values": images, "labels": rows["label"]}
 
-    rows = load_data(settings.data, settings.training.seed).train.cast_column("image", datasets.Image())
+    rows: Any = load_data(settings.data, settings.training.seed).train
+    rows = rows.cast_column("image", datasets.Image())
     rows.set_transform(prepare)
     shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +146,7 @@ def plain_trainer(settings: Settings, clock: Clock, workers: int) -> None:
         Trainer(model, args, train_dataset=rows, callbacks=[clock]).train()
 
 
-RIVALS = {
+RIVALS: dict[str, Callable[[Settings, Clock, int], None]] = {
     "timm loop": timm_loop,
     "timm loop, compiled": partial(timm_loop, compiled=True),
     "transformers.Trainer": plain_trainer,
@@ -177,7 +185,7 @@ def main(words: list[str]) -> None:
     """Measure one, and print what was found: its name, the data's folder, the device, the batch size."""
     name, data, device, batch = words
     clock = Clock(int(batch), device, SECONDS)
-    RIVALS[name](settings_of(Path(data), device), clock, os.cpu_count())
+    RIVALS[name](settings_of(Path(data), device), clock, os.cpu_count() or 1)
     print(json.dumps({"images_per_second": clock.per_second, "peak_gib": peak_memory(torch.device(device))}))
 
 

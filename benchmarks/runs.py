@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -49,14 +50,13 @@ class Runs(Table):
     same = ("benchmark", "model", "mode", "start", "batch", "epochs")
 
     def add(self, **row) -> None:
-        rates = [found.get("images_per_second") for found in (self.baseline(row), row)]
-        if all(rates):
-            row["ratio_time"] = rates[0] / rates[1]
+        softmax, own = (found.get("images_per_second") for found in (self.baseline(row), row))
+        if softmax and own:
+            row["ratio_time"] = softmax / own
         row["basis"] = BASES[row["model"]] if row["provider"] == "karat" else ""
-        self.rows.append({**row, **self.constant})
-        name = " ".join(str(row.get(key, "")) for key in ("model", "batch", "provider", "mode", "start"))
         numbers = (f"{key} {row[key]:,.4g}" for key in self.measured[-6:-1] if key in row)
-        print(f"{name:48s} {', '.join(numbers)} {row.get('error', '')}", flush=True)
+        names = ("model", "batch", "provider", "mode", "start")
+        self.keep(row, names, f"{', '.join(numbers)} {row.get('error', '')}")
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -91,7 +91,7 @@ def execute(words: list, cache: Path) -> tuple[str, dict]:
     environment |= {name: str(cache / folder) for name, folder in folders.items()}
     began = time.perf_counter()
     done = subprocess.run([*map(str, words)], cwd=PROJECT, env=environment, capture_output=True, text=True)
-    found = {"seconds": time.perf_counter() - began}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - began}
     if done.returncode:
         found["error"] = f"exit {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}"
     return done.stdout, found
@@ -102,15 +102,8 @@ def train(folder: Path, device: str, way: str, row: dict, data: Path, flags=()) 
     output = folder / way / "output"
     shutil.rmtree(output, ignore_errors=True)
     recipe = CONFIGURATION / "cifar10" / f"vit_{row['model']}_patch16_224{'_karat' * (way == 'karat')}.yaml"
-    words = [
-        sys.executable,
-        PROJECT / "run_image_classification.py",
-        recipe,
-        "--data_set",
-        "CIFAR10",
-        "--data_path",
-        data,
-    ]
+    words = [sys.executable, PROJECT / "run_image_classification.py", recipe]
+    words += ["--data_set", "CIFAR10", "--data_path", data]
     words += ["--per_device_train_batch_size", row["batch"], "--num_train_epochs", row["epochs"]]
     words += ["--output_dir", output, "--logging_strategy", "steps", "--logging_steps", "0.1"]
     words += [*MODES[row["mode"]], *flags]
@@ -142,6 +135,8 @@ def run(
     flags=(),
 ) -> None:
     """
+    Measure whole runs.
+
     Args:
         rows: model and batch size, as "tiny/32".
         modes: of `MODES`; a step that is not recorded has nothing to compile, and starts once.

@@ -16,7 +16,7 @@ from image_classification.errors import InputError
 
 from .. import options
 from ..images import find_images
-from ..models import Checkpoint, load_checkpoint
+from ..models import Checkpoint
 from .space import Target
 from .viewer import Viewer
 
@@ -26,7 +26,7 @@ EXAMPLES = 48
 
 def find_examples(paths: list[str] | None, checkpoints: list[Checkpoint], folder: Path) -> list[str]:
     """
-    Example images as PNG files.
+    Write example images as PNG files.
 
     Args:
         paths: files, and folders of which up to `EXAMPLES` are drawn; `None` for held-out images of the data set of a
@@ -102,12 +102,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_viewers(model: str, compare: str | None = None, device: str | None = None) -> list[Viewer]:
-    """The model of `--model` and, if there is one, of `--compare`, tried out on an image."""
-    where = options.device_of(device)
-    sources = [model] if compare is None else [model, compare]
-    checkpoints = [load_checkpoint(source, flag, where) for source, flag in zip(sources, ("--model", "--compare"))]
-    names = options.names(None, sources)
-    return [Viewer(checkpoint, name) for checkpoint, name in zip(checkpoints, names)]
+    """Load the model of `--model` and, if there is one, of `--compare`, and try them out on an image."""
+    checkpoints = options.load_models(model, compare, options.device_of(device))
+    return [Viewer(checkpoint, checkpoint.name) for checkpoint in checkpoints]
 
 
 def _page():

@@ -88,7 +88,7 @@ class Part:
 
 def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
     """
-    The page, not yet served.
+    Build the page, which is not yet served.
 
     It keeps nothing about its visitors: each request brings its image and its settings along, so that nobody is ever
     shown what is another's.
@@ -114,7 +114,7 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
                 )
                 # The file itself: `reading.read_image` reads or refuses it, in its words and not in Gradio's. Set here,
                 # since beside a class of our own Gradio would write a file.
-                image.preprocess = lambda payload: None if payload is None else payload.path
+                vars(image)["preprocess"] = lambda payload: None if payload is None else payload.path
                 status = gr.HTML(elem_id="status", padding=False)
                 if examples:
                     gr.Examples(
@@ -139,7 +139,7 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
         settings = [view, block, head, stage, opacity]
 
         def answer(event: str, triggers: list, parts: list[str], progress: str) -> None:
-            """At these triggers, show these parts of all columns anew."""
+            """Have these triggers show these parts of all columns anew."""
             shown = [column[part] for column in columns for part in parts]
             outputs = [component for part in shown for component in part.components]
 
@@ -182,7 +182,7 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
 
 
 def _column(viewer: Viewer, number: int) -> dict[str, Part]:
-    """A model's column of the page, and its parts by name."""
+    """Build a model's column of the page; its parts by name."""
     known = viewer.checkpoint.has_classifier
     kind = style.KIND_NAMES[viewer.checkpoint.kind]
     with gr.Column(min_width=260):
@@ -226,14 +226,14 @@ def _column(viewer: Viewer, number: int) -> dict[str, Part]:
 
 
 def _number(what: str, count: int, value: int) -> gr.Slider | gr.Number:
-    """A slider for the block or head, from 0 as the figures and other commands count; none where there is only one."""
+    """Make a slider for the block or head, from 0 as everywhere here; none where there is only one."""
     if count == 1:
         return gr.Number(0, visible=False)
     return gr.Slider(0, count - 1, value, step=1, label=f"{what.capitalize()}, from 0", elem_id=what)
 
 
 def _picture(alt: str, name: str, **how) -> tuple[gr.Markdown, gr.Image]:
-    """A picture that is there once there is one, and the words above it."""
+    """Make a picture that is there once there is one, and the words above it."""
     words = gr.Markdown(elem_id=f"{name}-words")
     picture = gr.Image(
         alt_text=alt,
@@ -253,7 +253,7 @@ def _shown(picture) -> dict:
 
 
 def _choose(viewer: Viewer):
-    """A click on a model's overview moves the sliders to the head that was clicked."""
+    """Make a handler of clicks on a model's overview, which moves the sliders to the head that was clicked."""
 
     def choose(event: gr.SelectData):
         found = viewer.head_at(*event.index)
@@ -284,7 +284,7 @@ def serve(page: gr.Blocks, host: str | None, port: int | None, share: bool) -> N
 
 
 def launch(page: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False) -> gr.Blocks:
-    """`serve`, but return when the page can be reached; `page.local_url` is its address, `page.close()` ends it."""
+    """Serve until `page.close()`, but return when the page can be reached, at `page.local_url`."""
     page.queue(max_size=QUEUE)
     try:
         page.launch(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever image a visitor has, read or refused in words."""
+"""Reader of whatever image a visitor has, which it refuses in words if it must."""
 
 import math
 from pathlib import Path
@@ -65,7 +65,7 @@ def read_image(path: str) -> tuple[Image.Image, list[str]]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image with the upper 8 of them, still with its orientation."""
+    """Reduce a 16-bit grey image to the upper 8 of them; it keeps its orientation."""
     reduced = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     reduced.getexif().update(image.getexif())
     return reduced

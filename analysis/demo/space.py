@@ -66,7 +66,7 @@ Made by `python -m analysis demo --push-to-space` of KArAt-ViT, which also updat
 
 def files(viewers: list[Viewer], examples: list[str]) -> dict[str, Path | bytes]:
     """
-    The files of the Space: paths in it, and for each a file here or its content.
+    Gather the files of the Space: paths in it, and for each a file here or its content.
 
     Args:
         viewers: the models: those from folders go into the Space, those from the Hub are loaded from there.
@@ -145,8 +145,8 @@ class Target:
         with understood("--push-to-space", name):
             self._space.api.whoami()
             self._content = self._space.look()
-        there = sorted(self._content.blobs) if self._content else []
-        if there and self._content.record is None and not overwrite:
+        if self._content and self._content.blobs and self._content.record is None and not overwrite:
+            there = sorted(self._content.blobs)
             raise InputError(
                 f"The Space {name} is there already, and this command did not make it: it holds "
                 f"{', '.join(there[:3])}{more(there, 3)}. Choose another name, or replace files of it with --overwrite "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -140,7 +141,7 @@ class Viewer:
             return _pixels(figure)
 
     def head_at(self, x: float, y: float) -> tuple[int, int] | None:
-        """The (block, head) at a point of the overview's picture, in pixels from its top left corner."""
+        """Find the (block, head) at a point of the overview's picture, in pixels from its top left corner."""
         (width, height), (left, bottom, across, up) = self._overview_layout()
         block = math.floor((x / (width * DPI) - left) / across * self.checkpoint.blocks)
         head = math.floor((y / (height * DPI) - (1 - bottom - up)) / up * self.checkpoint.heads)
@@ -148,7 +149,7 @@ class Viewer:
 
     def draw_functions(self, path: str, block: int, head: int) -> tuple[np.ndarray | None, str]:
         """
-        The learned functions of a head, over the scores of an image.
+        Draw the learned functions of a head, over the scores of an image.
 
         Returns:
             The picture, or `None` where there is nothing learned; and what it shows, in words.
@@ -188,7 +189,7 @@ class Viewer:
         return functions.compute(self.checkpoint, self._seen(path).pixels, block, [head])[0]
 
     def _label(self, label: str, rank: int, guesses: list[dict]) -> str:
-        """Told apart where two classes have one name, as two of ImageNet's do: they would be shown as one."""
+        """Tell classes of one name apart, as two of ImageNet's do: they would be shown as one."""
         earlier = sum(guess["label"] == label for guess in guesses[:rank])
         return f"{label} ({earlier + 1})" if earlier else label
 
@@ -196,14 +197,14 @@ class Viewer:
         return self.checkpoint.head_kinds(block)[head]
 
     def _absent(self, block: int, head: int | None) -> str | None:
-        """Says that the model has no such block or head, if so."""
+        """Say that the model has no such block or head, if so."""
         for what, number, count in (("block", block, self.checkpoint.blocks), ("head", head, self.checkpoint.heads)):
             if number is not None and not 0 <= number < count:
                 return f"This model has no {what} {number}: its {what}s are 0 to {count - 1}."
         return None
 
     def _overview_layout(self) -> tuple[tuple[float, float], tuple[float, float, float, float]]:
-        """Width and height of the figure in inches, and left, bottom, width and height of its axes as parts of it."""
+        """Choose width and height in inches, and as parts of them left, bottom, width and height of the axes."""
         rows, columns = self.checkpoint.grid
         side = min(0.8, 4.0 / self.checkpoint.blocks)
         across, down = side * self.checkpoint.blocks, side * self.checkpoint.heads * rows / columns
@@ -214,5 +215,6 @@ class Viewer:
 
 def _pixels(figure: Figure) -> np.ndarray:
     figure.set_dpi(DPI)
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

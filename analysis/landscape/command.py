@@ -23,9 +23,9 @@ stopped, and with --overwrite draws anew without computing anew.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,9 @@ from ..images import find_images
 from ..models import Checkpoint, Moment, load_start, moments, run_folder
 from ..output import Output, figure_names
 from .figures import draw_all
-from .objective import Objective, labelled
+from .objective import labelled
 from .planes import NORMALISE, Plane, digest, extent, file_reader, path_plane, random_plane, reader_of
+from .sharpness import Stopping
 from .store import Points
 from .surface import Landscape, compute
 
@@ -52,7 +53,7 @@ _MOST_WORKERS = 8
 
 
 def moments_until(source: str) -> list[Moment]:
-    """The `moments` of the run of a checkpoint up to it; none where it is of no run that kept any."""
+    """List the `moments` of the run of a checkpoint up to it; none where it is of no run that kept any."""
     folder = run_folder(source)
     try:
         found = [] if folder is None else moments(source)
@@ -63,7 +64,7 @@ def moments_until(source: str) -> list[Moment]:
 
 
 def plane_of_run(checkpoint: Checkpoint, found: list[Moment], normalise: str = "none") -> Plane:
-    """The plane of principal directions of a run's path, `path_plane`; the start, if it is among them, is rebuilt."""
+    """Find the `path_plane` of a run; the start, if it is among the moments, is rebuilt."""
     readers = []
     for moment in found:
         if moment.folder is None:
@@ -76,7 +77,7 @@ def plane_of_run(checkpoint: Checkpoint, found: list[Moment], normalise: str = "
 
 
 def _epsilon(plane: Plane) -> float:
-    """A default that is a small part of what is drawn."""
+    """Choose the default, a small part of what is drawn."""
     if plane.kind == "random":
         return 0.1
     return 1.0 if plane.normalise == "none" else 0.01
@@ -98,7 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-start", action="store_true", help="leave the start of the run, which is rebuilt, out of its path"
     )
-    parser.add_argument("--grid", type=options.positive, default=25, help="points along each direction (default: 25)")
+    parser.add_argument(
+        "--grid", type=options.at_least(3), default=25, help="points along each direction (default: 25)"
+    )
     parser.add_argument(
         "--radius",
         type=options.above_zero,
@@ -120,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hessian-iterations",
-        type=options.positive,
+        type=options.at_least(1),
         default=100,
         metavar="COUNT",
         help="or after so many Hessian-vector products, and says so (default: 100)",
@@ -135,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_images(parser, count=256)
     parser.add_argument(
         "--workers",
-        type=options.positive,
+        type=options.at_least(1),
         help="processes that compute, each a point at a time; the numbers are the same for any number of them "
         f"(default: one for each GPU, or for each CPU core, {_MOST_WORKERS} at most)",
     )
@@ -145,16 +148,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     names = [*figure_names("landscape"), *figure_names("landscape_3d"), "landscape.npz", "landscape.json"]
     output = Output(args.output, names, args.overwrite)
-    if args.grid < 3:
-        raise InputError(f"`--grid` is {args.grid}, expected 3 or more.")
     devices = devices_of(args.device, args.workers)
     # On the CPU, from where worker processes take them; each device gets its copies.
-    checkpoints = options.load_models(args)
+    checkpoints = options.load_models(args.model, args.compare, "cpu")
     prefixes = ("model", "compare")[: len(checkpoints)]
     found = find_images(checkpoints, args.images, args.num_images, args.seed, args.data_set)
     objectives = [labelled(each, found, args.batch_size) for each in checkpoints]
     planes = _planes(args, checkpoints)
-    x, y = extent(planes, args.grid, args.radius)
+    grid = extent(planes, args.grid, args.radius)
     settings = {
         "directions": planes[0].kind,
         "normalise": planes[0].normalise,
@@ -163,18 +164,27 @@ def run(args: argparse.Namespace) -> None:
         "radius": args.radius,
     }
     for prefix, checkpoint, objective, plane in zip(prefixes, checkpoints, objectives, planes):
-        settings[f"weights of --{prefix}"] = digest(checkpoint.model)
+        settings[f"weights of --{prefix}"] = digest(sorted(checkpoint.model.state_dict().items()))
         settings[f"path of --{prefix}"] = plane.digest
-        settings[f"images for --{prefix}"] = _digest_of(objective)
+        settings[f"images for --{prefix}"] = digest([("", objective.pixels), ("", objective.labels)])
     if (earlier := output.folder / "landscape.points.jsonl").exists():
         print(f"{earlier} is of an earlier version: its points are computed anew, into {POINTS}. Delete it.")
     with Points(output.folder / POINTS, settings, args.overwrite) as store:
         if store:
             print(f"{len(store):,} numbers are in {store.path}: going on from there.")
-        tolerance = None if args.no_hessian else args.hessian_tolerance
-        common = {"tolerance": tolerance, "iterations": args.hessian_iterations, "devices": devices, "store": store}
+        stopping = None if args.no_hessian else Stopping(args.hessian_tolerance, args.hessian_iterations)
         data = [
-            compute(checkpoint, objective, plane, x, y, args.epsilon or _epsilon(plane), prefix=prefix, **common)
+            compute(
+                checkpoint,
+                objective,
+                plane,
+                grid,
+                args.epsilon or _epsilon(plane),
+                stopping=stopping,
+                devices=devices,
+                store=store,
+                prefix=prefix,
+            )
             for prefix, checkpoint, objective, plane in zip(prefixes, checkpoints, objectives, planes)
         ]
     with style.context():
@@ -195,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def devices_of(name: str | None, workers: int | None) -> list[torch.device]:
-    """A device for each process: `--workers` of them, in turn over all GPUs, or on the one device of `--device`."""
+    """Choose a device for each of `--workers` processes, in turn over all GPUs, or always that of `--device`."""
     first = options.device_of(name)
     found = [first]
     if first.type == "cuda" and first.index is None:
@@ -206,7 +216,7 @@ def devices_of(name: str | None, workers: int | None) -> list[torch.device]:
 
 
 def _planes(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> list[Plane]:
-    """A plane for each model, of one kind."""
+    """Choose a plane for each model, all of one kind."""
     paths = [moments_until(each.source) for each in checkpoints]
     kept = [sum(moment.folder is not None for moment in path) for path in paths]
     kind = args.directions or ("pca" if min(kept) >= ENOUGH else "random")
@@ -227,20 +237,14 @@ def _planes(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> list[Pla
                 f"of it; of {checkpoint.source} there are {len(path)}. Or choose random."
             )
         plane = plane_of_run(checkpoint, path, args.normalise or "none")
+        assert plane.explained is not None
         shares = " and ".join(f"{100 * share:.1f} %" for share in plane.explained)
         print(f"Principal directions of {len(path)} moments of {checkpoint.source}: {shares} of the variance.")
         planes.append(plane)
     return planes
 
 
-def _digest_of(objective: Objective) -> str:
-    found = hashlib.sha256()
-    for tensor in (objective.pixels, objective.labels):
-        found.update(tensor.contiguous().numpy())
-    return found.hexdigest()
-
-
-def _arrays(prefix: str, data: Landscape):
+def _arrays(prefix: str, data: Landscape) -> Iterator[tuple[str, np.ndarray]]:
     plane = data.plane
     for name in ("x", "y", "loss", "accuracy"):
         yield f"{prefix}_{name}", getattr(data, name)
@@ -250,7 +254,7 @@ def _arrays(prefix: str, data: Landscape):
 
 
 def numbers_of(source: str, data: Landscape) -> dict:
-    """The entry of one model in landscape.json."""
+    """Make the entry of one model in landscape.json."""
     explained = None if data.plane.explained is None else data.plane.explained.tolist()
     return {
         "source": source,
@@ -265,7 +269,7 @@ def numbers_of(source: str, data: Landscape) -> dict:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """Leave out infinity and NaN, which JSON does not have."""
     return value if np.isfinite(value) else None
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of loss surfaces: contours, and surfaces in three dimensions, with the path of training."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
@@ -9,6 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
+from mpl_toolkits.mplot3d import Axes3D
 
 from image_classification.errors import InputError
 
@@ -18,19 +21,19 @@ from .surface import Landscape
 
 
 _EDGE = [patheffects.withStroke(linewidth=2.2, foreground="black")]
-_PATH = {"color": "white", "marker": "o", "markersize": 2, "linewidth": 1.0, "path_effects": _EDGE}
-_STAR = {"marker": "*", "color": style.ORANGE, "markersize": 8, "markeredgecolor": "black", "markeredgewidth": 0.5}
+_PATH: dict[str, Any] = {"color": "white", "marker": "o", "markersize": 2, "linewidth": 1.0, "path_effects": _EDGE}
+_STAR: dict[str, Any] = {"marker": "*", "color": style.ORANGE, "markersize": 8, "mec": "black", "mew": 0.5}
 
 
 def levels_of(data: list[Landscape], log: bool = False, count: int = 24) -> np.ndarray:
-    """Levels of contours for all models together: even steps of the loss, or of its logarithm."""
+    """Choose levels of contours for all models together: even steps of the loss, or of its logarithm."""
     losses = np.concatenate([each.loss[np.isfinite(each.loss)] for each in data])
     losses = losses[losses > 0] if log else losses
     if not losses.size:
         raise InputError("The loss is not finite anywhere on the grid: choose a smaller --radius.")
     low, high = losses.min(), losses.max()
     high = high if high > low else low + 1.0
-    return np.geomspace(low, high, count) if log else MaxNLocator(count).tick_values(low, high)
+    return np.geomspace(low, high, count) if log else np.asarray(MaxNLocator(count).tick_values(low, high))
 
 
 def _norm(levels: np.ndarray, log: bool) -> Normalize:
@@ -38,15 +41,15 @@ def _norm(levels: np.ndarray, log: bool) -> Normalize:
 
 
 def _ticks(levels: np.ndarray) -> np.ndarray:
-    """1, 3, 10, 30, ... for a logarithmic axis; of a narrow one its ends."""
-    ticks = LogLocator(subs=(1, 3)).tick_values(levels[0], levels[-1])
+    """Choose 1, 3, 10, 30, ... for a logarithmic axis; of a narrow one its ends."""
+    ticks = np.asarray(LogLocator(subs=(1, 3)).tick_values(levels[0], levels[-1]))
     ticks = ticks[(ticks >= levels[0]) & (ticks <= levels[-1])]
     return ticks if len(ticks) > 1 else levels[[0, -1]]
 
 
 def draw(data: Landscape, axes: Axes, levels: np.ndarray, log: bool = False) -> Axes:
     """
-    Filled contours of the loss; on them the path of training, the trained weights (star), and the square of the
+    Draw filled contours of the loss; on them the path of training, the trained weights (star), and the square of the
     epsilon-sharpness (dashed).
 
     Args:
@@ -55,8 +58,9 @@ def draw(data: Landscape, axes: Axes, levels: np.ndarray, log: bool = False) -> 
     loss = _within(data.loss, levels)
     axes.contourf(data.x, data.y, loss, levels, cmap=style.ORDERED, norm=_norm(levels, log))
     axes.contour(data.x, data.y, loss, levels[::3], colors="white", linewidths=0.35, alpha=0.6)
-    square = {"fill": False, "edgecolor": "white", "linewidth": 0.8, "linestyle": (0, (3, 2))}
-    axes.add_patch(Rectangle((-data.epsilon, -data.epsilon), 2 * data.epsilon, 2 * data.epsilon, **square))
+    side = 2 * data.epsilon
+    line: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.8, "linestyle": (0, (3, 2))}
+    axes.add_patch(Rectangle((-data.epsilon, -data.epsilon), side, side, fill=False, **line))
     if data.plane.path is not None:
         axes.plot(*data.plane.path.T, **_PATH)
     axes.plot(0, 0, **_STAR)
@@ -69,28 +73,28 @@ def draw(data: Landscape, axes: Axes, levels: np.ndarray, log: bool = False) -> 
 
 
 def _within(loss: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The heights to draw: what is not finite is as high as the highest."""
+    """Limit the heights to what is drawn: what is not finite is as high as the highest."""
     return np.clip(np.where(np.isfinite(loss), loss, levels[-1]), levels[0], levels[-1])
 
 
 def axis_labels(plane: Plane) -> tuple[str, str]:
+    """Name both directions."""
     if plane.explained is None:
         return "first random direction", "second random direction"
     shares = [f"{100 * share:.1f} % of variance" for share in plane.explained]
     return f"first principal direction ({shares[0]})", f"second ({shares[1]})"
 
 
-def draw_surface(data: Landscape, axes: Axes, levels: np.ndarray, log: bool = False) -> Axes:
+def draw_surface(data: Landscape, axes: Axes3D, levels: np.ndarray, log: bool = False) -> Axes3D:
     """
-    The same as a surface in three dimensions, the path lying on it.
+    Draw the same as a surface in three dimensions, the path lying on it.
 
     Args:
-        axes: with `projection="3d"`.
         levels: from `levels_of`.
         log: whether heights are logarithms, as the levels are.
     """
     scale = np.log10 if log else np.asarray
-    bottom, top = scale(levels[0]), scale(levels[-1])
+    bottom, top = float(scale(levels[0])), float(scale(levels[-1]))
     # Matplotlib sorts whole artists by depth, and would hide the path within the surface.
     axes.computed_zorder = False
     axes.plot_surface(
@@ -130,7 +134,7 @@ def draw_surface(data: Landscape, axes: Axes, levels: np.ndarray, log: bool = Fa
 
 
 def described(data: Landscape) -> str:
-    """The sharpness of a model, for its title."""
+    """Write out the sharpness of a model, for its title."""
     parts = []
     if data.hessian is not None:
         sign = "=" if data.hessian.converged else r"\approx"
@@ -140,12 +144,12 @@ def described(data: Landscape) -> str:
 
 
 def _plain(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Write out three digits, without an exponent."""
     return np.format_float_positional(value, 3, fractional=False, trim="-")
 
 
 def draw_all(data: list[Landscape], figure: Figure, log: bool = False, surface: bool = False) -> Figure:
-    """Models side by side on one scale: contours, or surfaces in three dimensions."""
+    """Draw models side by side on one scale: contours, or surfaces in three dimensions."""
     levels = levels_of(data, log)
     panels = figure.subplots(1, len(data), squeeze=False, subplot_kw={"projection": "3d"} if surface else {})[0]
     names = style.tell_apart(data)
@@ -161,6 +165,7 @@ def draw_all(data: list[Landscape], figure: Figure, log: bool = False, surface: 
         )
         bar.set_label("loss")
         if log:
-            bar.set_ticks(_ticks(levels), labels=[f"{tick:g}" for tick in _ticks(levels)])
+            ticks = _ticks(levels).tolist()
+            bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
             bar.ax.minorticks_off()
     return figure

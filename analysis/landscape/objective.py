@@ -30,7 +30,7 @@ class Objective:
     batch_size: int = 8
 
     def parts(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
-        """The shares of each batch in the loss (differentiable) and in the accuracy: they sum to both."""
+        """Compute the shares of each batch in the loss (differentiable) and in the accuracy: they sum to both."""
         device = next(model.parameters()).device
         for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size)):
             logits, labels = model(pixels.to(device)).logits, labels.to(device)
@@ -40,7 +40,7 @@ class Objective:
 
 def labelled(checkpoint: Checkpoint, found: list[Found], batch_size: int = 8) -> Objective:
     """
-    Images and their classes, as one model takes them.
+    Prepare images and their classes as one model takes them.
 
     Raises:
         InputError: a class is not known, or the model does not have it.
@@ -50,6 +50,7 @@ def labelled(checkpoint: Checkpoint, found: list[Found], batch_size: int = 8) ->
     images = prepare(checkpoint, found)
     numbers = {label: number for number, label in enumerate(checkpoint.labels)}
     known = ", ".join(checkpoint.labels[:5]) + more(checkpoint.labels)
+    classes = []
     for name, label in zip(images.names, images.labels):
         if label is None:
             raise InputError(
@@ -58,7 +59,8 @@ def labelled(checkpoint: Checkpoint, found: list[Found], batch_size: int = 8) ->
             )
         if label not in numbers:
             raise InputError(f"Image {name} is of the class {label!r}; {checkpoint.source} knows {known}.")
-    return Objective(images.pixels, torch.tensor([numbers[label] for label in images.labels]), batch_size)
+        classes.append(numbers[label])
+    return Objective(images.pixels, torch.tensor(classes), batch_size)
 
 
 @contextlib.contextmanager

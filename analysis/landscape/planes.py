@@ -8,9 +8,10 @@ parameters have no part in it.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,27 +56,27 @@ class Plane:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that make up the weights, by name."""
+    """Find the parameters that make up the weights, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def flatten(model: nn.Module) -> torch.Tensor:
-    """The weights as one vector, (P,): a copy, on the model's device."""
+    """Copy the weights into one vector, (P,), on the model's device."""
     return torch.cat([parameter.detach().flatten() for parameter in trainable(model).values()])
 
 
-def digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers."""
+def digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Compute the SHA-256 of tensors and their names, in this order."""
     found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in named:
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def random_plane(model: nn.Module, seed: int = 0, normalise: str = "filter") -> Plane:
     """
-    Two Gaussian directions, normalised as `normalised` does.
+    Draw two Gaussian directions, normalised as `normalised` does.
 
     Args:
         model: the trained model.
@@ -94,7 +95,7 @@ def random_plane(model: nn.Module, seed: int = 0, normalise: str = "filter") -> 
 
 def path_plane(model: nn.Module, readers: list[Reader], normalise: str = "none") -> Plane:
     """
-    The two principal directions of a run's path: those of the differences of its moments from the trained weights,
+    Find the two principal directions of a run's path: those of the differences of its moments from the trained weights,
     centred (Li et al. 2018, section 7). Their signs are such that the path begins at positive coordinates.
 
     With `normalise`, each direction is rescaled as `normalised` does, and is then no longer exactly principal.
@@ -114,7 +115,7 @@ def path_plane(model: nn.Module, readers: list[Reader], normalise: str = "none")
     gram, found = torch.zeros(count, count, dtype=torch.float64), hashlib.sha256()
     for _, moved in _displacements(model, readers):
         gram += moved @ moved.mT
-        found.update(moved.contiguous().numpy())
+        found.update(moved.contiguous().numpy().data)
     centring = torch.eye(count, dtype=torch.float64) - 1 / count
     # The Gram matrix has the same eigenvalues as the P x P covariance, which would not fit anywhere.
     values, vectors = torch.linalg.eigh(centring @ gram @ centring)
@@ -151,8 +152,8 @@ def path_plane(model: nn.Module, readers: list[Reader], normalise: str = "none")
 
 def extent(planes: list[Plane], size: int, radius: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """
-    A grid for planes that are to be seen side by side, `size` by `size`: `radius` to each side; by default 1, or for
-    principal directions around all paths and the trained weights, with a quarter of their extent to each side.
+    Choose a grid for planes that are to be seen side by side, `size` by `size`: `radius` to each side; by default 1, or
+    for principal directions around all paths and the trained weights, with a quarter of their extent to each side.
     """
     paths = [plane.path for plane in planes if plane.path is not None]
     if radius is not None or not paths:
@@ -162,18 +163,19 @@ def extent(planes: list[Plane], size: int, radius: float | None = None) -> tuple
     points = np.concatenate([*paths, np.zeros((1, 2))])
     low, high = points.min(0), points.max(0)
     margin = (high - low) / 4
-    return tuple(np.linspace(a, b, size) for a, b in zip(low - margin, high + margin))
+    x, y = np.linspace(low - margin, high + margin, size, axis=1)
+    return x, y
 
 
 def products(directions: torch.Tensor) -> torch.Tensor:
-    """The inner products of two directions, (2, 2), in fp64."""
-    first, second = (direction.double() for direction in directions.cpu())
-    return torch.stack([first @ first, first @ second, first @ second, second @ second]).view(2, 2)
+    """Multiply two directions with each other, (2, 2), in fp64."""
+    wide = directions.double()
+    return wide @ wide.mT
 
 
 def normalised(directions: torch.Tensor, model: nn.Module, how: str) -> torch.Tensor:
     """
-    Directions rescaled, in place, so that each part of them has the norm of the same part of the weights; parameters
+    Rescale directions, in place, so that each part of them has the norm of the same part of the weights; parameters
     of one dimension (biases, norms) become 0. So the plane does not show how large a layer's weights happen to be.
 
     Args:
@@ -185,7 +187,7 @@ def normalised(directions: torch.Tensor, model: nn.Module, how: str) -> torch.Te
     """
     if how == "none":
         return directions
-    karat = model.karat_parameter_names() if hasattr(model, "karat_parameter_names") else set()
+    karat: set[str] = getattr(model, "karat_parameter_names", set)()
     offset = 0
     for name, parameter in trainable(model).items():
         for direction in directions:
@@ -203,20 +205,20 @@ def normalised(directions: torch.Tensor, model: nn.Module, how: str) -> torch.Te
 
 
 def unit_axes(parameter: torch.Tensor, karat: bool) -> tuple[int, ...]:
-    """The axes of a parameter that run through one filter, for `normalised`."""
+    """Find the axes of a parameter that run through one filter, for `normalised`."""
     # KArAt's are (heads, ..., outputs, inputs), and embeddings (1, tokens, size).
     units = {0, parameter.ndim - 2} if karat or parameter.ndim == 3 else {0}
     return tuple(axis for axis in range(parameter.ndim) if axis not in units)
 
 
 def reader_of(weights: dict[str, torch.Tensor]) -> Reader:
-    """Reads weights that are in memory."""
+    """Make a reader of weights that are in memory."""
     return lambda name, part: weights[name][part].detach()
 
 
 def file_reader(folder: Path) -> Reader:
     """
-    Reads the weights of a checkpoint-* folder, of which only the piece that is asked for comes into memory.
+    Make a reader of the weights of a checkpoint-* folder, of which only the piece that is asked for comes into memory.
 
     Raises:
         InputError: (when it is called) the checkpoint is damaged, or lacks the parameter.
@@ -226,11 +228,11 @@ def file_reader(folder: Path) -> Reader:
         checkpoints.weight_files(folder)  # Refuses a list that is damaged.
         files = checkpoints.read_json(index)["weight_map"]
     else:
-        files = None
-    opened = {}
+        files = {}
+    opened: dict[str, Any] = {}
 
     def read(name: str, part: slice) -> torch.Tensor:
-        file = files.get(name, checkpoints.WEIGHTS) if files else checkpoints.WEIGHTS
+        file = files.get(name, checkpoints.WEIGHTS)
         try:
             if file not in opened:
                 opened[file] = safe_open(folder / file, framework="pt")
@@ -244,7 +246,7 @@ def file_reader(folder: Path) -> Reader:
 
 
 def _displacements(model: nn.Module, readers: list[Reader]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Piece by piece: a slice of the weights, and how far each moment is from the trained ones there, (M, n), fp64."""
+    """Read piece by piece how far the moments are from the trained weights: a slice of these, and (M, n) in fp64."""
     offset = 0
     for name, parameter in trainable(model).items():
         size = parameter[0].numel()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How sharply the loss curves at the trained weights: the largest eigenvalue of its Hessian."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,21 @@ from .objective import Objective, memory_errors
 from .planes import trainable
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stopping:
+    """
+    The end of a power iteration.
+
+    Args:
+        tolerance: of the residual, relative to the largest magnitude.
+        iterations: at most so many.
+    """
+
+    tolerance: float = 0.01
+    iterations: int = 100
+
+
+@dataclass(kw_only=True)
 class Eigenvalue:
     """
     The largest eigenvalue of a Hessian, and how well it was found.
@@ -36,13 +49,12 @@ class Eigenvalue:
 def largest_eigenvalue(
     model: nn.Module,
     objective: Objective,
-    tolerance: float = 0.01,
-    iterations: int = 100,
+    stopping: Stopping = Stopping(),
     seed: int = 0,
     title: str = "Hessian",
 ) -> Eigenvalue:
     """
-    The largest eigenvalue of the Hessian of the loss in all weights, by power iteration with Hessian-vector products.
+    Find the largest eigenvalue of the loss's Hessian in all weights, by power iteration with Hessian-vector products.
 
     Power iteration finds the eigenvalue of largest magnitude. Where that is negative, a second one, on H shifted by it,
     finds the largest.
@@ -51,8 +63,7 @@ def largest_eigenvalue(
         model: at its trained weights, in evaluation mode, differentiable twice: KArAt heads by `eager`, since the
             derivatives of `karat_portable` and `karat_triton` are written out and have no derivatives themselves.
         objective: of the loss.
-        tolerance: of the residual, relative to the largest magnitude.
-        iterations: at most so many for each power iteration.
+        stopping: of each power iteration.
         seed: of the vector it begins with.
 
     Memory: beside the model four vectors of its size, and what a backward pass through its backward pass keeps for one
@@ -62,24 +73,23 @@ def largest_eigenvalue(
     generator = torch.Generator().manual_seed(seed)
     start = torch.cat([torch.empty(p.shape, dtype=p.dtype).normal_(generator=generator).flatten() for p in weights])
     start = start.to(weights[0].device)
-    with tqdm(total=iterations, desc=title, unit="product", leave=False, delay=1) as bar:
+    with memory_errors(), tqdm(total=stopping.iterations, desc=title, unit="product", leave=False, delay=1) as bar:
 
         def apply(vector: torch.Tensor) -> torch.Tensor:
             bar.update()
             return hessian_product(model, objective, vector)
 
-        with memory_errors():
-            dominant, residual, done, converged = _power(apply, start, 0.0, tolerance, iterations)
-            value = dominant
-            if dominant < 0:
-                bar.total += iterations
-                value, residual, more, converged = _power(apply, start, dominant, tolerance, iterations)
-                done += more
-    return Eigenvalue(value, dominant, residual, done, converged)
+        value, residual, iterations, converged = _power(apply, start, 0.0, stopping)
+        dominant = value
+        if dominant < 0:
+            bar.total += stopping.iterations
+            value, residual, more, converged = _power(apply, start, dominant, stopping)
+            iterations += more
+    return Eigenvalue(value=value, dominant=dominant, residual=residual, iterations=iterations, converged=converged)
 
 
 def hessian_product(model: nn.Module, objective: Objective, vector: torch.Tensor) -> torch.Tensor:
-    """The Hessian of the loss times a vector, (P,), batch by batch."""
+    """Multiply the Hessian of the loss with a vector, (P,), batch by batch."""
     weights = list(trainable(model).values())
     pieces = [piece.view_as(p) for piece, p in zip(vector.split([p.numel() for p in weights]), weights)]
     product = torch.zeros_like(vector)
@@ -95,16 +105,16 @@ def hessian_product(model: nn.Module, objective: Objective, vector: torch.Tensor
 
 
 def _power(
-    apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, shift: float, tolerance: float, iterations: int
+    apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, shift: float, stopping: Stopping
 ) -> tuple[float, float, int, bool]:
-    """Power iteration on H - shift: eigenvalue of H, residual, products, whether it converged."""
-    vector = start / start.norm()
-    for done in itertools.count(1):
-        product = apply(vector)
+    """Iterate with H - shift: eigenvalue of H, residual, products, whether it converged."""
+    vector, done = start / start.norm(), 0
+    while True:
+        product, done = apply(vector), done + 1
         value = (vector @ product).item()
         residual = (product - value * vector).norm().item()
-        converged = residual <= tolerance * max(abs(value), abs(shift))
-        if converged or done == iterations:
+        converged = residual <= stopping.tolerance * max(abs(value), abs(shift))
+        if converged or done == stopping.iterations:
             return value, residual, done, converged
         product -= shift * vector
         vector = product / product.norm()

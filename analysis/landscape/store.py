@@ -24,9 +24,6 @@ class Points(UserDict):
         InputError: the file is of other settings and not to be replaced, is none of these, or another process has it.
     """
 
-    # What was computed stays.
-    __delitem__ = None
-
     def __init__(self, path: Path, settings: dict, replace: bool = False):
         super().__init__()
         self.path = path
@@ -81,6 +78,9 @@ class Points(UserDict):
             self._database.execute("INSERT OR REPLACE INTO points VALUES (?, ?)", [key, json.dumps(value)])
         super().__setitem__(key, value)
 
+    def __delitem__(self, key: str) -> None:
+        raise TypeError("what was computed stays")
+
     def __enter__(self) -> "Points":
         return self
 
@@ -89,7 +89,7 @@ class Points(UserDict):
 
 
 def _short(value) -> str:
-    """A setting for a message; of a digest, enough to see that it differs."""
+    """Write out a setting for a message; of a digest, enough to see that it differs."""
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:8]}..."
     return json.dumps(value)

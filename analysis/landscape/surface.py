@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.interpolate import RegularGridInterpolator
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -27,8 +28,12 @@ from image_classification.runs import checkpoints
 from ..models import Checkpoint, use_default_attention
 from .objective import Objective, memory_errors
 from .planes import Plane, flatten, trainable
-from .sharpness import Eigenvalue, largest_eigenvalue
+from .sharpness import Eigenvalue, Stopping, largest_eigenvalue
 
+
+Coordinates = dict[str, tuple[float, float]]
+# Keys of points, and loss and accuracy there.
+Results = Generator[tuple[str, tuple[float, float]], None, None]
 
 # Where the epsilon-sharpness looks, times epsilon, along each direction.
 _STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -70,33 +75,18 @@ class Landscape:
         return 100 * (self.highest - self.trained_loss) / (1 + self.trained_loss)
 
     def height(self, points: np.ndarray) -> np.ndarray:
-        """The loss at points of the plane, (M, 2), between those of the grid: bilinear; NaN outside, (M,)."""
-        column, inside_x = _place(self.x, points[:, 0])
-        row, inside_y = _place(self.y, points[:, 1])
-        i, j = row.astype(int), column.astype(int)
-        s, t = row - i, column - j
-        with np.errstate(invalid="ignore"):
-            lower = self.loss[i, j] * (1 - t) + self.loss[i, j + 1] * t
-            upper = self.loss[i + 1, j] * (1 - t) + self.loss[i + 1, j + 1] * t
-            return np.where(inside_x & inside_y, lower * (1 - s) + upper * s, np.nan)
-
-
-def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of values on an even grid, in steps from its start, and whether they are on it at all."""
-    place = (values - grid[0]) / (grid[1] - grid[0])
-    inside = (place >= -1e-9) & (place <= len(grid) - 1 + 1e-9)
-    return np.clip(place, 0, np.nextafter(len(grid) - 1, 0)), inside
+        """Interpolate the loss linearly at points of the plane, (M, 2), which gives (M,), NaN outside the grid."""
+        return RegularGridInterpolator((self.y, self.x), self.loss, bounds_error=False)(points[:, ::-1])
 
 
 def compute(
     checkpoint: Checkpoint,
     objective: Objective,
     plane: Plane,
-    x: np.ndarray,
-    y: np.ndarray,
+    grid: tuple[np.ndarray, np.ndarray],
     epsilon: float,
-    tolerance: float | None = 0.01,
-    iterations: int = 100,
+    *,
+    stopping: Stopping | None,
     devices: list[torch.device] | None = None,
     store: MutableMapping[str, dict] | None = None,
     prefix: str = "model",
@@ -108,51 +98,45 @@ def compute(
         checkpoint: the model; it is left as it is.
         objective: labelled images.
         plane: through its weights.
-        x, y: coordinates of the grid, evenly spaced, (C,), (R,).
-        epsilon: of the epsilon-sharpness, in the units of `x` and `y`.
-        tolerance, iterations: of the Hessian's power iteration, see `largest_eigenvalue`; `None` leaves it out.
+        grid: coordinates along both directions, (C,), (R,).
+        epsilon: of the epsilon-sharpness, in the units of the grid.
+        stopping: of the power iteration for the Hessian; `None` leaves it out.
         devices: one for each process that computes; default the model's, by this process.
         store: keeps each number as soon as it is there, and is asked for it first (`Points` is a file).
         prefix: of its keys.
     """
     devices = devices or [checkpoint.model.device]
     store = {} if store is None else store
-    grid = {f"{prefix}/{row}/{column}": (a, b) for row, b in enumerate(y) for column, a in enumerate(x)}
+    x, y = (np.asarray(side, dtype=float) for side in grid)
+    on_grid = {
+        f"{prefix}/{row}/{column}": (a, b) for row, b in enumerate(y.tolist()) for column, a in enumerate(x.tolist())
+    }
     square = {
         f"{prefix}/square {epsilon!r}/{a:g}/{b:g}": (a * epsilon, b * epsilon) for a in _STEPS for b in _STEPS if a or b
     }
-    points = {f"{prefix}/trained": (0.0, 0.0)} | square | grid
+    points = {f"{prefix}/trained": (0.0, 0.0)} | square | on_grid
     model = use_default_attention(dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model)))
-    evaluate(
-        model,
-        plane.directions,
-        objective,
-        {key: (float(a), float(b)) for key, (a, b) in points.items()},
-        store,
-        devices,
-        f"Loss of {checkpoint.name}",
-    )
+    evaluate(model, plane.directions, objective, points, store, devices, f"Loss of {checkpoint.name}")
     hessian = None
-    if tolerance is not None:
-        key = f"{prefix}/hessian {tolerance!r} {iterations}"
+    if stopping is not None:
+        key = f"{prefix}/hessian {stopping.tolerance!r} {stopping.iterations}"
         if key not in store:
             # The kernels and the portable path have no second derivatives.
             model.set_attn_implementation("eager")
             title = f"Hessian of {checkpoint.name}"
-            found = largest_eigenvalue(model.to(devices[0]), objective, tolerance, iterations, title=title)
-            store[key] = dataclasses.asdict(found)
+            store[key] = dataclasses.asdict(largest_eigenvalue(model.to(devices[0]), objective, stopping, title=title))
         hessian = Eigenvalue(**store[key])
 
     def values(name: str) -> np.ndarray:
-        return np.array([store[key][name] for key in grid], dtype=float).reshape(len(y), len(x))
+        return np.array([store[key][name] for key in on_grid], dtype=float).reshape(len(y), len(x))
 
     trained = store[f"{prefix}/trained"]
     return Landscape(
         name=checkpoint.name,
         kind=checkpoint.kind,
         plane=plane,
-        x=np.asarray(x, dtype=float),
-        y=np.asarray(y, dtype=float),
+        x=x,
+        y=y,
         loss=values("loss"),
         accuracy=values("accuracy"),
         trained_loss=trained["loss"],
@@ -196,7 +180,7 @@ def evaluate(
     model: nn.Module,
     directions: torch.Tensor,
     objective: Objective,
-    points: dict[str, tuple[float, float]],
+    points: Coordinates,
     store: MutableMapping[str, dict],
     devices: list[torch.device],
     title: str = "Loss",
@@ -221,17 +205,17 @@ def evaluate(
     """
     missing = {key: point for key, point in points.items() if key not in store}
     with tqdm(total=len(points), initial=len(points) - len(missing), desc=title, unit="point", leave=False) as bar:
-        way = _here if len(devices) == 1 or len(missing) < 2 else _spread
-        with contextlib.closing(way(model, directions, objective, missing, devices[: len(missing)])) as results:
+        compute_all = _compute_here if len(devices) == 1 or len(missing) < 2 else _compute_in_processes
+        results = compute_all(model, directions, objective, missing, devices[: len(missing)])
+        with contextlib.closing(results):
             for key, (loss, accuracy) in results:
                 store[key] = {"loss": loss, "accuracy": accuracy}
                 bar.update()
 
 
-Results = Generator[tuple[str, tuple[float, float]], None, None]
-
-
-def _here(model, directions, objective, points, devices) -> Results:
+def _compute_here(
+    model: nn.Module, directions: torch.Tensor, objective: Objective, points: Coordinates, devices: list[torch.device]
+) -> Results:
     if not points:
         return
     threads = torch.get_num_threads()
@@ -244,7 +228,9 @@ def _here(model, directions, objective, points, devices) -> Results:
             yield key, surface(*point)
 
 
-def _spread(model, directions, objective, points, devices) -> Results:
+def _compute_in_processes(
+    model: nn.Module, directions: torch.Tensor, objective: Objective, points: Coordinates, devices: list[torch.device]
+) -> Results:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork.
     queue = context.SimpleQueue()
     for device in devices:
@@ -268,14 +254,16 @@ def _spread(model, directions, objective, points, devices) -> Results:
             pool.shutdown(cancel_futures=True)
 
 
-_surface: Surface | None = None
+_surface: Surface  # Of a worker process.
 
 
 def _begin_worker(handed: str, devices) -> None:
     global _surface
     # Ctrl-C is the parent's to handle; should it be killed, nobody else would stop its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     device = devices.get()
     if device.type == "cpu":
         torch.set_num_threads(1)

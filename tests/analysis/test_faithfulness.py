@@ -11,6 +11,7 @@ from PIL import Image
 from analysis import faithfulness, style
 from analysis.annotations import as_seen, find_annotated
 from analysis.attention import Maps
+from analysis.faithfulness import Protocol
 from analysis.images import prepare
 from analysis.models import load_checkpoint
 from image_classification.errors import InputError
@@ -126,7 +127,7 @@ def test_a_model_follows_its_map(karat):
     """The curves begin and end with the images that they should, and are what the model says in between."""
     checkpoint = load_checkpoint(karat)
     pixels = torch.randn(3, 3, 12, 12)
-    data = faithfulness.compute(checkpoint, pixels, 1, steps=4, deleted="mean", inserted="blur", batch_size=2)
+    data = faithfulness.compute(checkpoint, pixels, 1, protocol=Protocol(steps=4, batch_size=2))
     np.testing.assert_allclose(data.shares, np.array([0, 2, 4, 7, 9]) / 9)
     with torch.inference_mode():
         whole = checkpoint.model(pixels).logits.softmax(-1)
@@ -136,9 +137,9 @@ def test_a_model_follows_its_map(karat):
         np.testing.assert_allclose(curves[:, 0], whole.amax(-1), atol=1e-5)
         np.testing.assert_allclose(curves[:, -1], empty.gather(1, whole.argmax(-1, keepdim=True))[:, 0], atol=1e-5)
     np.testing.assert_allclose(data.insertion_curves[:, :, -1], data.deletion_curves[:, :, 0], atol=1e-5)
-    again = faithfulness.compute(checkpoint, pixels, 1, steps=4)
+    again = faithfulness.compute(checkpoint, pixels, 1, protocol=Protocol(steps=4))
     np.testing.assert_allclose(again.deletion_curves, data.deletion_curves, atol=1e-6)
-    other = faithfulness.compute(checkpoint, pixels, 1, steps=4, seed=1)
+    other = faithfulness.compute(checkpoint, pixels, 1, protocol=Protocol(steps=4, seed=1))
     np.testing.assert_allclose(other.deletion_curves[0], data.deletion_curves[0], atol=1e-6)
     assert not np.allclose(other.deletion_curves[1], data.deletion_curves[1])
 
@@ -159,7 +160,7 @@ def test_the_map_of_a_class_that_one_patch_decides(karat, monkeypatch):
     pixels[:, :, 8:12, 0:4] = 5
     objects = np.zeros((4, 12, 12), dtype=bool)
     objects[:, 8:12, 0:4] = True
-    data = faithfulness.compute(checkpoint, pixels, 0, objects=objects, steps=9, inserted="mean")
+    data = faithfulness.compute(checkpoint, pixels, 0, objects, Protocol(steps=9, inserted="mean"))
     np.testing.assert_allclose(data.measures["deletion"][0], 0.5 / 9)
     np.testing.assert_allclose(data.measures["insertion"][0], 1 - 0.5 / 9)
     assert data.pointing[0].tolist() == data.iou[0].tolist() == [1] * 4
@@ -290,7 +291,7 @@ def test_what_cannot_be_measured(karat, photos, marked, refusal, tmp_path):
     folder = marked(boxes([2, 3, 6, 5]))
     assert "Give one of them" in refusal(*words, "--images", photos, "--annotated", folder)
     assert "`--split` is one of --annotated" in refusal(*words, "--images", photos, "--split", "test")
-    assert "`--share` is 1.5" in refusal(*words, "--images", photos, "--share", 1.5)
+    assert "argument --share: 1.5" in refusal(*words, "--images", photos, "--share", 1.5)
     assert "two or more" in refusal(*words, "--annotated", folder)
     assert "`--split` is 'test': " in refusal(*words, "--annotated", folder, "--split", "test")
     assert "cannot be read" in refusal(*words, "--annotated", tmp_path / "nowhere")

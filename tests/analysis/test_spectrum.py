@@ -30,10 +30,11 @@ def test_the_spectrum_of_known_matrices(karat, monkeypatch):
         turn = torch.linalg.qr(torch.randn(2, 3, 2, 10, 10, dtype=torch.float64)).Q
         return turn[0] @ torch.diag(values.double()) @ turn[1] * torch.tensor(factors[:3]).view(3, 1, 1, 1)
 
-    def record(checkpoint, pixels, blocks, batch_size, dtype):
-        return {block: Attention(of(known["scores"]), of(known["maps"])) for block in blocks}
+    def record_batches(checkpoint, pixels, blocks, batch_size, dtype):
+        for _ in pixels.split(batch_size):
+            yield {block: Attention(of(known["scores"]), of(known["maps"])) for block in blocks}
 
-    monkeypatch.setattr(spectrum, "record", record)
+    monkeypatch.setattr(spectrum, "record_batches", record_batches)
     data = spectrum.compute(checkpoint, torch.zeros(6, 3, 12, 12), block=1, batch_size=3)
     assert data.before.shape == data.after.shape == (6, 2, 10)
     for found, values in ((data.before, known["scores"]), (data.after, known["maps"])):

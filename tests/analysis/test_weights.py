@@ -121,5 +121,5 @@ def test_the_command_over_a_run(run_folder, analyse):
 
 
 def test_one_moment_is_too_few(run_folder, karat, refusal):
-    assert "expected 2 or more" in refusal("weights", "--model", run_folder, "--moments", 1)
+    assert "argument --moments: 1 is not 2 or more" in refusal("weights", "--model", run_folder, "--moments", 1)
     assert "no folder of a run" in refusal("weights", "--model", karat)

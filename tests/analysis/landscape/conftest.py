@@ -55,11 +55,15 @@ def same(state, model):
     return all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def eigenvalue(value, converged=True):
+    return Eigenvalue(value=value, dominant=value, residual=1.0, iterations=7, converged=converged)
+
+
 def made(**fields):
     """A landscape x^2 + 10 y + 5 as far as the grid goes."""
     x, y = np.linspace(-2, 2, 9), np.linspace(0, 1, 5)
     loss = x**2 + 10 * y[:, None] + 5
     plane = Plane("random", "filter", torch.zeros(2, 3))
     values = {"loss": loss, "accuracy": 0 * loss, "trained_loss": 5.0, "trained_accuracy": 1.0}
-    values |= {"epsilon": 0.5, "highest": 5.6, "hessian": Eigenvalue(1234.5, 1234.5, 1.0, 7, True)}
+    values |= {"epsilon": 0.5, "highest": 5.6, "hessian": eigenvalue(1234.5)}
     return Landscape(**{"name": "a", "kind": "karat", "plane": plane, "x": x, "y": y, **values, **fields})

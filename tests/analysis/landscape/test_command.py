@@ -177,7 +177,7 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_computed(
     assert "both say which" in refused("--images", classes, "--data-set", "digits")
     assert "there are 0. Or choose random" in refused("--images", classes, "--directions", "pca")
     assert "and it is none" in refused("--images", classes, "--normalise", "none")
-    assert "expected 3 or more" in refused("--images", classes, "--grid", 2)
+    assert "argument --grid: 2 is not 3 or more" in refused("--images", classes, "--grid", 2)
     assert "did not move in two dimensions" in refused("--directions", "pca", model=run_folder)
     assert "there are 2" in refused("--directions", "pca", "--no-start", model=run_folder)
     assert "Unknown data set 'digit'" in refused("--data-set", "digit")

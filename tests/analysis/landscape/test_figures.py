@@ -8,21 +8,20 @@ import torch
 from analysis import style
 from analysis.landscape import command, figures
 from analysis.landscape.planes import Plane
-from analysis.landscape.sharpness import Eigenvalue
 from image_classification.errors import InputError
 
-from .conftest import made
+from .conftest import eigenvalue, made
 
 
 def test_sharpness_and_what_is_said_of_it():
     assert made().epsilon_sharpness == pytest.approx(10)
     assert figures.described(made()).startswith(r"$\lambda_\mathrm{max} = 1230$")
-    unsure = made(hessian=Eigenvalue(0.001234, 1.0, 1.0, 7, False))
+    unsure = made(hessian=eigenvalue(0.001234, converged=False))
     assert figures.described(unsure).startswith(r"$\lambda_\mathrm{max} \approx 0.00123$")
     assert "lambda" not in figures.described(made(hessian=None))
     assert "10 %" in figures.described(made())
     # A loss that overflows is null in the JSON, which knows no infinity.
-    numbers = command.numbers_of("a", made(highest=np.inf, hessian=Eigenvalue(np.nan, np.nan, np.nan, 9, False)))
+    numbers = command.numbers_of("a", made(highest=np.inf, hessian=eigenvalue(np.nan, converged=False)))
     assert (numbers["loss"], numbers["epsilon_sharpness_percent"]) == (5.0, None)
     assert numbers["hessian"]["value"] is None
     json.dumps(numbers, allow_nan=False)
