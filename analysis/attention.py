@@ -80,7 +80,7 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, query: int
 
 
 def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, batch_size: int = 8) -> list[Maps]:
-    """`compute` for every block, first to last, in the same forward passes: rollout needs the maps of all anyway."""
+    """Compute what one query of every block sees, in the same forward passes: rollout needs the maps of all anyway."""
     before, after, rolled = [], [], []
     for recorded in record_batches(checkpoint, pixels, list(range(checkpoint.blocks)), batch_size):
         # Copies, so that the whole N x N maps are not kept alive: (L, B, h, N).
@@ -107,7 +107,7 @@ def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, ba
 
 def rollout(maps: list[np.ndarray]) -> np.ndarray:
     """
-    Attention rollout (Abnar and Zuidema 2020): the product over the blocks of (A + I)/2, A the mean over the heads.
+    Compute attention rollout (Abnar and Zuidema 2020): the product over the blocks of (A + I)/2, A the mean over heads.
 
     Signed maps go in as magnitudes, each row of the mean divided by its sum. A row of zeros passes on its own token.
 

@@ -68,7 +68,7 @@ class Checkpoint:
 
     @property
     def tokens(self) -> int:
-        """N: the patches and [CLS], which comes first."""
+        """The number of tokens, N: the patches and [CLS], which comes first."""
         return self.grid[0] * self.grid[1] + 1
 
     @property
@@ -137,7 +137,7 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
 
 
 def use_default_attention(checkpoint: Checkpoint, karat: str | None = None) -> PreTrainedModel:
-    """Take the model with attention as it runs by default, or KArAt heads by the implementation named."""
+    """Have the model attend as it does by default, or KArAt heads by the implementation named."""
     model = checkpoint.model
     model.set_attn_implementation(
         (karat or model.get_correct_attn_implementation(None)) if checkpoint.is_karat else "sdpa"

@@ -86,12 +86,14 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def above_zero(text: str) -> float:
+    """Read the value of a flag above 0."""
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return float(text)
 
 
 def share(text: str) -> float:
+    """Read the value of a flag above 0 and at most 1."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return float(text)

@@ -88,7 +88,7 @@ class Output:
 
     @contextlib.contextmanager
     def _whole(self, name: str) -> Iterator[Path]:
-        """Give a path to write to that becomes the file once it is whole."""
+        """Open a path to write to, which becomes the file once it is whole."""
         assert name in self.names, name
         with written_whole(self.folder / name) as part:
             yield part

@@ -60,7 +60,7 @@ def record_batches(
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
 ) -> Iterator[dict[int, Attention]]:
-    """`record` batch by batch, for what need not be kept of all images at once."""
+    """Run and keep as `record`, batch by batch, for what need not be kept of all images at once."""
     model = checkpoint.model
     model.set_attn_implementation("eager")  # the one that has maps
     own = model.dtype

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: timing, memory, hardware and versions, the CSV."""
+"""Tools that the benchmarks share: timing, memory, hardware and versions, the CSV."""
 
 import csv
 import itertools

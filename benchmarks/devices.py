@@ -42,6 +42,8 @@ LIMITS = {"gradients": 1e-3, "weights": 0.1}
 @dataclass(frozen=True)
 class Size:
     """
+    The size of the runs on one kind of device.
+
     Args:
         model: fields of the model's configuration in place of the preset's.
         images: of the runs that are compared, in an epoch of three steps, the last of which is not full.

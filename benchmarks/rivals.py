@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a user would train a ViT-Tiny with instead, on the same files and card, beside the script's runs: a loop of one's
-own around timm's model, loader and mixup, and Transformers' plain Trainer with the transforms of its example script.
+Programs that a user would train a ViT-Tiny with instead, on the same files and card, beside the script's runs: a loop
+of one's own around timm's model, loader and mixup, and Transformers' plain Trainer with the transforms of its example
+script.
 
 Both leave out what the recipe has beside: the average of the weights, clipping and evaluation for the loop, and strong
 augmentation for the Trainer, too. That is to their advantage.

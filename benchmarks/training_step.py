@@ -31,7 +31,7 @@ LIMIT = 1e-3
 @dataclass(frozen=True)
 class Case:
     """
-    What is measured for every way to attend.
+    A model and its batch, which are measured for every way to attend.
 
     Args:
         size: of `SIZES`.
@@ -46,6 +46,7 @@ class Case:
     image_size: int = 224
 
     def build(self, provider: str, device: str):
+        """Build the model with one way to attend."""
         torch.manual_seed(0)
         shape = {**SIZES[self.size], "image_size": self.image_size, "num_labels": 10}
         if provider == "softmax":
@@ -55,6 +56,7 @@ class Case:
         return model
 
     def inputs(self, device: str) -> dict[str, torch.Tensor]:
+        """Draw the batch."""
         images = torch.randn(self.batch, 3, self.image_size, self.image_size, device=device)
         return {"pixel_values": images, "labels": torch.randint(0, 10, (self.batch,), device=device)}
 

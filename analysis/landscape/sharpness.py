@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sharply the loss curves at the trained weights: the largest eigenvalue of its Hessian."""
+"""Sharpness of the loss at the trained weights: the largest eigenvalue of its Hessian."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -71,7 +71,7 @@ class Landscape:
 
     @property
     def epsilon_sharpness(self) -> float:
-        """100 (max L - L0) / (1 + L0) over the square: percent."""
+        """The highest rise within the square, 100 (max L - L0) / (1 + L0), in per cent."""
         return 100 * (self.highest - self.trained_loss) / (1 + self.trained_loss)
 
     def height(self, points: np.ndarray) -> np.ndarray:
