@@ -45,15 +45,15 @@ test-quick: $(VENV)/.installed-test ## Run the tests that start no processes and
 test-pinned: $(VENV)/.installed-test ## Run the tests with the versions of constraints.txt; ARGS go to pytest
 	$(pytest) $(ARGS)
 
-# Not the arithmetic of the operator, which Transformers has no part in.
+# Not the arithmetic of the operator, which Transformers has no part in, nor what compilers make of each basis.
 arithmetic := basis initialisation karat_operator kernels projection
 export := tests/system/test_compile_and_export.py
+exported := operators_compile operators_export onnx_by_the_exporter_of_torchscript
 
 test-lowest: $(lowest)/.installed ## Run what depends on Transformers' version with the lowest
 	PYTHONPATH=$(lowest) $(pytest) \
 		tests/modeling_karat_vit $(arithmetic:%=--ignore=tests/modeling_karat_vit/test_%.py) \
-		$(export) --deselect=$(export)::test_operators_export \
-		--deselect=$(export)::test_onnx_by_the_exporter_of_torchscript \
+		$(export) $(exported:%=--deselect=$(export)::test_%) \
 		tests/test_presets.py tests/system/test_remote_code.py tests/system/test_optional_packages.py \
 		tests/image_classification/training tests/system/test_publisher.py::test_from_the_shell_to_a_stranger
 

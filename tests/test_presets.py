@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The presets in `configuration/`: they load offline, and have the paper's parameter counts, to the last parameter."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,9 @@ def test_the_backbone_follows_deit(name):
     assert (config.layer_norm_eps, config.qkv_bias, config.num_labels) == (1e-6, True, 1000)
 
 
-def test_presets_are_named_after_what_they_hold():
-    folders = {path.parent.name for path in CONFIGURATION.glob("*/config.json")}
-    assert folders == {*BASELINES, *BLOCKWISE, *UNIVERSAL, "karat_digits"}
+def test_presets_are_named_after_what_they_hold_and_set_nothing_else():
+    paths = {path.parent.name: path for path in CONFIGURATION.glob("*/config.json")}
+    assert paths.keys() == {*BASELINES, *BLOCKWISE, *UNIVERSAL, "karat_digits"}
+    for name, path in paths.items():
+        default = type(preset(name))()
+        assert not [key for key in json.loads(path.read_text()) if not hasattr(default, key)], name

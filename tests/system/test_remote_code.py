@@ -76,10 +76,10 @@ print(json.dumps(checked))
 """
 
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """A folder for each basis, saved by the classifier, and by the model alone."""
-    root = tmp_path / "saved"
+    root = tmp_path_factory.mktemp("strangers") / "saved"
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, 8, 8)
     for name, operator in OPERATORS.items():
