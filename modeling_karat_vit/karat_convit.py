@@ -127,9 +127,13 @@ def _grid(model, image_size, index: int) -> tuple[int, int]:
 
 @strict
 class KArAtConViTConfig(TimmWrapperConfig):
-    """`TimmWrapperConfig` of a ConViT, and `karat`."""
+    """
+    `TimmWrapperConfig` of a ConViT, and `karat`. In a checkpoint of timm, `pretrained_cfg` says how images are
+    processed, and AutoImageProcessor has to be told which class reads it.
+    """
 
     model_type = "karat_convit"
+    image_processor_type: str = "TimmWrapperImageProcessor"
     karat: dict | None = None
 
 

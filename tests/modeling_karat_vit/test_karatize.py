@@ -2,11 +2,15 @@
 """KArAt heads in other vision models."""
 
 import copy
+import json
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     TimmWrapperConfig,
@@ -16,7 +20,7 @@ from transformers import (
 from modeling_karat_vit import karatize
 from modeling_karat_vit.karat_heads import KArAtHeads, OperatorConfig, biased_karat_attention
 from modeling_karat_vit.karat_operator import KArAtOperator
-from tests.backbones import MAKERS, OPERATOR, UNSUPPORTED, features, images_for, make
+from tests.backbones import CONVIT, MAKERS, OPERATOR, UNSUPPORTED, features, images_for, make
 
 
 @pytest.fixture(params=MAKERS)
@@ -239,6 +243,28 @@ def test_gates_and_positions_stay(start):
     torch.testing.assert_close(block(tokens[0]), gated.proj((maps[0] @ values).transpose(1, 2).flatten(2)))
     assert block.maps is None and model(images).attentions is None
     torch.testing.assert_close(model(images, output_attentions=True, return_dict=False)[1], maps, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_timm(tmp_path):
+    """With timm's own configuration and names of weights, and an image processor that comes along."""
+    source = make("convit_classifier")
+    (tmp_path / "timm").mkdir()
+    processing = {"input_size": [3, 8, 8], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "crop_pct": 1.0}
+    config = {**CONVIT, "num_classes": 3, "label_names": ["ant", "bee", "cow"], "pretrained_cfg": processing}
+    del config["num_labels"]
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    save_file(source.timm_model.state_dict(), tmp_path / "timm" / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "timm").eval()
+    images = images_for(source)
+    expected = source(images).logits
+    assert torch.equal(loaded(images).logits, expected)
+    karatize(loaded, **OPERATOR).save_pretrained(tmp_path / "karat")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "karat").eval()
+    assert torch.equal(again(images).logits, expected) and again.config.id2label[1] == "bee"
+    processors = [AutoImageProcessor.from_pretrained(tmp_path / name) for name in ("timm", "karat")]
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    own, karat = (processor(image)["pixel_values"] for processor in processors)
+    assert torch.equal(own, karat) and abs(float(karat[0, 0, 0, 0]) - (200 / 255 - 0.1) / 0.5) < 1e-5
 
 
 def test_convit_of_the_paper():
