@@ -11,12 +11,15 @@ from huggingface_hub import (
     HfApi,
     constants,
     get_token,
+    hf_hub_download,
     snapshot_download,
 )
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,  # Of the HTTP library that huggingface_hub uses: httpx, or httpx2.
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -110,6 +113,27 @@ def patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         client.timeout = before
+
+
+def download_file(name: str, file: str) -> Path | None:
+    """
+    A file of a repository; `None` if it has none of that name, or `HF_HUB_OFFLINE` is set and the cache has none.
+
+    Args:
+        name: `USER/NAME`.
+        file: its path in the repository.
+
+    Raises:
+        InputError: there is no such repository, or the Hub cannot be asked.
+    """
+    try:
+        return Path(hf_hub_download(name, file))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+            raise InputError(f"{file} of {name}: {explain(error).reason}.") from error
+        return None
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"no folder here, nor from the Hub: {explain(error).reason}.") from error
 
 
 def download_checkpoint(name: str, token: str | None = None) -> Path:

@@ -25,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 # Transformers 5.17 has it under the short name only where torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import cached_file, is_peft_available
+from transformers.utils import is_peft_available
 
 import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
 from modeling_karat_vit.configuration_karat_vit import height_and_width
@@ -46,8 +46,9 @@ UNUSED = re.compile(
     r"(\w+\.)?(pooler\.|layernorm\.|embeddings\.mask_token$)|decoder\.|lm_head\.|distillation_classifier\."
     rf"|text_model\.|(text|visual)_projection\.|logit_(scale|bias)$|{_INDICES}"
 )
-# An adapter of PEFT: what it is and of which model, its weights, and how their names begin.
-ADAPTER, ADAPTER_WEIGHTS, ADAPTED = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+# An adapter of PEFT: what it is, the field that says of which model, its weights, and how their names begin.
+ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
+ADAPTER_WEIGHTS, ADAPTED = "adapter_model.safetensors", "base_model.model."
 # Larger images are no vision transformer's.
 LARGEST_SIDE = 2**14
 # Nor are more classes a data set's: Transformers makes a name for each of those that have none.
@@ -94,21 +95,17 @@ def load_config(source: str, setting: str) -> PreTrainedConfig:
     try:
         path = find_file(source, "config.json")
         if path is None and (base := base_of_adapter(source)) is not None:
-            config = load_config(base, setting)
+            config = load_config(base, BASE)
             head = _adapter_header(source).get(f"{ADAPTED}classifier.weight")
             if head is not None and head[1][0] != config.num_labels:
                 config.num_labels = head[1][0]
             return config
         if path is None and not folder.is_dir():
-            path = Path(cached_file(source, "config.json"))  # Raises what the Hub said.
+            reason = "HF_HUB_OFFLINE is set" if hub.constants.HF_HUB_OFFLINE else "there is no config.json"
+            raise InputError(f"no folder here, nor from the Hub: {reason}.")
         written = None if path is None else checkpoints.read_json(path)
     except InputError as error:
         raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
-    except Exception as error:  # The Hub's client has no common base of its errors.
-        reason = reason_of(error).rstrip(".")
-        raise InputError(
-            f"`{setting}` {source} cannot be loaded: no folder here, nor from the Hub: {reason}."
-        ) from error
     if path is None:
         raise InputError(f"`{setting}` is {source}, which holds no config.json: it is no checkpoint folder.")
     if wrong := _wrong_in_config(written):
@@ -237,9 +234,9 @@ def base_of_adapter(source: str) -> str | None:
     if find_file(source, checkpoints.WEIGHTS) is not None or (path := find_file(source, ADAPTER)) is None:
         return None
     content = checkpoints.read_json(path)
-    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-    if not isinstance(base, str) or not base.strip():
-        raise InputError(f"{path} names no `base_model_name_or_path`, the model that the adapter belongs to")
+    base = content.get(BASE) if isinstance(content, dict) else None
+    if not isinstance(base, str) or not base.strip() or base == source:
+        raise InputError(f"{path} names no other `{BASE}`, the model that the adapter belongs to.")
     return base
 
 
@@ -259,11 +256,11 @@ def _merged(source: str, base: str, setting: str) -> dict[str, torch.Tensor]:
     header = _adapter_header(source)
     config = load_config(source, setting)
     check_type(config, source, setting)
-    model, new = load_weights(base, setting, config, may_lack=HEAD, may_drop=UNUSED)
+    model, new = load_weights(base, BASE, config, may_lack=HEAD, may_drop=UNUSED)
     if missing := sorted(name for name in new if ADAPTED + name not in header):
         raise InputError(f"neither the adapter nor its base model {base} has the weights {_some(missing)}")
     try:
-        adapted = PeftModel.from_pretrained(model, source)
+        adapted = PeftModel.from_pretrained(model, find_file(source, ADAPTER).parent)  # Of the Hub, in its cache.
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         merged = adapted.merge_and_unload()
     except Exception as error:  # PEFT's checks have no common base.
@@ -325,7 +322,7 @@ def load_image_processor(
     try:
         path = find_file(source, "preprocessor_config.json")
         if path is None and (base := base_of_adapter(source)) is not None:
-            return load_image_processor(base, setting, image_size)
+            return load_image_processor(base, BASE, image_size)
         content = {} if path is None else checkpoints.read_json(path)
     except InputError as error:
         raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
@@ -363,17 +360,15 @@ def find_file(source: str, name: str) -> Path | None:
     A file of a folder or Hub repository, if there is one.
 
     Raises:
-        InputError: there is something of that name that is no file, as a folder, or a link that leads nowhere.
+        InputError: there is something of that name that is no file, as a folder, or a link that leads nowhere; or the
+            Hub cannot be asked.
     """
     if Path(source).is_dir():
         path = Path(source) / name
         if os.path.lexists(path) and not path.is_file():
             raise InputError(f"{path} is no file that can be read: put back a copy of it.")
         return path if path.is_file() else None
-    try:
-        return Path(cached_file(source, name))
-    except OSError:
-        return None
+    return hub.download_file(source, name)
 
 
 def _wrong_in_config(written: Any) -> str | None:

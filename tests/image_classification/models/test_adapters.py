@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of PEFT: every command loads their folders as models, and they never get the base model's weights."""
+"""
+Adapters of PEFT: every command loads their folders, and their repositories on the Hub, as models; and they never get
+the base model's weights.
+"""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 
 import predict
+from analysis import __main__ as analyses
+from analysis.demo.command import load_viewers
 from analysis.models import load_checkpoint
+from image_classification import main as script
 from image_classification.errors import InputError
 from image_classification.models.building import build_model
-from image_classification.models.loading import load_image_processor, load_model
-from image_classification.settings.arguments import ModelArguments
+from image_classification.models.loading import ADAPTER_WEIGHTS, load_image_processor, load_model
+from image_classification.settings.arguments import ModelArguments, RunArguments
+from image_classification.training.trainer import ImageClassificationTrainer
 from modeling_karat_vit import KArAtViTForImageClassification
 from tests.models import make_model, save_checkpoint
 
@@ -79,6 +90,72 @@ def test_an_adapter_for_other_classes(tmp_path):
     assert load_model(str(tmp_path / "adapter"), "--model")[0].config.id2label[4] == "z"
 
 
+def push(hub, name: str, folder: Path | str) -> str:
+    """A repository of the files of a folder, which is gone then."""
+    hub.add(name, {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+    shutil.rmtree(folder)
+    return name
+
+
+def point(adapter: Path, base: str) -> None:
+    """Name another base model."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base_on_hub", [True, False])
+def test_an_adapter_on_the_hub_loads_as_its_model(base_on_hub, adapter, hub, tmp_path, capsys):
+    folder, base, pixels, expected = adapter
+    if base_on_hub:
+        point(folder, push(hub, "me/base", base))
+    name = push(hub, "me/adapter", folder)
+    started = build_model(ModelArguments(finetune=name), ["a", "b"]).eval()
+    for model in (load_model(name, "--model")[0].eval(), load_checkpoint(name).model, started):
+        torch.testing.assert_close(model(pixels).logits, expected, atol=1e-5, rtol=1e-5)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (9, 9), "red").save(image)
+    assert predict.main([str(image), "--model", name]) == 0
+    assert "%" in capsys.readouterr().out
+    (viewer,) = load_viewers(name)  # Of the page.
+    assert viewer.see(str(image)).maps
+
+
+@pytest.mark.parametrize("base", ["outputs/gone", "/outputs/gone", "me/gone"])
+@pytest.mark.parametrize("on_hub", [True, False])
+def test_a_base_model_that_is_missing_is_one_line(base, on_hub, adapter, hub, capsys):
+    folder = adapter[0]
+    point(folder, base)
+    source = push(hub, "me/adapter", folder) if on_hub else str(folder)
+    for command in (
+        lambda: predict.main(["image.png", "--model", source]),
+        lambda: script.main(["--eval", "--resume", source, "--data_set", "digits", "--use_cpu"]),
+        lambda: script.main(
+            ["--finetune", source, "--data_set", "digits", "--use_cpu", "--output_dir", f"{folder}-out"]
+        ),
+        lambda: analyses.main(["functions", "--model", source]),
+    ):
+        assert command() == 2
+        message = capsys.readouterr().err.strip()
+        assert len(message.splitlines()) == 1
+        assert source in message and "`base_model_name_or_path`" in message and base in message
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json", "adapter_model.safetensors"])
+def test_a_hub_that_refuses_an_adapters_file_is_named(file, adapter, hub, capsys):
+    name = push(hub, "me/adapter", adapter[0])
+    hub.fail(rf"/{re.escape(file)}", 403, 99)
+    assert predict.main(["image.png", "--model", name]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and name in message and "told so" in message
+
+
+def test_an_adapter_that_names_itself_as_its_base(adapter):
+    point(adapter[0], str(adapter[0]))
+    with pytest.raises(InputError, match="base_model_name_or_path"):
+        load_model(str(adapter[0]), "--model")
+
+
 def test_a_space_takes_no_adapter(adapter):
     from analysis.demo.space import files
     from analysis.demo.viewer import Viewer
@@ -87,13 +164,46 @@ def test_a_space_takes_no_adapter(adapter):
         files([Viewer(load_checkpoint(str(adapter[0])), "adapter")], [])
 
 
-def test_an_adapter_folder_never_gets_base_weights(tmp_path):
-    model = make_model()
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path)
-    weights = [path.name for path in tmp_path.iterdir() if path.suffix in (".safetensors", ".bin")]
-    assert weights == ["adapter_model.safetensors"]
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4096
+def train_and_save(model, lora: LoraConfig, way: str, folder: Path):
+    """The model with an adapter that was changed and saved: by PEFT, by Transformers, or by our Trainer."""
+    if way == "transformers":
+        model.add_adapter(lora)
+    else:
+        model = get_peft_model(model, lora)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    if way == "trainer":
+        args = RunArguments(output_dir=str(folder), use_cpu=True, eval_strategy="no")
+        ImageClassificationTrainer(model=model, args=args).save_model()
+    else:
+        model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("way", ["peft", "transformers", "trainer"])
+@pytest.mark.parametrize("kind, fields", [("karat", {}), ("karat", {"sharing": "universal"}), ("softmax", {})])
+@torch.no_grad()
+def test_an_adapter_folder_has_no_base_weights_and_comes_back_bit_equal(kind, fields, way, tmp_path):
+    base = save_checkpoint(make_model(kind, labels=["a", "b"], **fields), tmp_path / "base")
+    saved = ["classifier", "operator"] if kind == "karat" else ["classifier"]
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
+    model, folder = load_model(base, "--model")[0], tmp_path / "adapter"
+    model = train_and_save(model, lora, way, folder)
+    assert [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")] == [ADAPTER_WEIGHTS]
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    others = {name for name in weights if not re.search(r"\.lora_[AB]\.weight$", name)}
+    assert {part for name in others for part in saved if f".{part}." in name} == set(saved)
+    assert all(any(f".{part}." in name for part in saved) for name in others)
+    back = PeftModel.from_pretrained(load_model(base, "--model")[0], folder).eval()
+    again = get_peft_model_state_dict(back)
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
+    pixels = torch.randn(2, 3, 8, 8)
+    assert torch.equal(back(pixels).logits, model(pixels).logits)
+    merged = load_model(str(folder), "--model")[0].eval()
+    torch.testing.assert_close(merged(pixels).logits, model(pixels).logits)
 
 
 @pytest.mark.parametrize("damage", ["base", "rank", "truncated", "no weights", "names"])
