@@ -31,7 +31,8 @@ def by_hand(model, processor, images: Path) -> dict:
     """The figures, image by image."""
     found = sorted(images.rglob("*.jpg"))
     logits = torch.cat([model.eval()(**processor(read_image(path), return_tensors="pt")).logits for path in found])
-    labels = torch.tensor([model.config.label2id[path.parent.name] for path in found])
+    names = [path.stem.partition("-")[0] if "-" in path.stem else path.parent.name for path in found]
+    labels = torch.tensor([model.config.label2id[name] for name in names])
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     accuracy = (logits.argmax(-1) == labels).double().mean().item()
     return {"eval_loss": pytest.approx(loss, rel=1e-4), "eval_accuracy": pytest.approx(accuracy)}
@@ -42,10 +43,23 @@ def source(tmp_path):
     return save_checkpoint(make_model(labels=LABELS, seed=1), tmp_path / "model")
 
 
-@pytest.mark.parametrize("folder", ["validation", "."])
-def test_a_part_of_the_classes_without_images_to_train_on(folder, source, tmp_path):
+def flatten(folder: Path) -> None:
+    """Put the images of class folders side by side, and their classes into a metadata.csv."""
+    lines = ["file_name,label"]
+    for path in sorted(folder.glob("*/*.jpg")):
+        name = f"{path.parent.name}-{path.name}"
+        path.rename(folder / name)
+        lines.append(f"{name},{path.parent.name}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("layout", ["validation", ".", "metadata"])
+def test_a_part_of_the_classes_without_images_to_train_on(layout, source, tmp_path):
     """The data's classes have the model's labels, by their names."""
-    images = make_image_folder(tmp_path / "images", splits=((folder, 8),), classes=("blue", "green", "red"))
+    split = "." if layout == "." else "validation"
+    images = make_image_folder(tmp_path / "images", splits=((split, 8),), classes=("blue", "green", "red"))
+    if layout == "metadata":
+        flatten(images / split)
     figures = evaluate(source, images, tmp_path / "figures")
     expected = by_hand(load_model(source, "--model")[0], load_image_processor(source, "--model"), images)
     assert {name: figures[name] for name in expected} == expected

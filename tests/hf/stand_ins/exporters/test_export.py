@@ -3,7 +3,7 @@
 Stand-in for a module that the source distribution lacks.
 
 Untested for it: Transformers' exporters (torch.export, ONNX, ExecuTorch) by their own tests;
-tests/modeling_karat_vit/test_export.py exports our models.
+tests/system/test_compile_and_export.py exports our models.
 """
 
 
