@@ -114,11 +114,11 @@ class DeviceAugmentation:
         if self.in_order:
             wanted = range(batch["first"] // self.rows, batch["last"] // self.rows + 1)
         parts = len(self.held)
+        if self.table is None:
+            self.table = torch.empty(parts * self.rows, self.draws.words, device=index.device)
         for block in wanted:
             if self.held[block % parts] == (batch["epoch"], block):
                 continue
-            if self.table is None:
-                self.table = torch.empty(parts * self.rows, self.draws.words, device=index.device)
             self.held[block % parts] = (batch["epoch"], block)
             begin = block % parts * self.rows
             self.table[begin : begin + self.rows].copy_(self._draw(index.device, batch["epoch"], block))
@@ -163,9 +163,9 @@ class DeviceAugmentation:
         parts = self.draws.begin_of_parts, self.draws.parts
         return kernels.finish(images, drawn, *parts, self.mean, self.std, self.noise, self.mode)
 
-    def flipped(self, pixels: torch.Tensor | None, items: torch.Tensor | None, drawn: torch.Tensor) -> torch.Tensor:
+    def flipped(self, pixels: Any, items: torch.Tensor | None, drawn: torch.Tensor) -> torch.Tensor:
         """Cropped and resized, if they were not, and flipped: uint8 (B, 3, height, width)."""
-        if items is not None:
+        if self.images is not None and items is not None:
             boxes = drawn[:, BOX:FLIP].long().tolist()
             crops = [self.images.crop(item, box) for item, box in zip(items.tolist(), boxes, strict=True)]
             pixels = torch.stack([resize(crop, self.size, self.interpolation) for crop in crops]).to(drawn.device)
@@ -229,16 +229,16 @@ def build_augmentation(
     Raises:
         InputError: as `DeviceAugmentation` and `load_resident` have it.
     """
-    if args.augment_on == "workers" or (args.augment_on == "auto" and run.device.type != "cuda"):
+    if data.train is None or args.augment_on == "workers" or (args.augment_on == "auto" and run.device.type != "cuda"):
         return None
     if args.augment_on == "auto" and (why := _only_workers(args, run.device, processor)):
         logger.info(f"Images  augmented by the workers: {why}")
         return None
     images, items, how = None, len(data.train), "workers decode and crop"
     if args.resident_share > 0 and not args.streaming:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or run.world_size)
         images, how = load_resident(
-            data.train, "training", run.device, args.resident_share, processes, run.dataloader_num_workers
+            data.train, "training", run.device, args.resident_share, processes, run.dataloader_num_workers or 0
         )
     if args.repeated_aug:
         items *= REPEATS

@@ -149,7 +149,7 @@ class Draws:
     def __init__(self, args: DataArguments, size: tuple[int, int], mean, seed: int):
         self.args, self.size, self.seed = args, size, seed
         policies = auto_augment(args, size, mean)
-        self.policy = Policy(policies[0], args.auto_augment) if policies else None
+        self.policy = Policy(policies[0], str(args.auto_augment)) if policies else None
         self.jitter = args.color_jitter if self.policy is None else 0.0
         self.erasing = random_erasing(args)
         self.layers = self.policy.layers if self.policy is not None else 3 if self.jitter > 0 else 0

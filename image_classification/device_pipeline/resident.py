@@ -146,8 +146,8 @@ def load_resident(
     # PyTorch pins powers of two.
     if (2 ** math.ceil(math.log2(needed)) if pinned else needed) > most:
         return None, f"decoded they would take about {needed / 2**30:,.2f} GiB, {too_large}"
-    where = {"dtype": torch.uint8, "device": device if on_device else "cpu", "pin_memory": pinned}
-    pixels, sides, end = torch.empty(needed, **where), [], 0
+    where: dict[str, Any] = {"dtype": torch.uint8, "device": device if on_device else "cpu", "pin_memory": pinned}
+    pixels, of_parts, end = torch.empty(needed, **where), [], 0
     for part, of_part in in_workers(_Decoded(split, name), "Decoding images", workers):
         begin, end = end, end + len(part)
         if end > most:
@@ -156,8 +156,8 @@ def load_resident(
             pixels, before = torch.empty(min(end + end // 8, most), **where), pixels
             pixels[:begin].copy_(before[:begin])
         pixels[begin:end].copy_(part)
-        sides.append(of_part)
-    sides = torch.cat(sides)
+        of_parts.append(of_part)
+    sides = torch.cat(of_parts)
     lengths = 3 * sides.long().prod(1)
     images = ResidentImages(
         pixels[:end],
@@ -197,7 +197,7 @@ def _start_worker(worker: int) -> None:
     outlive_signals()
 
 
-def in_workers(parts: torch.utils.data.Dataset, doing: str, workers: int) -> Iterator:
+def in_workers(parts: _Decoded, doing: str, workers: int) -> Iterator:
     """What is in a data set, in order, prepared by processes; with a progress bar where it takes a while."""
     loader = torch.utils.data.DataLoader(parts, batch_size=None, num_workers=workers, worker_init_fn=_start_worker)
     hidden = int(os.environ.get("LOCAL_RANK", 0)) > 0
@@ -282,11 +282,11 @@ class ResidentEvaluation(ImageSource):
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
     def _load(self) -> torch.Tensor:
-        pixels, end = None, 0
+        pixels, end = torch.empty(0), 0
         processed = functools.partial(_processed, self.processor)  # Goes to processes, and must not take tensors along.
         for part, sides in in_workers(_Decoded(self.split, self.name, processed), "Reading images", self.workers):
             part = part.view(len(sides), *sides[0].tolist(), 3)
-            if pixels is None:
+            if end == 0:
                 pixels = part.new_empty((len(self), *part.shape[1:]), device=self.device)
             pixels[end : end + len(part)] = part
             end += len(part)

@@ -12,18 +12,12 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-)
-from huggingface_hub.errors import (
-    HFValidationError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
 
 from ..errors import InputError, more, reason_of
@@ -109,23 +103,25 @@ class Destination:
                 f"`hub_private_repo`: {main.url} is public. Make it private there ({main.url}/settings), choose "
                 "another --hub_model_id, or leave the flag out."
             )
-        if content is None:
+        if content is None and self.revision is not None:
             # A new branch begins with the files of `main`, which keeps them, and is this run's.
             repository.api.create_branch(self.name, branch=self.revision, exist_ok=True)
-            record = json.dumps({"run": self.run, "files": there.ours})
-            repository.commit({RECORD: record.encode()}, [], f"Begin {self.revision}", there.head)
-            return repository.look()
-        if self.overwrite or not content.blobs:
-            return content
-        if content.record is None:
-            found = sorted(content.blobs)
+            record = {"run": self.run, "files": there.ours}
+            head = repository.commit(
+                {RECORD: json.dumps(record).encode()}, [], f"Begin {self.revision}", there.head
+            ).oid
+            return replace(there, head=head, record=record, pushed_last=True)
+        if self.overwrite or not there.blobs:
+            return there
+        if there.record is None:
+            found = sorted(there.blobs)
             holds = f"holds files that no run pushed ({', '.join(found[:3])}{more(found, 3)})"
-        elif content.record.get("run") != self.run:
+        elif there.record.get("run") != self.run:
             holds = "holds the model of another run"
-        elif not content.pushed_last:
+        elif not there.pushed_last:
             holds = "was changed by somebody after this run's last push"
         else:
-            return content
+            return there
         raise Conflict(
             f"`push_to_hub`: {repository.url} {holds}. Choose another repository with --hub_model_id, a new branch of "
             "it with --hub_revision, or replace what is in the way with --hub_overwrite (its history keeps it)."
@@ -143,17 +139,17 @@ class Destination:
             Conflict: see `claim`.
         """
         content = self.claim()
-        own = content.record is not None and content.record.get("run") == self.run
+        ours = content.record if content.record is not None and content.record.get("run") == self.run else {}
         last = any(path.startswith(f"{LAST_CHECKPOINT}/") for path in files)
         stays = {
             path
             for path in content.ours
-            if own and "/" in path and not (last and path.startswith(f"{LAST_CHECKPOINT}/"))
+            if ours and "/" in path and not (last and path.startswith(f"{LAST_CHECKPOINT}/"))
         }
         # Every commit changes it: by the sums of the files, or where somebody else's commit is the last, by its name.
-        record = {"run": self.run, "onto": content.record.get("onto") if own and content.pushed_last else content.head}
+        record = {"run": self.run, "onto": ours.get("onto") if content.pushed_last and ours else content.head}
         record["files"] = dict.fromkeys(stays, "") | {path: sha256(file) for path, file in files.items()}
-        written = {**files, RECORD: (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()}
+        written: dict[str, Path | bytes] = {**files, RECORD: json.dumps(record, indent=1, sort_keys=True).encode()}
         stale = sorted(set(content.ours) - stays - files.keys())
         commit = self.repository.commit(written, stale, message, content.head)
         return {"url": self.repository.url, "changed": commit.oid != content.head}
@@ -214,7 +210,8 @@ def push_with_patience(
         `name` of the repository, and what `Destination.push` returns; or `error`, why it was not pushed, and whether
         that is a `conflict`.
     """
-    for wait in (*waits, None):
+    waits = list(waits)
+    while True:
         try:
             with patience(PATIENCE_OF_A_PUSH):
                 if "/" not in destination.name:
@@ -222,9 +219,9 @@ def push_with_patience(
                 return {"name": destination.name, **(destination.push(files, message) if files else {})}
         except Exception as error:
             trouble = explain(error)
-            if wait is None or not trouble.passing:
+            if not waits or not trouble.passing:
                 return {"error": trouble.reason, "conflict": isinstance(error, Conflict)}
-            time.sleep(wait)
+            time.sleep(waits.pop(0))
 
 
 def main() -> None:

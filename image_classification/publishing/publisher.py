@@ -8,7 +8,6 @@ pushed is linked into a hidden folder first, so that checkpoints may be deleted 
 for nothing but that.
 """
 
-import collections
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,14 @@ class Push:
         what: what it is, for the log.
         folder: hidden, with all that is to be pushed; it is deleted afterwards.
         complete: called before, in the background, to write the rest of the files.
+        outcome: what became of it, as `push_with_patience` says it.
     """
 
     message: str
     what: str
     folder: Path
-    complete: Callable[[], None] = field(default=lambda: None)
+    complete: Callable[[], None] = lambda: None
+    outcome: Future[dict[str, Any]] = field(default_factory=Future)
 
 
 class Publisher(TrainerCallback):
@@ -97,38 +99,29 @@ class Publisher(TrainerCallback):
         destination: Destination,
         args: RunArguments,
         recipe: str = "",
-        card: Callable[[dict[str, float], str | None, str], str] | None = None,
+        card: Callable[[dict[str, float], str | None, str], str] = lambda *_: "",
     ):
         self.destination, self.recipe, self.card = destination, recipe, card
         self.folder = Path(args.output_dir)
         self.strategy, self.always = HubStrategy(args.hub_strategy), args.hub_always_push
-        self.waits = WAITS
-        self._queue: collections.deque[Push] = collections.deque()
-        self._ready = threading.Condition()
+        self._thread = ThreadPoolExecutor(1, "push")
+        self._pushes: list[Push] = []  # Of which nothing was told yet.
+        self._starting, self._closed = threading.Lock(), False
         self._process: subprocess.Popen | None = None
-        self._busy = self._closed = False
-        self._outcomes: collections.deque[tuple[Push, dict[str, Any]]] = collections.deque()
-        self._thread: threading.Thread | None = None
         self._told: str | None = None
 
     def __enter__(self) -> "Publisher":
         return self
 
     def __exit__(self, *_) -> None:
-        with self._ready:
-            if self._busy or self._queue:
-                logger.info("A push to the Hub was left off; the same command pushes what is missing.")
+        if not all(push.outcome.done() for push in self._pushes):
+            logger.info("A push to the Hub was left off; the same command pushes what is missing.")
+        self._drop_waiting()
+        with self._starting:
             self._closed = True
-            abandoned = [*self._queue]
-            self._queue.clear()
-            self._ready.notify_all()
-            process = self._process
-        if process is not None:
-            process.kill()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-        for push in abandoned:
-            shutil.rmtree(push.folder, ignore_errors=True)
+            if self._process is not None:
+                self._process.kill()
+        self._thread.shutdown()
 
     # While it trains.
 
@@ -139,7 +132,7 @@ class Publisher(TrainerCallback):
         checkpoint = checkpoints.checkpoint_folder(args.output_dir, state.global_step)
         step = f"step {state.global_step}, epoch {state.epoch:.4g} of {state.num_train_epochs}"
         log = list(state.log_history)
-        metrics = next((entry for entry in log[::-1] if "eval_loss" in entry), {})
+        metrics: dict[str, float] = next((entry for entry in log[::-1] if "eval_loss" in entry), {})
         weights, metrics = ema.better(metrics) if metrics.get("step") == state.global_step else (None, {})
         push = Push(f"Training in progress: {step}", step, self._new_folder())
         try:
@@ -188,9 +181,8 @@ class Publisher(TrainerCallback):
             return False
         self._add(push)
         self._wait()
-        last = self._outcomes[-1][1]
         self._tell(last=True)
-        return "error" not in last
+        return "error" not in push.outcome.result()
 
     # How.
 
@@ -203,40 +195,24 @@ class Publisher(TrainerCallback):
     def _add(self, push: Push) -> None:
         if not self.always and self.strategy != HubStrategy.ALL_CHECKPOINTS:
             self._drop_waiting()
-        with self._ready:
-            self._queue.append(push)
-            if self._thread is None:
-                # Not waited for when the interpreter ends: whoever wants the last push calls `finish`.
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                self._thread.start()
-            self._ready.notify_all()
+        push.outcome = self._thread.submit(self._work, push)
+        self._pushes.append(push)
 
     def _wait(self) -> None:
-        with self._ready:
-            self._ready.wait_for(lambda: not self._queue and not self._busy)
+        wait([push.outcome for push in self._pushes])
 
     def _drop_waiting(self) -> None:
-        with self._ready:
-            for push in self._queue:
-                shutil.rmtree(push.folder, ignore_errors=True)
-            self._queue.clear()
-
-    def _work(self) -> None:
-        while True:
-            with self._ready:
-                self._ready.wait_for(lambda: self._queue or self._closed)
-                if self._closed:
-                    return
-                push, self._busy = self._queue.popleft(), True
-            try:
-                outcome = self._carry_out(push)
-            except Exception as error:
-                outcome = {"error": str(error) or type(error).__name__}
+        for push in [push for push in self._pushes if push.outcome.cancel()]:
+            self._pushes.remove(push)
             shutil.rmtree(push.folder, ignore_errors=True)
-            with self._ready:
-                self._outcomes.append((push, outcome))
-                self._busy = False
-                self._ready.notify_all()
+
+    def _work(self, push: Push) -> dict[str, Any]:
+        try:
+            return self._carry_out(push)
+        except Exception as error:
+            return {"error": str(error) or type(error).__name__}
+        finally:
+            shutil.rmtree(push.folder, ignore_errors=True)
 
     def _carry_out(self, push: Push) -> dict[str, Any]:
         if "/" not in self.destination.name:
@@ -260,7 +236,7 @@ class Publisher(TrainerCallback):
     def _run(self, files: dict[str, Path], message: str) -> dict[str, Any]:
         """One push, in a process of its own, which Ctrl-C in a terminal does not reach."""
         paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with self._ready:
+        with self._starting:
             if self._closed:
                 return {"error": "the run was stopped"}
             self._process = subprocess.Popen(
@@ -273,18 +249,17 @@ class Publisher(TrainerCallback):
                 errors="replace",
                 start_new_session=True,
             )
-        out, err = self._process.communicate(describe(self.destination, files, message, self.waits))
-        status, self._process = self._process.returncode, None
-        if status != 0:
-            lines = err.strip().splitlines() or [f"it ended with status {status}"]
+        out, err = self._process.communicate(describe(self.destination, files, message, WAITS))
+        if self._process.returncode != 0:
+            lines = err.strip().splitlines() or [f"it ended with status {self._process.returncode}"]
             return {"error": f"the process that pushes failed: {lines[-1]}"}
         return json.loads(out)
 
     def _tell(self, last: bool = False) -> None:
         """Log what became of the pushes: the first that worked, each new reason why one failed, and the last one."""
-        while self._outcomes:
-            push, outcome = self._outcomes.popleft()
-            final = last and not self._outcomes
+        while self._pushes and self._pushes[0].outcome.done():
+            push = self._pushes.pop(0)
+            outcome, final = push.outcome.result(), last and not self._pushes
             if last and not final:
                 # What the last push has, or has not, in its place.
                 if "error" in outcome and self.strategy == HubStrategy.ALL_CHECKPOINTS:

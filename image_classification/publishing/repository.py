@@ -7,15 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-)
-from huggingface_hub.errors import (
-    RepositoryNotFoundError,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 
 # What the Hub itself puts into a new repository.
@@ -72,7 +65,7 @@ class Repository:
     ):
         self.name, self.kind, self.revision, self._record = name, kind, revision, record
         self.api = HfApi(token=token)
-        self._where = {"repo_id": name, "repo_type": kind, "revision": revision}
+        self._where: dict[str, Any] = {"repo_id": name, "repo_type": kind, "revision": revision}
 
     @property
     def url(self) -> str:
@@ -87,7 +80,7 @@ class Repository:
             RevisionNotFoundError: there is, without this branch.
         """
         try:
-            info = self.api.repo_info(**self._where, files_metadata=True)
+            info: Any = self.api.repo_info(**self._where, files_metadata=True)
         except RepositoryNotFoundError:
             return None
         blobs = {file.rfilename: file.blob_id for file in info.siblings or [] if file.rfilename not in OF_THE_HUB}
@@ -97,7 +90,7 @@ class Repository:
             with tempfile.TemporaryDirectory() as folder:
                 path = self.api.hf_hub_download(**at, filename=self._record, local_dir=folder)
                 content.record = _read_record(Path(path).read_bytes())
-            (found,) = self.api.get_paths_info(paths=[self._record], expand=True, **at)
+            found: Any = self.api.get_paths_info(paths=[self._record], expand=True, **at)[0]
             content.pushed_last = found.last_commit.oid == info.sha
         return content
 
@@ -111,8 +104,10 @@ class Repository:
             message: of the commit.
             parent: the commit that must still be the last one, or nothing is written.
         """
-        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-        operations += [CommitOperationDelete(path) for path in delete]
+        operations: list[Any] = [
+            *(CommitOperationAdd(path, content) for path, content in files.items()),
+            *(CommitOperationDelete(path) for path in delete),
+        ]
         return self.api.create_commit(
             **self._where, operations=operations, commit_message=message, parent_commit=parent
         )
