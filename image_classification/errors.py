@@ -94,6 +94,24 @@ def reason_of(error: BaseException, whole: bool = False) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+@contextlib.contextmanager
+def refusing(what: str, hint: str = "", whole: bool = True) -> Iterator[None]:
+    """
+    Make an `InputError` of whatever a library raises.
+
+    Args:
+        what: the setting or file, and what is wrong with it; the reason follows.
+        hint: what follows the reason.
+        whole: as `reason_of` has it.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {reason_of(error, whole)}{hint}") from error
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean ...?)`, or nothing where no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from ..errors import InputError, did_you_mean, reason_of
+from ..errors import InputError, did_you_mean, refusing
 from ..paths import CONFIGURATION
 from . import official_flags
 
@@ -248,8 +248,9 @@ class DataArguments:
         "Hub unless --data_path says where it lies."
     )
     data_path: str | None = _optional(
-        "Local data: a folder with train/CLASS/*.jpg and validation/CLASS/*.jpg (also val/ or test/), a folder of "
-        "parquet or arrow files named after their split, or a folder written by save_to_disk."
+        "Local data: a folder with train/CLASS/*.jpg and validation/CLASS/*.jpg (also val/ or test/), images beside a "
+        "metadata.csv or .jsonl (file_name, label), parquet or arrow files named after their split, or a folder "
+        "written by save_to_disk."
     )
     dataset_name: str | None = _optional("Any image classification data set of the Hub, by its name.")
     dataset_config_name: str | None = _optional("Its configuration, where it has several.")
@@ -533,43 +534,32 @@ class RunArguments(TrainingArguments):
             self.learning_rate = self.base_lr * self.rate_factor
 
     def _try_ema_device(self) -> None:
-        try:
+        expected = "expected a device that is here, as cpu"
+        with refusing(f"`model_ema_device` is {self.model_ema_device!r}, {expected}", whole=False):
             torch.zeros(1, device=self.model_ema_device)
-        except Exception as error:
-            raise InputError(
-                f"`model_ema_device` is {self.model_ema_device!r}, expected a device that is here, as cpu: "
-                f"{reason_of(error)}"
-            ) from error
 
     def _try_activation_checkpointing(self) -> None:
         given = getattr(self, CHECKPOINTING)
-        try:
+        with refusing(f"`{CHECKPOINTING}` is {given!r}, which cannot be used", ".", whole=False):
             every = given.get("every_n_layers", 1)
             if type(every) is not int or every < 1:
                 raise ValueError("`every_n_layers` counts blocks, from 1")
             # All but Transformers' own are PyTorch's.
             options = {key: value for key, value in given.items() if key not in ("every_n_layers", "offload")}
             checkpoint(torch.nn.Identity(), torch.zeros(1), **{"use_reentrant": False, **options})
-        except Exception as error:
-            raise InputError(f"`{CHECKPOINTING}` is {given!r}, which cannot be used: {reason_of(error)}.") from error
 
     def _try_compiling(self) -> None:
         """Something small, before work is lost: a backend may not exist, or lack its package or a compiler."""
         from torch._inductor import list_mode_options  # Slow to import.
 
         how = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
-        try:
+        given = ", ".join(f"`torch_compile_{key}` {value!r}" for key, value in how.items())
+        hint = ". Choose others (inductor is the usual backend), or leave it out."
+        with refusing(f"`torch_compile` with {given} does not work here", hint, whole=False):
             DynamoBackend(self.torch_compile_backend.upper())  # What accelerate knows.
             if how["mode"] is not None and how["mode"] not in (modes := list_mode_options()):
                 raise ValueError(f"the modes are {', '.join(modes)}")
             torch.compile(lambda number: number + 1, **how)(torch.zeros(1, device=self.device))
-        except Exception as error:
-            reason = reason_of(error)
-            raise InputError(
-                f"`torch_compile` with `torch_compile_backend` {how['backend']!r}, `torch_compile_mode` "
-                f"{how['mode']!r} does not work here: {reason}. Choose others (inductor is the usual backend), or "
-                "leave it out."
-            ) from error
 
     def _set_trackers(self) -> None:
         from transformers.integrations import (

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.training_args import OptimizerNames
 
-from ..errors import InputError, did_you_mean, reason_of
+from ..errors import InputError, did_you_mean, reason_of, refusing
 from ..paths import CONFIGURATION
 from . import official_flags
 from .arguments import (
@@ -212,12 +212,8 @@ def parse_settings(argv: list[str]) -> Settings:
     for owner, name in fields_of_settings():
         settings[owner][name] = record[name]
     model, data = ModelArguments(**settings[ModelArguments]), DataArguments(**settings[DataArguments])
-    try:
+    with refusing("The settings of training cannot be used"):  # By Transformers, accelerate or DeepSpeed.
         training = RunArguments(**settings[RunArguments])
-    except InputError:
-        raise
-    except Exception as error:  # Whatever Transformers, accelerate and DeepSpeed say of a setting.
-        raise InputError(f"The settings of training cannot be used: {reason_of(error, whole=True)}") from error
     return Settings(model, data, training, record, Path(recipe) if recipe else None, reported)
 
 
@@ -265,13 +261,18 @@ def _from_flags(spelt: list[tuple[str, str, Any]]) -> dict[str, Any]:
                 f"{before.spelling} and {item.spelling} contradict each other: they set `{item.setting}` to "
                 f"{before.value!r} and {item.value!r}. Give one of them."
             )
-    for name, other in EXCLUSIVE:
-        if name in settings and other in settings:
-            raise InputError(
-                f"{settings[name].spelling} and {settings[other].spelling} are two ways to set one thing "
-                f"(`{name}`, `{other}`). Give one of them."
-            )
+    _refuse_two_ways({name: item.spelling for name, item in settings.items()})
     return {name: item.value for name, item in settings.items()}
+
+
+def _refuse_two_ways(spelt: dict[str, str], source: str = "") -> None:
+    """Raise an `InputError` where one source sets one thing by two settings."""
+    for name, other in EXCLUSIVE:
+        if name in spelt and other in spelt:
+            raise InputError(
+                f"{source}{spelt[name]} and {spelt[other]} are two ways to set one thing (`{name}`, `{other}`). Give "
+                "one of them."
+            )
 
 
 def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, float]]:
@@ -316,9 +317,7 @@ def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tu
             value = "none"
         if value is not None:
             settings[key] = _normalised(key, parser.coerce(str(path), key, value))
-    for name, other in EXCLUSIVE:
-        if name in settings and other in settings:
-            raise InputError(f"{path}: `{name}` and `{other}` are two ways to set one thing. Give one of them.")
+    _refuse_two_ways({name: f"`{name}`" for name in settings}, f"{path}: ")
     return _without_counterparts(inherited, settings) | settings, reported
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimiser and the schedule of its rates, by the settings of a run."""
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 
-from ..errors import InputError, reason_of
+from ..errors import InputError
 from ..models.families import block_names
 from ..settings.arguments import RunArguments
 from .sharding import plain_name
@@ -23,17 +22,6 @@ NO_DECAY = (
     *("cls_token", "distillation_token", "mask_token", "register_tokens", "class_embedding"),
     *("position_embeddings", "position_embedding.weight", "relative_position_bias_table"),
 )
-
-
-@contextlib.contextmanager
-def setting_up(what: str) -> Iterator[None]:
-    """Whatever a library says of its settings becomes an `InputError` that names them."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what} cannot be set up: {reason_of(error, whole=True)}") from error
 
 
 def make_optimizer(model: PreTrainedModel, args: RunArguments) -> torch.optim.Optimizer | None:

@@ -22,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.dataset import source_of
-from ..errors import InputError
+from ..errors import InputError, refusing
 from ..runs import checkpoints
 from ..runs.signals import Stopped, StopSignals
 from ..settings.arguments import RunArguments
@@ -30,7 +30,7 @@ from . import ema, optimizer_states, parallel
 from .checkpointing import ACTIONS, Checkpointer
 from .divergence import Diverged, DivergenceGuard, check_metrics
 from .loaders import Loaders, tell_epoch
-from .optimization import make_optimizer, make_schedule, setting_up
+from .optimization import make_optimizer, make_schedule
 from .recorded_step import RecordedStep, obstacle, parts_to_compile, table_of_rates
 from .throughput import Throughput, peak_memory
 
@@ -386,7 +386,7 @@ class ImageClassificationTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            with setting_up(f"The optimiser (`optim` {self.args.optimizer_name}, `optim_args`)"):
+            with refusing(f"The optimiser (`optim` {self.args.optimizer_name}, `optim_args`) cannot be set up"):
                 self.optimizer = make_optimizer(model, self.args) or super().create_optimizer(model)
         return self.optimizer
 
@@ -395,7 +395,7 @@ class ImageClassificationTrainer(Trainer):
         images = len(self.train_dataset) / args.global_batch_size
         per_epoch = max(1, math.floor(images) if args.dataloader_drop_last else math.ceil(images))
         name = args.sched or args.lr_scheduler_type.value
-        with setting_up(f"The schedule (`{name}`, `lr_scheduler_kwargs` {args.lr_scheduler_kwargs})"):
+        with refusing(f"The schedule (`{name}`, `lr_scheduler_kwargs` {args.lr_scheduler_kwargs}) cannot be set up"):
             if args.sched is not None and self.lr_scheduler is None:
                 self.lr_scheduler = make_schedule(optimizer, args, num_training_steps, per_epoch)
                 self._created_lr_scheduler = True
