@@ -51,7 +51,7 @@ def build_image_processor(
     has_karat = model_type.startswith("karat_")
     as_theirs = checkpoint is not None and serves(checkpoint, args, (height, width))
     if as_theirs and not has_karat:
-        kept = copy.deepcopy(checkpoint)
+        kept: Any = copy.deepcopy(checkpoint)
         kept.do_convert_rgb = True
         return kept
     as_it_is = checkpoint is not None and not checkpoint.do_normalize
