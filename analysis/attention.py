@@ -39,7 +39,7 @@ HEADS_PER_ROW = 6
 @dataclass(kw_only=True)
 class Maps:
     """
-    The attention of one query, in one block of one model. B images, h heads, N tokens ([CLS] first), rows x columns
+    The attention of one query, in one block of one model. B images, h heads, N tokens: [CLS] and rows x columns
     patches.
 
     Args:
@@ -82,11 +82,13 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, query: int
 def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, batch_size: int = 8) -> list[Maps]:
     """Compute what one query of every block sees, in the same forward passes: rollout needs the maps of all anyway."""
     before, after, rolled = [], [], []
+    checkpoint.check_whole_maps()
+    prefix = checkpoint.prefix
     for recorded in record_batches(checkpoint, pixels, list(range(checkpoint.blocks)), batch_size):
         # Copies, so that the whole N x N maps are not kept alive: (L, B, h, N).
-        before.append(np.stack([each.scores[:, :, query] for each in recorded.values()]))
-        after.append(np.stack([each.maps[:, :, query] for each in recorded.values()]))
-        rolled.append(rollout([each.maps.numpy() for each in recorded.values()])[:, query])
+        before.append(np.stack([row_of(each.scores.numpy(), query, prefix) for each in recorded.values()]))
+        after.append(np.stack([row_of(each.maps.numpy(), query, prefix) for each in recorded.values()]))
+        rolled.append(row_of(rollout([each.maps.numpy() for each in recorded.values()]), query, prefix))
     stages = zip(np.concatenate(before, axis=1), np.concatenate(after, axis=1))
     rolled_out = np.concatenate(rolled)
     return [
@@ -103,6 +105,27 @@ def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, ba
         )
         for block, (scores, maps) in enumerate(stages)
     ]
+
+
+def row_of(maps: np.ndarray, query: int, prefix: int) -> np.ndarray:
+    """
+    Take one query's row of maps of all tokens, without special tokens but [CLS].
+
+    Args:
+        maps: (..., N, N).
+        query: 0 for [CLS], 1 for the first patch. Without a [CLS], its row is the mean of those of all patches.
+        prefix: special tokens before the patches, the first of which is [CLS].
+
+    Returns:
+        (..., 1 + patches): [CLS], or 0 where there is none, and the patches.
+    """
+    if query > 0:
+        row = maps[..., query - 1 + prefix, :]
+    else:
+        row = maps[..., 0, :] if prefix else maps.mean(-2)
+    patches = row[..., prefix:]
+    first = row[..., :1] if prefix else np.zeros_like(patches[..., :1])
+    return np.concatenate([first, patches], axis=-1)
 
 
 def rollout(maps: list[np.ndarray]) -> np.ndarray:

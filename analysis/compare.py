@@ -33,6 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from image_classification.errors import InputError
+from image_classification.models.building import describe_attention
+from image_classification.models.families import OWN, vision
 from image_classification.reports.curves import history
 from image_classification.reports.summary import RESULTS
 from image_classification.runs import checkpoints
@@ -84,12 +86,14 @@ def paper_count(config) -> tuple[int, int] | None:
     Count the multiply-adds of one image as the paper books them: (activation, total).
 
     Args:
-        config: of a KArAt-ViT or a softmax ViT.
+        config: of the model.
 
     Returns:
-        `None` for what the paper has no count for: other bases than Fourier, other operators than `phi1_w2`, the
-        projection on the simplex.
+        `None` for what the paper has no count for: other models than ViT, other bases than Fourier, other operators
+        than `phi1_w2`, the projection on the simplex.
     """
+    if config.model_type not in OWN:
+        return None
     blocks, heads, hidden = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
     patches = math.prod(patches_of(config.image_size, config.patch_size))
     patch_pixels = math.prod(height_and_width(config.patch_size))
@@ -237,7 +241,7 @@ def _inference(checkpoint: Checkpoint, batch_size: int) -> Callable[[], None]:
 def _pixels(checkpoint: Checkpoint, batch_size: int) -> torch.Tensor:
     config = checkpoint.model.config
     generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, config.num_channels, *height_and_width(config.image_size))
+    shape = (batch_size, vision(config).num_channels, *checkpoint.image_size)
     return torch.randn(shape, generator=generator).to(checkpoint.model.device)
 
 
@@ -277,7 +281,7 @@ def compute(checkpoint: Checkpoint, name: str, batch_size: int | None = 32) -> d
     config = model.config
     row = {
         "name": name,
-        "attention": config.describe_operator() if checkpoint.is_karat else "softmax",
+        "attention": describe_attention(model) if checkpoint.is_karat else "softmax",
         **accuracy(checkpoint.source),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "karat_parameters": 0,

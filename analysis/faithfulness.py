@@ -36,7 +36,6 @@ from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from image_classification.errors import InputError
-from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from . import options, style
 from .annotations import BOX_FORMATS, as_seen, find_annotated
@@ -187,8 +186,8 @@ def check(checkpoint: Checkpoint) -> None:
         raise InputError(
             f"{checkpoint.source} has no classifier, so there is no probability to follow. Name a trained classifier."
         )
-    sides = height_and_width(checkpoint.model.config.image_size)
-    patch = height_and_width(checkpoint.model.config.patch_size)
+    checkpoint.check_whole_maps()
+    sides, patch = checkpoint.image_size, checkpoint.patch_size
     if any(side % part for side, part in zip(sides, patch)):
         raise InputError(
             f"{checkpoint.source} leaves a part of its images of {sides[0]} x {sides[1]} pixels to no patch of "
@@ -229,7 +228,7 @@ def fill(pixels: torch.Tensor, how: str, checkpoint: Checkpoint) -> torch.Tensor
     """
     if how == "mean":
         return pixels.mean((2, 3), keepdim=True).expand_as(pixels)
-    deviation = [float(side) for side in height_and_width(checkpoint.model.config.patch_size)[::-1]]
+    deviation = [float(side) for side in checkpoint.patch_size[::-1]]
     # Reflection at the edges needs a kernel that is smaller than twice the image.
     size = [2 * min(round(3 * each), side - 1) + 1 for each, side in zip(deviation, reversed(pixels.shape[2:]))]
     return functional.gaussian_blur(pixels, size, deviation)

@@ -352,7 +352,7 @@ def run(args: argparse.Namespace) -> None:
     if args.heads is None:
         heads = [head for head, kind in enumerate(checkpoint.head_kinds(block)) if kind == "karat"]
     else:
-        heads = options.numbers(args.heads, checkpoint.heads, "--heads", "head")
+        heads = options.numbers(args.heads, len(checkpoint.head_kinds(block)), "--heads", "head")
     edge = None if args.edge is None else tuple(args.edge)
     earlier = None
     if args.before == "start":

@@ -13,14 +13,13 @@ from transformers import PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from image_classification.errors import InputError
-from image_classification.models import transfer
+from image_classification.models import families, transfer
 from image_classification.models.building import build_model, sum_of_weights
-from image_classification.models.families import fixed_image_size
 from image_classification.models.loading import load_config, load_image_processor, load_model
 from image_classification.runs import checkpoints
 from image_classification.runs.run_folder import RECORD, read_record
 from image_classification.settings.arguments import ModelArguments
-from modeling_karat_vit.configuration_karat_vit import patches_of
+from modeling_karat_vit.configuration_karat_vit import height_and_width, patches_of
 from modeling_karat_vit.karat_operator import KArAtOperator
 
 
@@ -32,7 +31,7 @@ class Checkpoint:
     Args:
         source: the folder or Hub name that it was loaded from.
         name: what figures call it.
-        model: `KArAtViTForImageClassification` or `ViTForImageClassification`.
+        model: `KArAtViTForImageClassification`, `ViTForImageClassification`, or of another family, karatized or not.
         processor: the image processor beside it, if there is one.
         run: the settings and results of its run (run.json), if it is from one.
         has_classifier: False where only the encoder was saved.
@@ -47,7 +46,13 @@ class Checkpoint:
 
     @property
     def is_karat(self) -> bool:
-        return self.model.config.model_type == "karat_vit"
+        return self.model.config.model_type.startswith("karat_")
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether its KArAt heads are beside softmax, and not in its place."""
+        config = self.model.config
+        return families.is_karatized(config) and config.karat["start"] == "residual"
 
     @property
     def kind(self) -> str:
@@ -55,21 +60,37 @@ class Checkpoint:
 
     @property
     def blocks(self) -> int:
-        return self.model.config.num_hidden_layers
+        return len(self._attentions)
 
     @property
     def heads(self) -> int:
-        return self.model.config.num_attention_heads
+        """The number of heads of a block, of the widest where they differ."""
+        return max(map(_heads_of, self._attentions))
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return patches_of(self.model.config.image_size, self.model.config.patch_size)
+        return patches_of(self.image_size, self.patch_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+        return height_and_width(families.vision(self.model.config).patch_size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its images."""
+        return families.image_size(self.model.config, self.processor)
+
+    @property
+    def prefix(self) -> int:
+        """The number of special tokens before the patches, of which the first is [CLS]; SigLIP has none."""
+        return families.prefix_tokens(self.model)
 
     @property
     def tokens(self) -> int:
-        """The number of tokens, N: the patches and [CLS], which comes first."""
-        return self.grid[0] * self.grid[1] + 1
+        """The number of tokens, N: special ones, which come first, and the patches."""
+        return self.grid[0] * self.grid[1] + self.prefix
 
     @property
     def labels(self) -> list[str]:
@@ -78,12 +99,28 @@ class Checkpoint:
 
     def attention(self, block: int) -> torch.nn.Module:
         """Find the attention module of a block."""
-        return self.model.vit.layers[block].attention
+        return self._attentions[block]
+
+    @property
+    def _attentions(self) -> list[Any]:
+        if self.model.config.model_type in families.OWN:
+            return [layer.attention for layer in self.model.vit.layers]
+        return families.attention_of_blocks(self.model)
+
+    def check_whole_maps(self) -> None:
+        """Raise an `InputError` for a model whose attention maps do not span the image."""
+        if families.has_windows(self.model.config):
+            raise InputError(
+                f"{self.source} attends within windows, and has no map of a whole image. Look at its functions, "
+                "weights and landscape, and compare it."
+            )
 
     def head_kinds(self, block: int) -> list[str]:
         """List for each head of a block whether it is `"karat"` or `"softmax"`; KArAt heads come first."""
-        karat = getattr(self.attention(block), "karat_heads", 0)
-        return ["karat"] * karat + ["softmax"] * (self.heads - karat)
+        attention: Any = self.attention(block)
+        within = getattr(attention, "karat", None)
+        karat = getattr(attention, "karat_heads", 0) if within is None else within.heads
+        return ["karat"] * karat + ["softmax"] * (_heads_of(attention) - karat)
 
     def operator(self, block: int) -> KArAtOperator:
         """
@@ -93,12 +130,18 @@ class Checkpoint:
             InputError: the block has none.
         """
         if not self.is_karat:
-            raise InputError(f"{self.source} is a softmax ViT: its activation has nothing that is learned.")
+            raise InputError(f"{self.source} is a softmax model: its activation has nothing that is learned.")
         if "karat" not in self.head_kinds(block):
-            layers = ", ".join(map(str, self.model.config.karat_layers))
+            layers = ", ".join(str(index) for index in range(self.blocks) if "karat" in self.head_kinds(index))
             raise InputError(f"Block {block} of {self.source} is plain softmax: blocks with KArAt heads are {layers}.")
-        own: Any = self.attention(block).operator
-        return self.model.vit.operator if own is None else own
+        attention: Any = self.attention(block)
+        if families.is_karatized(self.model.config):
+            return attention.karat.operator
+        return self.model.vit.operator if attention.operator is None else attention.operator
+
+
+def _heads_of(attention: Any) -> int:
+    return getattr(attention, "num_attention_heads", None) or attention.num_heads
 
 
 def load_checkpoint(source: str, flag: str = "--model", device: torch.device | str = "cpu") -> Checkpoint:
@@ -130,7 +173,7 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
         source,
         Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2],
         model.eval().to(device),
-        load_image_processor(source, flag, fixed_image_size(config)),
+        load_image_processor(source, flag, families.fixed_image_size(config)),
         read_run(source),
         has_classifier=not new,
     )
@@ -231,6 +274,11 @@ def load_start(source: str, device: torch.device | str = "cpu") -> Checkpoint:
     fields = {field.name for field in dataclasses.fields(ModelArguments)}
     args = ModelArguments(**{key: value for key, value in run["settings"].items() if key in fields})
     args.attn_implementation = "eager"
+    if args.karatize == "replace":
+        raise InputError(
+            f"The operators that {folder} started with were fitted on its training images, and are not fitted again. "
+            "Look at its checkpoints alone (functions: --before CHECKPOINT; landscape, weights: --no-start)."
+        )
     set_seed(run["settings"]["seed"])
     model = build_model(args, final.labels)
     size = sum(parameter.detach().abs().sum().item() for parameter in model.parameters())

@@ -2,12 +2,17 @@
 """Attention as it happens: scores before the activation and maps after it, of KArAt and softmax models alike."""
 
 import contextlib
+import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import AttentionInterface
+
+from image_classification.models.families import OWN, hidden_below
 
 from .models import Checkpoint
 
@@ -15,11 +20,13 @@ from .models import Checkpoint
 @dataclass
 class Attention:
     """
-    The attention of one block. Token 0 is [CLS]; patch (row, column) of the grid is token 1 + row * columns + column.
+    The attention of one block. First come special tokens, mostly [CLS] alone, then the patches, row by row.
 
     Args:
-        scores: before the activation, Q K^T / sqrt(d), (B, heads, N, N), on the CPU.
-        maps: after it, (B, heads, N, N): rows are queries. KArAt's may be negative and need not sum to 1.
+        scores: before the activation, Q K^T / sqrt(d) and relative positions if there are any, (B, heads, N, N), on the
+            CPU; of a model with windows, for each of them. What hides pairs of tokens from each other is not in them.
+        maps: after it, (B, heads, N, N): rows are queries. KArAt's may be negative and need not sum to 1; beside
+            softmax they are softmax + gamma * KArAt.
     """
 
     scores: torch.Tensor
@@ -72,7 +79,8 @@ def record_batches(
             with contextlib.ExitStack() as hooks, torch.inference_mode():
                 for block in blocks:
                     _watch(checkpoint, block, kept, hooks)
-                model.vit(batch.to(model.device, model.dtype))
+                encoder = model.vit if model.config.model_type in OWN else model
+                encoder(batch.to(model.device, model.dtype))
             yield kept
     finally:
         model.to(own)
@@ -81,6 +89,16 @@ def record_batches(
 def _watch(checkpoint: Checkpoint, block: int, kept: dict[int, Attention], hooks: contextlib.ExitStack) -> None:
     """Put the attention of one block into `kept` at a forward pass."""
     module: Any = checkpoint.attention(block)
+    if checkpoint.model.config.model_type not in OWN:
+        module.kept, module.kept_config, module.hidden_below = (
+            (kept, block),
+            module.config,
+            hidden_below(checkpoint.model),
+        )
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation_internal = RECORDED
+        hooks.callback(_stop_watching, module)
+        return
     projected = {}
 
     def keep_projection(projection, _, output):
@@ -94,3 +112,30 @@ def _watch(checkpoint: Checkpoint, block: int, kept: dict[int, Attention], hooks
 
     for target, hook in ((module.q_proj, keep_projection), (module.k_proj, keep_projection), (module, keep_attention)):
         hooks.callback(target.register_forward_hook(hook).remove)
+
+
+def _stop_watching(module: Any) -> None:
+    module.config = module.kept_config
+    del module.kept, module.kept_config, module.hidden_below
+
+
+def _attend_and_keep(module: Any, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attend as `eager` does, and keep scores and maps: a function of Transformers' attention interface."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.mT) * scaling
+    if attention_mask is not None:
+        hidden = attention_mask <= max(module.hidden_below, torch.finfo(attention_mask.dtype).min / 2)
+        scores = scores + attention_mask.masked_fill(hidden, 0.0)
+    if (karat := getattr(module, "karat", None)) is not None:
+        how = {"scaling": scaling, "dropout": dropout, "implementation": "eager"}
+        output, maps = karat(module, query, key, value, attention_mask, **how, **kwargs)
+    else:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        output, maps = eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    kept, block = module.kept
+    kept[block] = Attention(scores.cpu(), maps.cpu())
+    return output, maps
+
+
+RECORDED = "recorded_for_analysis"
+AttentionInterface.register(RECORDED, _attend_and_keep)

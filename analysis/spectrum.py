@@ -18,6 +18,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from image_classification.models.families import vision
+
 from . import options, style
 from .images import find_images, prepare
 from .models import Checkpoint
@@ -68,6 +70,7 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size
         block: whose singular values to keep.
         batch_size: images computed at once.
     """
+    checkpoint.check_whole_maps()
     dtype = torch.float32 if checkpoint.model.device.type == "mps" else torch.float64
     kept: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
     effective: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
@@ -76,14 +79,17 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size
             values = [torch.linalg.svdvals(getattr(attention, name)).numpy() for attention in recorded.values()]
             kept[stage].append(values[block])
             effective[stage].append(np.stack([effective_rank(each) for each in values]))
-    config = checkpoint.model.config
-    bounded = checkpoint.is_karat and config.modular_mode == "phi1_w2" and not config.project_l1
+    rank = None
+    if checkpoint.is_karat and not checkpoint.is_residual:
+        first = next(index for index in range(checkpoint.blocks) if "karat" in checkpoint.head_kinds(index))
+        config = checkpoint.operator(first).config
+        rank = config.karat_rank if config.modular_mode == "phi1_w2" and not config.project_l1 else None
     return Spectrum(
         name=checkpoint.name,
         kind=checkpoint.kind,
         head_kinds=[checkpoint.head_kinds(index) for index in range(checkpoint.blocks)],
-        head_size=config.hidden_size // config.num_attention_heads,
-        rank=config.karat_rank if bounded else None,
+        head_size=vision(checkpoint.model.config).hidden_size // checkpoint.heads,
+        rank=rank,
         block=block,
         before=np.concatenate(kept["before"]),
         after=np.concatenate(kept["after"]),

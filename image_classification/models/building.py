@@ -305,30 +305,34 @@ def sum_of_weights(model: PreTrainedModel) -> float:
     return sum(parameter.detach().double().sum().item() for parameter in model.parameters())
 
 
+def describe_attention(model: PreTrainedModel) -> str:
+    """In words: the operator of KArAt heads and where they are, or softmax."""
+    config = model.config
+    if teacher := getattr(config, "teacher_attention", None):
+        return f"attention of its teacher {teacher}"
+    if not is_karatized(config):
+        return config.describe_operator() if hasattr(config, "describe_operator") else "softmax attention"
+    heads = karat_heads(model)[0][1]
+    operator = heads.operator.config.describe_operator().rsplit(", ", 3)[0]  # Without its words on heads and blocks.
+    start = "in place of softmax" if heads.gamma is None else "beside softmax (residual)"
+    count = config.karat["heads"]
+    which = "all" if count is None else f"the first {count}"
+    return f"{operator}, {start}, in {which} heads of blocks {config.karat['layers']}"
+
+
 def describe_model(model: PreTrainedModel) -> str:
     """One line for the log and the card: which attention, how large."""
     config, part = model.config, vision(model.config)
-    operator = config.describe_operator() if hasattr(config, "describe_operator") else "softmax attention"
-    if teacher := getattr(config, "teacher_attention", None):
-        operator = f"attention of its teacher {teacher}"
-    if is_karatized(config):
-        heads = [of for _, of in karat_heads(model)]
-        plain = heads[0].operator.config.describe_operator().rsplit(", ", 3)[0]  # Its own words on heads and blocks.
-        start = "beside softmax (residual)" if heads[0].gamma is not None else "in place of softmax"
-        count = config.karat["heads"]
-        where = f"{'all' if count is None else f'the first {count}'} heads of blocks {config.karat['layers']}"
-        operator = (
-            f"{config.model_type.removeprefix('karat_').removeprefix('plain_')} with {plain}, {start}, in {where}"
-        )
-    elif config.model_type not in OWN:
-        operator = f"{config.model_type} with {operator}"
+    attention = describe_attention(model)
+    if config.model_type not in OWN:
+        attention = f"{config.model_type.removeprefix('karat_').removeprefix('plain_')} with {attention}"
     heads = part.num_attention_heads
     heads = "/".join(map(str, heads)) if isinstance(heads, (list, tuple)) else heads
     size = fixed_image_size(config)
     images = "images of any size" if size is None else f"images {size[0]}x{size[1]}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
-        f"{operator}; {len(block_names(model))} blocks, {heads} heads, width {part.hidden_size}, {images}; "
+        f"{attention}; {len(block_names(model))} blocks, {heads} heads, width {part.hidden_size}, {images}; "
         f"{parameters:,} parameters"
     )
 

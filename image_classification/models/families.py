@@ -8,11 +8,11 @@ import re
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, ViTForImageClassification
+from transformers import PreTrainedConfig, PreTrainedModel, ViTForImageClassification
 
 from modeling_karat_vit import KARATIZED_MODELS, KArAtViTForImageClassification
 from modeling_karat_vit.configuration_karat_vit import height_and_width
-from modeling_karat_vit.karat_backbones import parent
+from modeling_karat_vit.karat_backbones import attention_modules, parent
 from modeling_karat_vit.karat_heads import KArAtHeads
 
 from ..data.images import made_size
@@ -69,6 +69,30 @@ def image_size(config: PreTrainedConfig, processor=None) -> tuple[int, int]:
         return fixed
     made = None if processor is None else made_size(processor)
     return made or height_and_width(vision(config).image_size)
+
+
+def attention_of_blocks(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of a model of another family than ViT, block by block."""
+    return attention_modules(model, _family(model))
+
+
+def prefix_tokens(model: PreTrainedModel) -> int:
+    """How many special tokens come before the patches: [CLS], and what else the family has, or none."""
+    return 1 if model.config.model_type in OWN else _family(model).prefix_tokens(model, 0)
+
+
+def hidden_below(model: PreTrainedModel) -> float:
+    """What is added to the scores of pairs that a model of another family hides from each other, or less."""
+    return _family(model).lowest
+
+
+def has_windows(config: PreTrainedConfig) -> bool:
+    """Whether a token sees those of its window alone."""
+    return config.model_type.endswith("swin")
+
+
+def _family(model: PreTrainedModel) -> Any:
+    return next(cls.family for cls in KARATIZED_MODELS if type(model) in (cls, parent(cls)))
 
 
 def karat_heads(model: nn.Module) -> list[tuple[int, KArAtHeads]]:

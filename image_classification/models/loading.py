@@ -139,7 +139,7 @@ def load_model(
     """
     config = load_config(source, setting)
     check_type(config, source, setting)
-    encoder = encoder_suffices and set(config.architectures or ()) & {"KArAtViTModel", "ViTModel"}
+    encoder = encoder_suffices and any(name.endswith("Model") for name in config.architectures or ())
     parts = {"may_lack": HEAD, "may_drop": UNUSED} if encoder else {}
     return load_weights(source, setting, config, **parts, **how)
 
