@@ -29,6 +29,7 @@ REPLACED = {
     "path/to/images": "data/photos",
     "--data_set CIFAR10": "--data_path data/photos",
     "facebook/deit-tiny-patch16-224": "checkpoints/deit",
+    "facebook/dinov2-small": "checkpoints/dinov2",
     "pretrained=True": "pretrained=False",
     "USER/NAME": "me/readme",
     "--epochs 100": "--epochs 1",
@@ -68,7 +69,11 @@ class Snippet:
 
     @staticmethod
     def _extra(command: str) -> str:
-        flags = {} if not command.startswith(TRAIN) else SHORT | (SIZES if "--model " in command else {})
+        flags = (
+            {}
+            if not command.startswith(TRAIN)
+            else SHORT | (SIZES if "--model " in command and "--karatize" not in command else {})
+        )
         return "".join(f" --{name} {value}" for name, value in flags.items())
 
 

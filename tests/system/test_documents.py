@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
 
 import predict
 from analysis.__main__ import main as analyse
@@ -38,6 +38,10 @@ def workspace(tmp_path, monkeypatch, hub, trained):
                 Image.new("RGB", (40, 36), tuple(c + 3 * index for c in color)).save(folder / f"{index}.png")
     deit = ViTForImageClassification(ViTConfig(**SIZES, patch_size=16, layer_norm_eps=1e-6, num_labels=10))
     deit.save_pretrained(tmp_path / "checkpoints" / "deit")
+    dinov2 = Dinov2Model(Dinov2Config(**{**SIZES, "image_size": 56}, patch_size=8))
+    dinov2.save_pretrained(tmp_path / "checkpoints" / "dinov2")
+    processor = BitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "checkpoints" / "dinov2")
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A karatized run on the Hub is all that a stranger needs, and all that the commands here need."""
+
+import json
+
+import pytest
+from transformers import SiglipImageProcessor
+
+import predict
+from analysis.models import load_checkpoint
+from image_classification.main import main
+from tests.backbones import make
+from tests.images import make_image_folder
+
+
+# Run by the interpreter without the package: arguments are the repository and an image.
+STRANGER = """
+import importlib.util, json, sys
+
+assert importlib.util.find_spec("modeling_karat_vit") is None, "the package must not be found here"
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+name, image = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+classify = pipeline("image-classification", model=name, trust_remote_code=True)
+print(json.dumps([sorted(model.karat_parameter_names()), classify(image, top_k=3)]))
+"""
+
+HIDDEN = ["modeling_karat_vit", "image_classification"]
+
+
+def test_a_karatized_run_from_the_hub(hub, tmp_path, monkeypatch, capsys, fresh_interpreter):
+    """From a model of the Hub to a run pushed there, which is loaded, evaluated, looked at and trained by its name."""
+    monkeypatch.setattr("image_classification.publishing.publisher.WAITS", (0.05, 0.05))
+    source, folder = tmp_path / "siglip", tmp_path / "karat"
+    make("siglip_classifier").save_pretrained(source)
+    SiglipImageProcessor(size={"height": 8, "width": 8}).save_pretrained(source)
+    hub.add("me/siglip", {path.name: path.read_bytes() for path in source.iterdir()})
+    data = make_image_folder(tmp_path / "images", (("train", 2), ("validation", 2)))
+    quick = f"--data_path {data} --use_cpu --cpu_threads 1 --disable_tqdm --dataloader_num_workers 0".split()
+    train = [*quick, *"--num_train_epochs 1 --warmup_epochs 0 --per_device_train_batch_size 6".split()]
+    train += ["--model", "me/siglip", "--karatize", "--grid_size", "1", "--karat_rank", "3"]
+    assert main([*train, "--output_dir", str(folder), "--push_to_hub", "--hub_strategy", "end"]) == 0
+    logged = json.loads((folder / "all_results.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert "base_model: me/siglip" in card
+    capsys.readouterr()
+    printed = fresh_interpreter(STRANGER, "me/karat", folder / "sample.png", hide=HIDDEN)
+    names, guesses = json.loads(printed.splitlines()[-1])
+    assert any(name.endswith("karat.gamma") for name in names)
+    assert predict.main([str(folder / "sample.png"), "--model", "me/karat", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{100 * guess['score']:.2f} %" in shown for guess in guesses)
+    results = tmp_path / "results"
+    assert main([*quick, "--eval", "--resume", "me/karat", "--output_dir", str(results)]) == 0
+    found = json.loads((results / "eval_results.json").read_text())
+    assert found["eval_loss"] == pytest.approx(logged["eval_loss"], abs=1e-6)
+    assert load_checkpoint("me/karat").head_kinds(1) == ["karat", "karat"]
+    again = [*quick, *"--num_train_epochs 1 --warmup_epochs 0 --finetune me/karat --output_dir".split()]
+    assert main([*again, str(tmp_path / "again")]) == 0
