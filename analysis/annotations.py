@@ -115,8 +115,8 @@ def _split(read: Dataset | DatasetDict, wanted: str | None, source: str) -> tupl
         held_out = [name for name in VALIDATION_NAMES if name in read]
         wanted = next(iter(read)) if len(read) == 1 else next(iter(held_out), None)
     if wanted not in read:
-        said = "Say which with --split" if wanted is None else f"`--split` is {wanted!r}"
-        raise InputError(f"{said}: {source} has {', '.join(read)}.")
+        problem = "Say which with --split" if wanted is None else f"`--split` is {wanted!r}"
+        raise InputError(f"{problem}: {source} has {', '.join(read)}.")
     if len(read[wanted]) == 0:
         raise InputError(f"The split {wanted!r} of {source} is empty.")
     return read[wanted], f"{source}, {wanted}"

@@ -277,10 +277,10 @@ def draw_all(
         axes.set_visible(False)
     for index, of_head in enumerate(places):
         panels = [grid[place] for place in of_head]
-        for (data, said), axes in zip(stages, panels):
+        for (data, stage), axes in zip(stages, panels):
             axes.set_visible(True)
             draw(data[index], axes, edge)
-            axes.set_title(f"head {data[index].head}{said}")
+            axes.set_title(f"head {data[index].head}{stage}")
         low, high = zip(*(axes.get_ylim() for axes in panels))
         for axes in panels:
             axes.set_ylim(min(low), max(high))

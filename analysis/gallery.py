@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
         analyse(words[0], words[1:])
     for picture in pictures:
         output.copy(figures / f"{picture.file.replace('LAST', last)}.png", f"{picture.name}.png")
-    output.text("README.md", page(pictures, [describe(checkpoint) for checkpoint in checkpoints], args.note))
+    output.text("README.md", page(pictures, [describe_checkpoint(checkpoint) for checkpoint in checkpoints], args.note))
     output.report()
     left_out = [picture.name for picture in PICTURES if picture.runs and not are_runs]
     if left_out:
@@ -216,9 +216,9 @@ def train_both(name: str, work: Path, data_path: str | None = None) -> tuple[str
     return folders
 
 
-def describe(checkpoint: Checkpoint) -> str:
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """Describe a model in one line: what it is, and for that of a run how it was trained and how good it is."""
-    said = f"{style.KIND_NAMES[checkpoint.kind]}: {describe_model(checkpoint.model)}"
+    text = f"{style.KIND_NAMES[checkpoint.kind]}: {describe_model(checkpoint.model)}"
     if checkpoint.run is not None:
         settings, finished = checkpoint.run["settings"], checkpoint.run.get("finished") or {}
         data = settings["data_set"] or settings["dataset_name"] or Path(settings["data_path"]).name
@@ -229,8 +229,8 @@ def describe(checkpoint: Checkpoint) -> str:
             state = read_state(Path(checkpoint.source))
             epochs = f"{state['epoch']:.1f} of {epochs}"
             right, images = history(state["log_history"])[-1]["eval_accuracy"], ""
-        said += f"; {epochs}" + ("" if right is None else f", {100 * right:.1f} % of {images}held-out images right")
-    return f"{said}."
+        text += f"; {epochs}" + ("" if right is None else f", {100 * right:.1f} % of {images}held-out images right")
+    return f"{text}."
 
 
 def page(pictures: list[Picture], described: list[str], note: str | None = None) -> str:

@@ -23,7 +23,7 @@ from modeling_karat_vit.configuration_karat_vit import height_and_width, patches
 from modeling_karat_vit.karat_operator import KArAtOperator
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Checkpoint:
     """
     A model for looking at: in evaluation mode, in fp32, with attention computed by `eager`.
@@ -170,11 +170,11 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
         )
     model, new = load_model(source, flag, encoder_suffices=True, attn_implementation="eager", dtype=torch.float32)
     return Checkpoint(
-        source,
-        Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2],
-        model.eval().to(device),
-        load_image_processor(source, flag, families.fixed_image_size(config)),
-        read_run(source),
+        source=source,
+        name=Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2],
+        model=model.eval().to(device),
+        processor=load_image_processor(source, flag, families.fixed_image_size(config)),
+        run=read_run(source),
         has_classifier=not new,
     )
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attention alone, forward and backward, beside PyTorch's fused softmax attention."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +33,12 @@ def gradients(output, leaves):
     return torch.autograd.grad(output, leaves, torch.ones_like(output), materialize_grads=True)
 
 
-def error(operator, tensors, way) -> float:
+def error(operator, tensors, provider) -> float:
     """Compute the largest relative RMS error of output and gradients against the fp64 reference, on a few images."""
     tensors = [x[:2].detach().requires_grad_() for x in tensors]
     parameters = {name: p for name, p in operator.named_parameters() if not name.endswith("scale_base")}
     scaling = tensors[0].shape[-1] ** -0.5
-    output = operator(*tensors, scaling, way)[0]
+    output = operator(*tensors, scaling, provider)[0]
     found = [output, *gradients(output, [*tensors, *parameters.values()])]
     double = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     query, key, value = leaves = [x.detach().double().requires_grad_() for x in tensors]
@@ -49,7 +48,7 @@ def error(operator, tensors, way) -> float:
     return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def run(device: str, table: Table, batch: int, tokens_side: int, repeats: int, ways, bases=BASES) -> None:
+def run(device: str, table: Table, batch: int, tokens_side: int, repeats: int, providers, bases=BASES) -> None:
     heads, head_size = 3, 64
     tokens = tokens_side**2 + 1
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -81,11 +80,14 @@ def run(device: str, table: Table, batch: int, tokens_side: int, repeats: int, w
             module.reset_parameters()
         operator = operator.to(device)
         leaves = [*tensors, *(p for name, p in operator.named_parameters() if not name.endswith("scale_base"))]
-        for way in ways:
-            wrong = error(operator, tensors, way)
+        for provider in providers:
+            wrong = error(operator, tensors, provider)
             if not wrong < LIMIT[dtype]:
-                said = f"wrong by {wrong:.1e}, not timed"
-                table.add(**row, provider=way, basis=basis, what="forward+backward", error=said)
+                refused = f"wrong by {wrong:.1e}, not timed"
+                table.add(**row, provider=provider, basis=basis, what="forward+backward", error=refused)
                 continue
-            attend = partial(lambda operator, way: operator(*tensors, head_size**-0.5, way)[0], operator, way)
-            time(attend, leaves, provider=way, basis=basis, error=f"{wrong:.1e}")
+
+            def attend(operator=operator, provider=provider):
+                return operator(*tensors, head_size**-0.5, provider)[0]
+
+            time(attend, leaves, provider=provider, basis=basis, error=f"{wrong:.1e}")

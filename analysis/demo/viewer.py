@@ -32,7 +32,7 @@ VIEWS = ("One head", "Mean of the heads", "All blocks (rollout)")
 STAGES = {"What the model uses": "after", "Scores, before the activation": "before"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Seen:
     """
     An image as one model sees it.
@@ -179,8 +179,13 @@ class Viewer:
         guesses = self._classify(image, top_k=min(TOP, len(self.checkpoint.labels)))
         named = {self._label(guess["label"], rank, guesses): guess["score"] for rank, guess in enumerate(guesses)}
         maps = attention.compute_all(self.checkpoint, prepared.pixels)
-        guesses = named if self.checkpoint.has_classifier else {}
-        return Seen(prepared.pixels, prepared.pictures[0], guesses, maps, notes)
+        return Seen(
+            pixels=prepared.pixels,
+            picture=prepared.pictures[0],
+            guesses=named if self.checkpoint.has_classifier else {},
+            maps=maps,
+            notes=notes,
+        )
 
     def _look(self, path: str) -> Seen:
         return self._see(*read_image(path))

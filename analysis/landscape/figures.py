@@ -138,12 +138,12 @@ def described(data: Landscape) -> str:
     parts = []
     if data.hessian is not None:
         sign = "=" if data.hessian.converged else r"\approx"
-        parts.append(rf"$\lambda_\mathrm{{max}} {sign} {_plain(data.hessian.value)}$")
-    parts.append(rf"$\epsilon$-sharpness {_plain(data.epsilon_sharpness)} % ($\epsilon = {data.epsilon:g}$)")
+        parts.append(rf"$\lambda_\mathrm{{max}} {sign} {_three_digits(data.hessian.value)}$")
+    parts.append(rf"$\epsilon$-sharpness {_three_digits(data.epsilon_sharpness)} % ($\epsilon = {data.epsilon:g}$)")
     return ", ".join(parts)
 
 
-def _plain(value: float) -> str:
+def _three_digits(value: float) -> str:
     """Write out three digits, without an exponent."""
     return np.format_float_positional(value, 3, fractional=False, trim="-")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import style
+from analysis import options, style
 from analysis.__main__ import COMMANDS, main
 from analysis.images import load_images
 from analysis.models import load_checkpoint, load_moment, load_start, moments
@@ -105,6 +105,12 @@ def test_either_kind_of_checkpoint_is_described(karat, softmax):
     assert theirs.head_kinds(0) == ["softmax", "softmax"]
     with pytest.raises(InputError, match="nothing that is learned"):
         theirs.operator(0)
+
+
+def test_checkpoints_of_one_name_are_told_apart(tmp_path):
+    folders = [save(karat_model(), tmp_path / parent / "same") for parent in "ab"]
+    assert [each.name for each in options.load_models(*folders, "cpu")] == ["a/same", "b/same"]
+    assert [each.name for each in options.load_models(folders[0], None, "cpu")] == ["same"]
 
 
 def test_heads_blocks_and_sharing(tmp_path):

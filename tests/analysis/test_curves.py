@@ -36,6 +36,7 @@ def test_curves_of_a_known_history(tmp_path):
     assert training.get_linestyle() == "--"
     assert held_out.get_xydata().tolist() == [[1, 1.5], [2, 0.75]]
     assert accuracy.lines[0].get_xydata().tolist() == [[1, 25], [2, 50]]
+    assert all(tick == round(tick) for axes in figure.axes for tick in axes.get_xticks())
     assert "known (50.0 %)" in [text.get_text() for text in figure.legends[0].texts]
 
 
