@@ -134,21 +134,24 @@ def run(
     for provider, mode in ((provider, mode) for provider in providers for mode in modes):
         row = case.row(provider, mode, device)
         try:
-            model = case.build(provider, device)
-            wrong = error(model, provider, inputs)
-            if not wrong < LIMIT:
-                table.add(**row, what=whats[0], error=f"wrong by {wrong:.1e}, not timed")
-                continue
-            steps = steps_of(model, provider, inputs, compiled=mode == "compile")
-            for what in whats:
-                model.train(what == "train")
-                table.add(**row, what=what, error=f"{wrong:.1e}", **measure(steps[what], device, repeats))
+            run_one(table, row, case.build(provider, device), inputs, repeats, whats)
         except torch.cuda.OutOfMemoryError:
             table.add(**row, what=whats[0], error="out of memory")
-        finally:
-            if device == "cuda":
-                torch.compiler.reset()
-                torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+
+
+def run_one(table: Table, row: dict, model, inputs: dict[str, torch.Tensor], repeats: int, whats: tuple[str, ...]):
+    """Measure one model for `run`. It is gone before the next is built."""
+    wrong = error(model, row["provider"], inputs)
+    if not wrong < LIMIT:
+        table.add(**row, what=whats[0], error=f"wrong by {wrong:.1e}, not timed")
+        return
+    steps = steps_of(model, row["provider"], inputs, compiled=row["mode"] == "compile")
+    for what in whats:
+        model.train(what == "train")
+        table.add(**row, what=what, error=f"{wrong:.1e}", **measure(steps[what], model.device.type, repeats))
 
 
 def run_in_turn(table: Table, case: Case, repeats: int, providers: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import backbones, devices, plots, rivals, runs, table
+from benchmarks import backbones, devices, plots, rivals, runs, table, training_step
 from benchmarks.common import HOST, Rates, Table, cpu
 from image_classification import main
 from image_classification.data.sources import load_data
@@ -43,6 +43,20 @@ def test_rows_go_behind_those_of_the_same_columns():
     for path in plots.RESULTS.glob("*.csv"):
         with path.open(newline="", encoding="utf-8") as file:
             assert next(csv.reader(file)) == [*kinds.get(path.stem, Table).measured, *HOST], path
+
+
+def test_a_training_step_is_timed_where_it_agrees_with_the_reference(monkeypatch):
+    shape = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 24, "num_hidden_layers": 2}
+    monkeypatch.setitem(training_step.SIZES, "tiny", shape)
+    case, found = training_step.Case("tiny", "fourier G=3", batch=2, image_size=32), Table("cpu")
+    training_step.run("cpu", found, case, 1, ["softmax", "naive"])
+    rows = [(row["provider"], row["basis"], row["what"], row["tokens"]) for row in found.rows]
+    expected = (("softmax", ""), ("naive", "fourier G=3"))
+    assert rows == [(*each, what, 5) for each in expected for what in ("train", "infer")]
+    assert all(row["median_ms"] > 0 and float(row["error"]) < 1e-4 for row in found.rows)
+    monkeypatch.setattr(training_step, "LIMIT", 0.0)
+    training_step.run("cpu", found, case, 1, ["naive"])
+    assert "not timed" in found.rows[-1]["error"] and "median_ms" not in found.rows[-1]
 
 
 @pytest.fixture

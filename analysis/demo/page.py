@@ -42,7 +42,7 @@ CSS = """
 .gradio-container { max-width: 1480px !important; margin: auto; }
 #status .problem { padding: 0.6em 0.9em; border-left: 4px solid #D55E00; background: #D55E0018; }
 #picture img { width: 100%; height: 100%; object-fit: contain; }
-.model { min-height: 5.5em; }
+.model { min-height: 7em; }
 .model h2 { margin: 0; }
 .model p { opacity: 0.75; font-size: 0.9em; }
 .overview img { cursor: pointer; }
