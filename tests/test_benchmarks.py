@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import backbones, devices, plots, rivals, runs, table, training_step
+from benchmarks import backbones, devices, families, plots, rivals, runs, table, training_step
 from benchmarks.common import HOST, Rates, Table, cpu
 from image_classification import main
 from image_classification.data.sources import load_data
@@ -39,10 +39,11 @@ def test_without_softmax_there_is_no_ratio():
 
 
 def test_rows_go_behind_those_of_the_same_columns():
-    kinds = {"cuda_input_pipeline": Rates, "cuda_devices": devices.Devices, "cuda_runs": runs.Runs}
+    kinds = {"": Table, "input_pipeline": Rates, "devices": devices.Devices, "runs": runs.Runs}
+    kinds |= {"backbones": backbones.FineTuning, "families": families.Families}
     for path in plots.RESULTS.glob("*.csv"):
         with path.open(newline="", encoding="utf-8") as file:
-            assert next(csv.reader(file)) == [*kinds.get(path.stem, Table).measured, *HOST], path
+            assert next(csv.reader(file)) == [*kinds[path.stem.partition("_")[2]].measured, *HOST], path
 
 
 def test_a_training_step_is_timed_where_it_agrees_with_the_reference(monkeypatch):
