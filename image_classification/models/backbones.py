@@ -85,7 +85,7 @@ def put_karat_heads(
             model,
             args.karat_layers or LAYERS,
             args.num_karat_heads,
-            args.karatize,
+            str(args.karatize),
             size[0] if size[0] == size[1] else size,
             **calibration,
             **operator,

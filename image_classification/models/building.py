@@ -76,10 +76,10 @@ def build_config(args: ModelArguments, labels: list[str] | None = None) -> PreTr
         size = training_size(base, config)
         with torch.device("meta"):
             model = put_karat_heads(class_of(config)._from_config(config), _with_paper_heads(args, config), size, None)
-        try_out(model, size, args.weights)
+        try_out(model, size, args.weights or "")
         return model.config
-    source = load_config(args.finetune, "finetune") if args.model is None else _preset(args.model)
-    check_type(source, args.model or args.finetune, "finetune" if args.model is None else "model")
+    source = load_config(args.finetune or "", "finetune") if args.model is None else _preset(args.model)
+    check_type(source, args.model or args.finetune or "", "finetune" if args.model is None else "model")
     overrides = _overrides(args, source)
     if source.model_type not in OWN:
         if args.model is not None and args.finetune is not None:
@@ -124,7 +124,7 @@ def _backbone_config(
     args: ModelArguments, source: PreTrainedConfig, overrides: dict[str, Any], labels: list[str] | None
 ) -> PreTrainedConfig:
     """`build_config` of another family than ViT."""
-    named = args.model or args.finetune
+    named = args.model or args.finetune or ""
     config = configure(source, overrides, named, args.finetune is not None)
     for name, value in _classes(labels).items():
         setattr(config, name, value)
@@ -166,10 +166,11 @@ def _base(args: ModelArguments) -> ModelArguments:
             f"`karatize` puts KArAt heads into a pre-trained model, and the preset {args.model} has no weights. Name a "
             f"checkpoint with --model, or train the preset {args.model.removesuffix('_karat')}_karat from scratch."
         )
-    config = load_config(args.weights, "model" if args.finetune is None else "finetune")
-    check_type(config, args.weights, "karatize")
+    weights = args.weights or ""
+    config = load_config(weights, "model" if args.finetune is None else "finetune")
+    check_type(config, weights, "karatize")
     if config.model_type.startswith("karat_"):
-        raise InputError(f"`karatize`: {args.weights} has KArAt heads already. --finetune trains it on.")
+        raise InputError(f"`karatize`: {weights} has KArAt heads already. --finetune trains it on.")
     return _with(args, model=None, finetune=args.weights, karatize=None, **dict.fromkeys(KARAT_FIELDS))
 
 
@@ -213,7 +214,7 @@ def build_model(args: ModelArguments, labels: list[str], images: torch.Tensor | 
 def _karatized(args: ModelArguments, labels: list[str], images: torch.Tensor | None) -> PreTrainedModel:
     base = _with(_base(args), attn_implementation=None, drop_path_rate=None)
     rate = args.drop_path_rate
-    is_vit = load_config(base.finetune, "finetune").model_type == "vit"
+    is_vit = load_config(base.finetune or "", "finetune").model_type == "vit"
     model = build_model(base if is_vit else _with(base, drop_path_rate=rate), labels)
     if images is not None:
         model.to(images.device)
@@ -228,7 +229,7 @@ def _karatized(args: ModelArguments, labels: list[str], images: torch.Tensor | N
     return model
 
 
-def _attention(args: ModelArguments, config: PreTrainedConfig) -> dict[str, str]:
+def _attention(args: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
     """The argument that chooses how attention is computed, where it is not left to the model."""
     name = args.attn_implementation
     if config.model_type == "vit" and name in (None, "sdpa"):
@@ -249,7 +250,7 @@ def add_drop_path(model: PreTrainedModel, rate: float) -> None:
         layer.dropout.register_forward_hook(_drop)
 
 
-def _drop(module: torch.nn.Module, _, branch: torch.Tensor) -> torch.Tensor:
+def _drop(module: Any, _, branch: torch.Tensor) -> torch.Tensor:
     return drop_path(branch, module.drop_path_rate) if module.training else branch
 
 
@@ -326,7 +327,7 @@ def describe_model(model: PreTrainedModel) -> str:
     attention = describe_attention(model)
     if config.model_type not in OWN:
         attention = f"{config.model_type.removeprefix('karat_').removeprefix('plain_')} with {attention}"
-    heads = part.num_attention_heads
+    heads: Any = part.num_attention_heads
     heads = "/".join(map(str, heads)) if isinstance(heads, (list, tuple)) else heads
     size = fixed_image_size(config)
     images = "images of any size" if size is None else f"images {size[0]}x{size[1]}"
@@ -396,7 +397,8 @@ def _structure(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _start_from(args: ModelArguments, config: PreTrainedConfig, how: dict[str, Any]) -> PreTrainedModel:
     """Weights of a checkpoint under `config`: another head is new, another image size is resampled."""
-    source = load_config(args.finetune, "finetune")
+    finetune = args.finetune or ""
+    source = load_config(finetune, "finetune")
     size, own_size = height_and_width(config.image_size), height_and_width(source.image_size)
     at_own_size = type(config).from_dict({**config.to_dict(), "image_size": source.image_size})
     if isinstance(config, KArAtViTConfig):
@@ -408,9 +410,9 @@ def _start_from(args: ModelArguments, config: PreTrainedConfig, how: dict[str, A
                 "it starts from 'vit' checkpoints. A KArAt --model also takes DeiT's."
             )
     if source.model_type == config.model_type:
-        check_same_model(at_own_size, source, args.finetune)
+        check_same_model(at_own_size, source, finetune)
     model, new = load_weights(
-        args.finetune,
+        finetune,
         "finetune",
         at_own_size,
         # A KArAt checkpoint has its operator; any other head may be asked for.

@@ -95,7 +95,7 @@ def _family(model: PreTrainedModel) -> Any:
     return next(cls.family for cls in KARATIZED_MODELS if type(model) in (cls, parent(cls)))
 
 
-def karat_heads(model: nn.Module) -> list[tuple[int, KArAtHeads]]:
+def karat_heads(model: Any) -> list[tuple[int, KArAtHeads]]:
     """The KArAt heads of a karatized model, each with the number of its block."""
     found = [module for module in model.modules() if isinstance(module, KArAtHeads)]
     return list(zip(model.config.karat["layers"], found, strict=True))

@@ -58,7 +58,8 @@ MOST_CLASSES = 1_000_000
 def device_of(name: str | None) -> torch.device:
     """The device of `--device`, or the best one here. Raises `InputError` where there is none of that name."""
     if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # Of `meta` there is nothing to be had.
@@ -260,7 +261,8 @@ def _merged(source: str, base: str, setting: str) -> dict[str, torch.Tensor]:
     if missing := sorted(name for name in new if ADAPTED + name not in header):
         raise InputError(f"neither the adapter nor its base model {base} has the weights {_some(missing)}")
     try:
-        adapted = PeftModel.from_pretrained(model, find_file(source, ADAPTER).parent)  # Of the Hub, in its cache.
+        described: Any = find_file(source, ADAPTER)  # Of the Hub, in its cache.
+        adapted = PeftModel.from_pretrained(model, described.parent)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         merged = adapted.merge_and_unload()
     except Exception as error:  # PEFT's checks have no common base.

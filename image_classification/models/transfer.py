@@ -11,6 +11,7 @@ outside of it: its configuration names the teacher, and whoever loads it in this
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ class AttentionTeacher:
             self.model.to(pixels.device)
             self.scale, self.shift = (x if x is None else x.to(pixels.device) for x in (self.scale, self.shift))
         pixels = pixels.to(self.model.dtype)
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             pixels = pixels * self.scale.to(pixels.dtype) + self.shift.to(pixels.dtype)
         with torch.autocast(pixels.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.model.vit(pixels, output_attentions=True).attentions
@@ -176,7 +177,7 @@ def feed(student: PreTrainedModel, teacher: AttentionTeacher, name: str) -> None
     setattr(student.config, FIELD, name)
 
 
-def attend(module: nn.Module, query, key, value, attention_mask, dropout: float = 0.0, **kwargs):
+def attend(module: Any, query, key, value, attention_mask, dropout: float = 0.0, **kwargs):
     """Transformers' attention function of a model that is fed: the teacher's maps times the values, (B, N, h, d)."""
     if attention_mask is not None:
         raise ValueError("A model that attends with its teacher's maps takes no mask: the teacher's maps have none.")
@@ -193,7 +194,7 @@ def check_evaluated(checkpoint: str, config: PreTrainedConfig, source: str | Non
         )
     if needed is None and source is not None:
         raise InputError(f"{checkpoint} was trained without a teacher: leave out `{FIELD}`.")
-    if needed is not None and short_name(source) != needed:
+    if needed is not None and source is not None and short_name(source) != needed:
         logger.warning(f"{checkpoint} was trained with the maps of {needed}, and is evaluated with those of {source}.")
 
 
