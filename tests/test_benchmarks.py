@@ -81,6 +81,7 @@ def in_process(monkeypatch, capsys):
     return commands
 
 
+@pytest.mark.system
 def test_whole_runs(in_process):
     """Softmax and KArAt by the script, on images like CIFAR-10's."""
     found, flags = runs.Runs("cpu"), [*SMALL.split(), "--dataloader_num_workers", "0"]
@@ -112,6 +113,7 @@ def test_a_command_has_caches_of_its_own_and_says_why_it_failed(tmp_path):
     assert found["error"] == "exit 1: no luck" and found["seconds"] > 0
 
 
+@pytest.mark.system
 def test_rivals(in_process, monkeypatch):
     monkeypatch.delitem(rivals.RIVALS, "timm loop, compiled")  # Minutes on a CPU.
     monkeypatch.setattr(rivals, "WARMUP", 1)
@@ -125,6 +127,7 @@ def test_rivals(in_process, monkeypatch):
     assert len({row["images_per_second"] for row in found.rows}) == 3
 
 
+@pytest.mark.system
 def test_fine_tuning_karatized_backbones():
     """The residual start has the untouched model's logits and accuracy, and each model learns in its own way."""
     with runs.workspace(None, 20) as (_, folder):

@@ -428,6 +428,7 @@ def test_drop_path_rates_survive_loading_and_casting(make_model, tmp_path):
 # --------------------------------------------------------------------------------------------------------- torch.func
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("backend", ["eager", "karat_portable", "karat_triton"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_gradients_of_single_images_by_vmap(make_model, pixels, backend, form, masked):

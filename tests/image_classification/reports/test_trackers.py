@@ -12,6 +12,7 @@ from image_classification.reports.console import EpochLines
 from tests.image_classification.training.test_trainer import command, run_arguments
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("flags, folder", [(["--run_name", "my/first"], "my-first"), (["--run_id", "7"], "7")])
 def test_tensorboard_has_every_step_of_a_stopped_run_once(tmp_path, small, monkeypatch, flags, folder):
     words = ["--report_to", "tensorboard", "--logging_strategy", "steps", "--logging_steps", "1"]

@@ -174,6 +174,7 @@ def test_schedule_of_another_kind_is_refused(tmp_path, saved):
         trainer_of(tmp_path, metric_for_best_model="loss", **settings).train(resume_from_checkpoint=str(saved()))
 
 
+@pytest.mark.system
 def test_refused_resume_leaves_the_run_as_it_was(tmp_path, small, capsys):
     """The command that began it is not refused after one with another optimiser was."""
     folder = tmp_path / "run"
