@@ -7,17 +7,15 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .data.sources import ImageData, as_classes_of, load_data
 from .data.transforms import build_image_processor, serves
 from .errors import InputError, run_command
+from .evaluation import evaluate
 from .hub import find_token
 from .models import transfer
 from .models.building import (
@@ -26,27 +24,23 @@ from .models.building import (
     check_labels,
     check_same_model,
     describe_model,
-    load_trained,
     sum_of_weights,
     training_size,
 )
-from .models.families import fixed_image_size, image_size
-from .models.loading import find_file, load_config, load_image_processor
-from .pipeline import calibration_images
+from .models.loading import load_config, load_image_processor
+from .pipeline import calibration_images, load_images
 from .publishing.destination import Destination, prepare
 from .publishing.publisher import PUSHED, Publisher
 from .reports import trackers
 from .reports.card import RunCard
-from .reports.console import describe, set_up_logging
-from .reports.curves import write_json
+from .reports.console import set_up_logging, warn_of_settings
 from .reports.folder import write_reports
 from .reports.recipe import recipe
 from .reports.summary import cost, describe_choice, describe_reported, opening, summary
 from .runs import checkpoints, run_folder
 from .runs.signals import Stopped, same_command, without_token
-from .settings.arguments import RunArguments, Settings, cores_to_use
+from .settings.arguments import RunArguments, Settings
 from .settings.parser import parse_settings
-from .training import ema
 from .training.building import build_trainer
 from .training.metrics import check_best
 from .training.parallel import on_main_process
@@ -121,7 +115,10 @@ def run(settings: Settings, lock: run_folder.FolderLock) -> dict[str, float]:
         Stopped: by a signal.
     """
     args = settings.training
-    _set_up(args, settings.record)
+    set_up_logging(args)
+    warn_of_settings(args, settings.record)
+    if args.cpu_threads is not None:
+        torch.set_num_threads(args.cpu_threads)
     transfer.check_settings(settings.model, args)
     if not args.do_train:
         if args.push_to_hub:
@@ -129,7 +126,7 @@ def run(settings: Settings, lock: run_folder.FolderLock) -> dict[str, float]:
                 "`push_to_hub` pushes what a run trained, and this one only evaluates. For a finished run, give the "
                 "command that trained it with --push_to_hub; for any other folder, `hf upload USER/NAME FOLDER .`."
             )
-        return _evaluate(settings)
+        return evaluate(settings)
     if args.output_dir == "trainer_output" and settings.record["output_dir"] is None:
         raise InputError("No output folder is named. Give --output_dir.")
     request = run_folder.Request.of(settings.record, args)
@@ -155,29 +152,6 @@ def run(settings: Settings, lock: run_folder.FolderLock) -> dict[str, float]:
     if plan.message:
         logger.info(plan.message)
     return _train(settings, request, plan, destination)
-
-
-def _set_up(args: RunArguments, record: dict[str, Any]) -> None:
-    """Set up logging and threads, and warn of settings, as they were given, that do nothing or too much."""
-    set_up_logging(args)
-    if args.cpu_threads is not None:
-        torch.set_num_threads(args.cpu_threads)
-    cores, workers = cores_to_use(), args.dataloader_num_workers or 0
-    if workers > cores:
-        logger.warning(
-            f"{workers} data workers (`dataloader_num_workers`) share {cores} CPU cores: fewer may be faster."
-        )
-        # PyTorch would say it at every epoch.
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-    if not args.push_to_hub:
-        for name, value in record.items():
-            if name.startswith("hub_") and value != getattr(RunArguments, name, None):
-                logger.warning(f"`{name}` has no effect without `push_to_hub`.")
-    trackers.say_what_has_no_effect(args, record)
-    if args.do_train and args.max_steps < 0 and (warmup := args.warmup_epochs or 0) >= args.num_train_epochs:
-        logger.warning(
-            f"The warm-up of {warmup:g} epochs does not end in a run of {args.num_train_epochs:g}: set --warmup_epochs."
-        )
 
 
 def _destination(args: RunArguments, identity: str) -> Destination:
@@ -210,7 +184,7 @@ def _train(
         processor.save_pretrained(place)
         processor = AutoImageProcessor.from_pretrained(place)
     with args.main_process_first(desc="reading the data"):
-        data = _load_data(settings)
+        data = load_images(settings.data, args)
     check_best(args.metric_for_best_model, args.model_ema, len(data.labels))
     assert data.train is not None
     if args.dataloader_drop_last and len(data.train) < args.global_batch_size:
@@ -292,51 +266,3 @@ def _finish(
             run_folder.write_record(request, finished)
         logger.info(f"\n{cost(result.metrics)}\n{summary(folder, finished)}")
     return metrics
-
-
-def _evaluate(settings: Settings) -> dict[str, float]:
-    args, teacher = settings.training, settings.model.teacher_attention
-    checkpoint = args.resume_from_checkpoint or settings.model.finetune
-    if checkpoint is None:
-        raise InputError(
-            "Only evaluating needs a checkpoint: give --resume_from_checkpoint (--resume) with its folder."
-        )
-    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
-        # A run that was stopped has weights in its checkpoints only.
-        checkpoint = str(checkpoints.newest(Path(checkpoint))[0] or checkpoint)
-    target = None if settings.record["output_dir"] is None else Path(args.output_dir) / "eval_results.json"
-    if target is not None and target.exists():
-        raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")
-    config = load_config(checkpoint, "resume_from_checkpoint")
-    transfer.check_evaluated(checkpoint, config, teacher)
-    data = as_classes_of(_load_data(settings, train=False), config.label2id)
-    model = load_trained(checkpoint, settings.model, data.labels)
-    processor = load_image_processor(checkpoint, "resume_from_checkpoint", fixed_image_size(config))
-    if processor is None:
-        logger.warning(
-            f"{checkpoint} has no image processor (preprocessor_config.json): images are prepared as this command's "
-            "settings say, which may not be how the model was trained."
-        )
-    asked = (settings.data.image_mean, settings.data.image_std, settings.data.eval_crop_ratio)
-    if processor is None or any(value is not None for value in asked):
-        processor = build_image_processor(settings.data, image_size(model.config, processor), processor)
-    with contextlib.ExitStack() as stack:
-        if target is None:
-            # The Trainer insists on a folder; nothing is to be kept.
-            args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
-        trainer = build_trainer(settings.data, args, model, data, processor, teacher)
-        logger.info(opening(settings.model, args, data, describe_model(model)))
-        if Path(checkpoint).is_dir() and find_file(checkpoint, ema.FILE):
-            trainer.make_average(checkpoint)
-        metrics = trainer.evaluate()
-        if target is not None and args.should_save:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, {"checkpoint": checkpoint, "data": data.name, **metrics})
-    logger.info(f"{checkpoint} on {data.name}, {len(data.validation):,} images:   {describe(metrics)}")
-    return metrics
-
-
-def _load_data(settings: Settings, train: bool = True) -> ImageData:
-    run = settings.training
-    images = run.max_steps * run.global_batch_size if run.max_steps > 0 else None
-    return load_data(settings.data, run.seed, train, images, run.world_size)

@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .data.augmentation import check_cutmix, make_collate
 from .data.dataset import ImageDataset, ImageSource
 from .data.images import decode
-from .data.sources import ImageData
+from .data.sources import ImageData, load_data
 from .data.streaming import StreamedImageDataset, StreamedSplit
 from .data.transforms import EvalTransform, TrainTransform
 from .device_pipeline.augmentation import DeviceAugmentation, build_augmentation
@@ -34,6 +34,12 @@ class InputPipeline:
     train: ImageSource | None
     held_out: ImageSource
     augment: DeviceAugmentation | None = None
+
+
+def load_images(args: DataArguments, run: RunArguments, train: bool = True) -> ImageData:
+    """Read the data set of a run, without images to train on where only evaluation is asked for."""
+    images = run.max_steps * run.global_batch_size if run.max_steps > 0 else None
+    return load_data(args, run.seed, train, images, run.world_size)
 
 
 def build_pipeline(

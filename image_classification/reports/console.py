@@ -4,6 +4,8 @@
 import logging
 import sys
 import time
+import warnings
+from typing import Any
 
 import datasets
 import transformers
@@ -11,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
-from ..settings.arguments import RunArguments
+from ..settings.arguments import RunArguments, cores_to_use
 
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,33 @@ def set_up_logging(args: RunArguments) -> None:
     datasets.logging.set_verbosity_error()
     if args.process_index != 0:
         datasets.disable_progress_bars()
+
+
+def warn_of_settings(args: RunArguments, record: dict[str, Any]) -> None:
+    """Warn of settings, as they were given, that do nothing or too much."""
+    cores, workers = cores_to_use(), args.dataloader_num_workers or 0
+    if workers > cores:
+        logger.warning(
+            f"{workers} data workers (`dataloader_num_workers`) share {cores} CPU cores: fewer may be faster."
+        )
+        # PyTorch would say it at every epoch.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    if not args.push_to_hub:
+        for name, value in record.items():
+            if name.startswith("hub_") and value != getattr(RunArguments, name, None):
+                logger.warning(f"`{name}` has no effect without `push_to_hub`.")
+    if args.run_name is None:
+        for name in ("report_to", "run_id"):
+            if record[name] not in (None, ["none"]):
+                logger.warning(f"`{name}` has no effect: nothing is reported without a `run_name`.")
+    elif not args.report_to:
+        logger.warning(
+            "`run_name` has no effect: `report_to` is none, or no tracker (wandb, tensorboard) is installed."
+        )
+    if args.do_train and args.max_steps < 0 and (warmup := args.warmup_epochs or 0) >= args.num_train_epochs:
+        logger.warning(
+            f"The warm-up of {warmup:g} epochs does not end in a run of {args.num_train_epochs:g}: set --warmup_epochs."
+        )
 
 
 class EpochLines(ProgressCallback):

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """TensorBoard and Weights & Biases: which run a training reports to, also where it goes on after a stop."""
 
-import logging
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
 from ..settings.arguments import RunArguments
 
-
-logger = logging.getLogger(__name__)
 
 WANDB_ID = "wandb_run_id.txt"
 
@@ -31,18 +27,6 @@ class _TensorBoard(TensorBoardCallback):
 
             self.tb_writer = SummaryWriter(log_dir=self.logging_dir, purge_step=state.global_step + 1)
         super().on_train_begin(args, state, control, **kwargs)
-
-
-def say_what_has_no_effect(args: RunArguments, record: dict[str, Any]) -> None:
-    """Warn of settings, as they were given, that need another one."""
-    if args.run_name is None:
-        for name in ("report_to", "run_id"):
-            if record[name] not in (None, ["none"]):
-                logger.warning(f"`{name}` has no effect: nothing is reported without a `run_name`.")
-    elif not args.report_to:
-        logger.warning(
-            "`run_name` has no effect: `report_to` is none, or no tracker (wandb, tensorboard) is installed."
-        )
 
 
 def choose_run(args: RunArguments, anew: bool = False) -> None:

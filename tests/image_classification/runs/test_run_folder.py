@@ -137,8 +137,8 @@ def test_second_command_changes_nothing_of_the_first(tmp_path, monkeypatch, smal
             os._exit(script.main([*words, "--seed", "7"]))
         seen.append((name, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), run_folder.read_record(folder)))
 
-    load, train = script._load_data, ImageClassificationTrainer.train
-    monkeypatch.setattr(script, "_load_data", lambda *args: (second("data"), load(*args))[1])
+    load, train = script.load_images, ImageClassificationTrainer.train
+    monkeypatch.setattr(script, "load_images", lambda *args: (second("data"), load(*args))[1])
     monkeypatch.setattr(
         ImageClassificationTrainer, "train", lambda *args, **kwargs: (second("train"), train(*args, **kwargs))[1]
     )
