@@ -18,7 +18,7 @@ def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:
         "--model",
         required=True,
         metavar="DIR_OR_REPO",
-        help="checkpoint of a KArAt-ViT, or of Transformers' softmax ViT: a folder, or its name on the Hub",
+        help="checkpoint of a KArAt-ViT, of a softmax ViT, or of another family: a folder, or its name on the Hub",
     )
     if compare:
         parser.add_argument("--compare", metavar="DIR_OR_REPO", help="another checkpoint, shown beside it")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole commands on pre-trained models of other families: with KArAt heads (`--karatize`), and as they are."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,15 @@ from transformers import (
 )
 
 import predict
+from image_classification.data.images import decode
+from image_classification.data.sources import load_data
+from image_classification.data.streaming import StreamedSplit
+from image_classification.data.transforms import EvalTransform
 from image_classification.main import main
+from image_classification.models.families import block_names
+from image_classification.pipeline import calibration_images
+from image_classification.settings.arguments import DataArguments
+from image_classification.training.optimization import layer_scale
 from tests.backbones import make
 from tests.images import COLOURS, colour_image, make_image_folder
 
@@ -211,6 +220,38 @@ def test_what_cannot_be_is_said_before_data_are_read(flags, named, pretrained, r
     assert message.startswith("run_image_classification.py: error: ") and message.count("\n") == 1
     assert all(word in message for word in named), message
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_layer_decay_counts_the_blocks_of_all_stages():
+    model = make("swin_classifier")
+    blocks = block_names(model)
+    assert len(blocks) == 3
+    exponents = {
+        "swin.embeddings.norm.weight": 4,
+        f"{blocks[0]}.layernorm_before.weight": 3,
+        f"{blocks[1]}.layernorm_before.weight": 2,
+        "swin.encoder.layers.0.downsample.norm.weight": 2,
+        f"{blocks[2]}.layernorm_before.weight": 1,
+        "swin.layernorm.weight": 0,
+        "classifier.weight": 0,
+    }
+    assert exponents.keys() <= dict(model.named_parameters()).keys()
+    assert {name: layer_scale(name, blocks, 0.5) for name in exponents} == {
+        name: 0.5**exponent for name, exponent in exponents.items()
+    }
+
+
+def test_calibration_images_of_either_kind_of_split(images):
+    """Drawn by the seed, or the first of a stream, and prepared as for the evaluation."""
+    data = load_data(DataArguments(data_path=str(images)), seed=0)
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    drawn = [calibration_images(data, 4, seed, processor) for seed in (0, 0, 1)]
+    assert drawn[0].shape == (4, 3, 8, 8)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert len(calibration_images(data, 1000, 0, processor)) == len(data.train)
+    first = torch.stack([EvalTransform(processor)(decode(row["image"], "image")) for row in data.train.select([0, 1])])
+    stream = StreamedSplit(data.train.to_iterable_dataset(), len(data.train), "images", 3)
+    assert torch.equal(calibration_images(dataclasses.replace(data, train=stream), 2, 0, processor), first)
 
 
 def test_a_checkpoint_is_another_model_than_asked_for(pretrained, runs, images, capsys):

@@ -19,6 +19,7 @@ from image_classification.training.ema import WeightAverage
 from image_classification.training.recorded_step import RecordedStep, obstacle, parts_to_compile, table_of_rates
 from image_classification.training.trainer import ImageClassificationTrainer
 from tests import models as tiny
+from tests.backbones import make
 
 
 def make_model(kind, drop_path_rate=0.0):
@@ -304,12 +305,15 @@ class Watching(TrainerCallback):
         ({"optim": "adamw_torch"}, "adamw_torch"),
         ({"callbacks": [Watching()]}, "Watching"),
         ({"callbacks": [Hooking()]}, "WANDB_WATCH"),
+        ({"model": "deit_classifier"}, "type deit"),
     ],
 )
 def test_obstacles_are_named(settings, named, tmp_path, monkeypatch):
     """Of what would otherwise fail while it is recorded, or not be heard of."""
     callbacks, found = settings.get("callbacks", ()), []
     settings = {key: value for key, value in settings.items() if key != "callbacks"}
+    if "model" in settings:
+        settings["model"] = make(settings["model"])
     trainer = make_trainer(tmp_path, None, monkeypatch, save_strategy="no", max_steps=1, **settings)
     for callback in callbacks:
         trainer.add_callback(callback)
