@@ -16,7 +16,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -68,14 +68,14 @@ class RecordedStep:
         parts: list[nn.Module],
         parameters: dict[str, nn.Parameter],
         loss: Callable,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         rates: torch.Tensor,
         position: int,
         step: int,
         *,
         max_norm: float,
         running_loss: torch.Tensor,
-        scaler: "torch.amp.GradScaler | None" = None,
+        scaler: Any = None,
         average: WeightAverage | None = None,
         accumulated: int = 1,
         world: int = 1,
@@ -95,17 +95,18 @@ class RecordedStep:
         # Steps done, and skipped in a row; the first step that diverged (0: none), with its loss and norms.
         self.steps, self.skipped, self.diverged = (zeros(dtype=torch.int64) for _ in range(3))
         self.steps.fill_(step)
-        self.values: torch.Tensor | None = None
+        self.values: Any = None
         if scaler is not None and scaler._scale is None:
             scaler._lazy_init_scale_growth_tracker(device)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] | None = None
-        self.pool = None
-        self.images: torch.Tensor | None = None
-        self.labels: torch.Tensor | None = None
+        # What the graphs read and write, from when they are made.
+        self.pool: Any = None
+        self.images: Any = None
+        self.labels: Any = None
         # Of an evaluation.
         self.forward: torch.cuda.CUDAGraph | None = None
-        self.seen: torch.Tensor | None = None
-        self.answer: torch.Tensor | None = None
+        self.seen: Any = None
+        self.answer: Any = None
 
     def run(self, batches: list[dict[str, torch.Tensor]], items: int) -> None:
         """
@@ -156,7 +157,7 @@ class RecordedStep:
                 self._make_gradients()
             self.graphs = {}
             for last in (True, False) if self.accumulated > 1 else (True,):
-                self.graphs[last], _ = self._capture(lambda last=last: self._compute(self.images, self.labels, last))
+                self.graphs[last], _ = self._capture(functools.partial(self._compute, self.images, self.labels, last))
         finally:
             for part in self.parts:
                 part._compiled_call_impl = None  # Evaluation, and batches of other sizes, would compile anew.
@@ -212,7 +213,7 @@ class RecordedStep:
         with torch.no_grad():
             self._finish()
         if self.accumulated > 1:
-            torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+            torch._foreach_zero_(self._gradients())
         else:
             self._drop_gradients()
 
@@ -227,7 +228,7 @@ class RecordedStep:
         return loss.detach()
 
     def _finish(self) -> None:
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = self._gradients()
         if self.world > 1:
             whole = torch.cat([gradient.flatten() for gradient in gradients])
             torch.distributed.all_reduce(whole)
@@ -311,6 +312,9 @@ class RecordedStep:
     def _make_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def _drop_gradients(self) -> None:
         for parameter in self.parameters:
