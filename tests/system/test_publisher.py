@@ -20,7 +20,7 @@ from safetensors.torch import load, load_file
 from transformers import pipeline
 
 from image_classification import main as script
-from image_classification.data import sources
+from image_classification import pipeline as input_pipeline
 from image_classification.errors import InputError
 from image_classification.paths import CONFIGURATION
 from image_classification.publishing import publisher
@@ -161,7 +161,7 @@ def test_card_as_hub_metadata(hub, finished):
 
 def test_the_run_of_a_hub_data_set_names_it(hub, image_folder, small, tmp_path, monkeypatch):
     """The Hub's metadata have the data set's id, its split, and the model that was fine-tuned."""
-    original = sources.load_data
+    original = input_pipeline.load_data
 
     def as_on_the_hub(*args):
         found = original(*args)
@@ -169,7 +169,7 @@ def test_the_run_of_a_hub_data_set_names_it(hub, image_folder, small, tmp_path, 
         found.split = "test"
         return found
 
-    monkeypatch.setattr(script, "load_data", as_on_the_hub)
+    monkeypatch.setattr(input_pipeline, "load_data", as_on_the_hub)
     flags = ["--model", "vit_tiny_patch16_224", *small, "--image_size", "16", "--patch_size", "4"]
     flags += ["--data_path", str(image_folder), "--num_train_epochs", "1", "--push_to_hub", "--hub_strategy", "end"]
     assert script.main([*flags, "--output_dir", str(tmp_path / "softmax")]) == 0
