@@ -7,6 +7,7 @@ the interpreters that tests start inherit it.
 """
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -130,3 +131,31 @@ def fresh_interpreter(tmp_path):
         return result.stdout
 
     return run
+
+
+@pytest.fixture
+def stranger(fresh_interpreter):
+    """
+    A function `ask(repository, image)`: what an interpreter without this package makes of a repository of the Hub, the
+    names of its KArAt parameters and the pipeline's guesses.
+    """
+
+    def ask(repository: str, image: Path) -> tuple[list[str], list[dict]]:
+        hidden = ["modeling_karat_vit", "image_classification"]
+        return json.loads(fresh_interpreter(_STRANGER, repository, image, hide=hidden).splitlines()[-1])
+
+    return ask
+
+
+_STRANGER = """
+import importlib.util, json, sys
+
+assert importlib.util.find_spec("modeling_karat_vit") is None, "the package must not be found here"
+from transformers import AutoModelForImageClassification, pipeline
+
+name, image = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+classify = pipeline("image-classification", model=name, trust_remote_code=True)
+print(json.dumps([sorted(model.karat_parameter_names()), classify(image, top_k=10)]))
+"""

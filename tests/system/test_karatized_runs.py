@@ -13,24 +13,7 @@ from tests.backbones import make
 from tests.images import make_image_folder
 
 
-# Run by the interpreter without the package: arguments are the repository and an image.
-STRANGER = """
-import importlib.util, json, sys
-
-assert importlib.util.find_spec("modeling_karat_vit") is None, "the package must not be found here"
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-
-name, image = sys.argv[1:]
-model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-classify = pipeline("image-classification", model=name, trust_remote_code=True)
-print(json.dumps([sorted(model.karat_parameter_names()), classify(image, top_k=3)]))
-"""
-
-HIDDEN = ["modeling_karat_vit", "image_classification"]
-
-
-def test_a_karatized_run_from_the_hub(hub, tmp_path, monkeypatch, capsys, fresh_interpreter):
+def test_a_karatized_run_from_the_hub(hub, tmp_path, monkeypatch, capsys, stranger):
     """From a model of the Hub to a run pushed there, which is loaded, evaluated, looked at and trained by its name."""
     monkeypatch.setattr("image_classification.publishing.publisher.WAITS", (0.05, 0.05))
     source, folder = tmp_path / "siglip", tmp_path / "karat"
@@ -46,8 +29,7 @@ def test_a_karatized_run_from_the_hub(hub, tmp_path, monkeypatch, capsys, fresh_
     card = (folder / "README.md").read_text()
     assert "base_model: me/siglip" in card
     capsys.readouterr()
-    printed = fresh_interpreter(STRANGER, "me/karat", folder / "sample.png", hide=HIDDEN)
-    names, guesses = json.loads(printed.splitlines()[-1])
+    names, guesses = stranger("me/karat", folder / "sample.png")
     assert any(name.endswith("karat.gamma") for name in names)
     assert predict.main([str(folder / "sample.png"), "--model", "me/karat", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out

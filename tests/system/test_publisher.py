@@ -95,22 +95,7 @@ def repository(server, name="me/digits"):
 # What arrives.
 
 
-STRANGER = """
-import importlib.util, json, sys
-
-assert importlib.util.find_spec("modeling_karat_vit") is None, "the package must not be found here"
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-
-name, image = sys.argv[1:]
-model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-classify = pipeline("image-classification", model=name, trust_remote_code=True)
-print(json.dumps(classify(image, top_k=10)))
-"""
-HIDDEN = ["modeling_karat_vit", "image_classification"]
-
-
-def test_from_the_shell_to_a_stranger(hub, tmp_path, monkeypatch, fresh_interpreter, capsys):
+def test_from_the_shell_to_a_stranger(hub, tmp_path, monkeypatch, stranger, capsys):
     """The script pushes; somebody without this package loads; somebody with the recipe gets the same model again."""
     folder = tmp_path / "digits"
     command = [sys.executable, "run_image_classification.py", *words(folder, "--hub_private_repo")]
@@ -132,9 +117,9 @@ def test_from_the_shell_to_a_stranger(hub, tmp_path, monkeypatch, fresh_interpre
         assert str(tmp_path).encode() not in content and TOKEN.encode() not in content, name
 
     image = folder / "sample.png"
-    printed = fresh_interpreter(STRANGER, "me/digits", image, hide=HIDDEN).splitlines()[-1]
+    _, guesses = stranger("me/digits", image)
     expected = pipeline("image-classification", model=str(folder))(str(image), top_k=10)
-    assert json.loads(printed) == [{**item, "score": pytest.approx(item["score"])} for item in expected]
+    assert guesses == [{**item, "score": pytest.approx(item["score"])} for item in expected]
 
     hf = Path(sys.executable).with_name("hf")
     download = [hf, "download", "me/digits", "recipe.yaml", "--local-dir", tmp_path / "elsewhere"]
