@@ -128,6 +128,7 @@ def test_attention_transfer_is_the_softmax_recipe_with_the_karat_models_maps():
     check_teacher("teacher", build_config(karat.model), build_config(settings.model))
 
 
+@pytest.mark.system
 def test_log_and_card_set_the_papers_figure_beside_the_runs(tmp_path, capsys):
     recipe = {"extends": str(CONFIGURATION / "digits.yaml"), "reported": {"top1": 50, "top5": 99.5}}
     recipe |= {"num_train_epochs": 1, "warmup_epochs": 0, "max_train_samples": 64, "output_dir": str(tmp_path / "run")}

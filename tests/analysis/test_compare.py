@@ -91,6 +91,7 @@ def test_real_counts_of_a_known_model(karat, softmax):
     assert more > elementwise
 
 
+@pytest.mark.system
 def test_a_row_of_the_table(karat, run_folder):
     checkpoint = load_checkpoint(karat)
     before = {name: tensor.clone() for name, tensor in checkpoint.model.state_dict().items()}

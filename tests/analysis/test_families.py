@@ -81,6 +81,7 @@ def test_maps_are_those_of_the_model(kind, name, folders):
         assert torch.equal(checkpoint.model(pixel_values=pixels).logits, expected.logits)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["registers_classifier", "siglip_classifier"])
 def test_every_analysis_runs(name, folders, photos, analyse):
     karat, softmax = (str(folders / kind / name) for kind in ("karat", "softmax"))

@@ -101,6 +101,7 @@ def runs(pretrained, images, tmp_path_factory):
     return run
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_pretrained_model_gets_karat_heads_and_is_trained(name, pretrained, runs, images, tmp_path, capsys):
     folder, source = runs(name), pretrained / name
@@ -138,6 +139,7 @@ def test_a_pretrained_model_gets_karat_heads_and_is_trained(name, pretrained, ru
     assert all(torch.equal(last[key], value) for key, value in load_file(folder / "model.safetensors").items())
 
 
+@pytest.mark.system
 def test_karat_heads_begin_as_softmax(pretrained, images, tmp_path):
     """At the start both ways evaluate alike: residual adds nothing, replace was fitted to training images."""
     losses = {}
@@ -155,6 +157,7 @@ def test_karat_heads_begin_as_softmax(pretrained, images, tmp_path):
     assert "softmax attention" in card and "trust_remote_code" not in card
 
 
+@pytest.mark.system
 def test_a_stopped_run_goes_on(pretrained, images, tmp_path):
     """Bit for bit, with the calibration of its start, which is not made again."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -172,6 +175,7 @@ def test_a_stopped_run_goes_on(pretrained, images, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.system
 def test_a_recipe_karatizes(pretrained, images, tmp_path, runs):
     """The recipe that a run leaves repeats it, and one by hand reads as the flags do."""
     recipe = (runs("swin") / "recipe.yaml").read_text()
