@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 # Settings of KArAt heads, which `karatize` takes; and those that change nothing of what the weights were trained for.
 KARAT_FIELDS = (*OPERATOR_FIELDS, "sharing", "num_karat_heads", "karat_layers")
 _FREE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range")
-LAYERS = [-2, -1]
 
 
 def configure(config: PreTrainedConfig, overrides: dict[str, Any], source: str, has_weights: bool) -> PreTrainedConfig:
@@ -77,17 +76,16 @@ def put_karat_heads(
     operator = {name: getattr(args, name) for name in OPERATOR_FIELDS if getattr(args, name) is not None}
     if operator.get("modular_mode") == "none":
         operator["modular_mode"] = None
-    calibration: dict[str, Any] = {}
+    further: dict[str, Any] = {"layers": args.karat_layers} if args.karat_layers else {}
     if args.karatize == "replace":
-        calibration = {"images": [], "calibration_steps": 0} if images is None else {"images": images}
+        further |= {"images": [], "calibration_steps": 0} if images is None else {"images": images}
     try:
         made = karatize(
             model,
-            args.karat_layers or LAYERS,
-            args.num_karat_heads,
-            str(args.karatize),
-            size[0] if size[0] == size[1] else size,
-            **calibration,
+            heads=args.num_karat_heads,
+            start=str(args.karatize),
+            image_size=size[0] if size[0] == size[1] else size,
+            **further,
             **operator,
         )
     except Exception as error:  # `@strict` wraps type errors in its own class.
