@@ -15,6 +15,7 @@ CONFIGURATION = Path(__file__).parents[1] / "configuration"
 BASELINES = [f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 BLOCKWISE = [f"{name}_karat" for name in BASELINES]
 UNIVERSAL = [f"{name}_universal" for name in BLOCKWISE]
+HYBRID = {f"{name}_hybrid": heads for name, heads in zip(BLOCKWISE, (1, 2, 3))}
 
 # The paper's tables: preset, classes, total parameters. Frozen ones count.
 PARAMETERS = [
@@ -50,7 +51,7 @@ def test_the_baselines_are_transformers_own_vit(name):
     assert type(preset(name)) is ViTConfig
 
 
-@pytest.mark.parametrize("name", BLOCKWISE + UNIVERSAL)
+@pytest.mark.parametrize("name", [*BLOCKWISE, *UNIVERSAL, *HYBRID])
 def test_the_karat_presets_have_the_papers_operator(name):
     config = preset(name)
     assert type(config) is KArAtViTConfig
@@ -64,10 +65,11 @@ def test_the_karat_presets_have_the_papers_operator(name):
         "zero",
     )
     assert config.num_tokens == 197
-    assert (config.num_karat_heads, config.karat_layers) == (None, None)
+    placed = (HYBRID[name], [6, 7, 8, 9, 10, 11]) if name in HYBRID else (None, None)
+    assert (config.num_karat_heads, config.karat_layers) == placed
 
 
-@pytest.mark.parametrize("name", BASELINES + BLOCKWISE + UNIVERSAL)
+@pytest.mark.parametrize("name", [*BASELINES, *BLOCKWISE, *UNIVERSAL, *HYBRID])
 def test_the_backbone_follows_deit(name):
     config = preset(name)
     assert config.hidden_size == 64 * config.num_attention_heads
@@ -78,7 +80,7 @@ def test_the_backbone_follows_deit(name):
 
 def test_presets_are_named_after_what_they_hold_and_set_nothing_else():
     paths = {path.parent.name: path for path in CONFIGURATION.glob("*/config.json")}
-    assert paths.keys() == {*BASELINES, *BLOCKWISE, *UNIVERSAL, "karat_digits"}
+    assert paths.keys() == {*BASELINES, *BLOCKWISE, *UNIVERSAL, *HYBRID, "karat_digits"}
     for name, path in paths.items():
         default = type(preset(name))()
         assert not [key for key in json.loads(path.read_text()) if not hasattr(default, key)], name

@@ -55,11 +55,15 @@ NAMES = {
     "stl10": "STL10",
 }
 
+# The width of a model of the strong recipe, whose weights start at a deviation of width^-1/2.
+STRONG = {"tiny": 192, "small": 384, "base": 768}
+
 
 def test_there_is_a_recipe_for_each_figure_and_no_other():
     found = {path.relative_to(CONFIGURATION).as_posix() for path in CONFIGURATION.glob("*/*.yaml")}
     expected = {f"{data}/vit_{model}.yaml" for data in SETS for model in PAPER}
     expected |= {f"ablations/{name}.yaml" for name in (*ABLATIONS, "attention_transfer")}
+    expected |= {f"strong/vit_{size}_patch16_224{kind}.yaml" for size in STRONG for kind in ("", "_karat_hybrid")}
     assert {name for name in found if not name.startswith(("base/", "gallery/"))} == expected
 
 
@@ -116,6 +120,28 @@ def test_the_models_of_the_gallery_differ_in_their_attention_alone(data):
     ours, theirs = (build_config(each.model, list("ab")) for each in (karat, softmax))
     assert (ours.model_type, theirs.model_type) == ("karat_vit", "vit")
     assert all(getattr(ours, name) == getattr(theirs, name) for name in (*shape, "image_size", "patch_size"))
+
+
+@pytest.mark.parametrize("size", STRONG)
+def test_the_strong_recipes_differ_in_their_attention_alone_and_in_size_in_their_start(size):
+    softmax, hybrid, tiny = (
+        parse_settings([str(CONFIGURATION / "strong" / f"vit_{model}.yaml"), "--use_cpu"])
+        for model in (f"{size}_patch16_224", f"{size}_patch16_224_karat_hybrid", "tiny_patch16_224")
+    )
+    assert (softmax.model.model, hybrid.model.model) == (name := f"vit_{size}_patch16_224", f"{name}_karat_hybrid")
+    assert {key for key, value in hybrid.record.items() if softmax.record[key] != value} == {
+        *("model", "output_dir", "attn_lr")
+    }
+    assert {key for key, value in softmax.record.items() if tiny.record[key] != value} <= {
+        *("model", "output_dir", "initializer_range")
+    }
+    assert softmax.model.initializer_range == pytest.approx(STRONG[size] ** -0.5, abs=5e-4)
+    training, images = softmax.training, softmax.data
+    assert (training.learning_rate, training.global_batch_size, hybrid.training.attn_learning_rate) == (1e-3, 256, 3e-4)
+    assert (training.num_train_epochs, training.warmup_epochs, training.min_lr) == (100, 10, 1e-6)
+    assert (training.model_ema, training.model_ema_decay, training.label_smoothing_factor) == (True, 0.999, 0.1)
+    assert (images.train_crop_scale, images.auto_augment) == ([0.35, 1.0], "rand-m9-n2-mstd0.5-inc1")
+    assert (images.mixup, images.cutmix) == (0.8, 1.0)
 
 
 def test_attention_transfer_is_the_softmax_recipe_with_the_karat_models_maps():
