@@ -168,7 +168,7 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
             f"`{flag}` {source} attends with the maps of its teacher, {teacher}, and its own attention was never "
             "trained: look at the teacher."
         )
-    model, new = load_model(source, flag, encoder_suffices=True, attn_implementation="eager", dtype=torch.float32)
+    model, new = load_model(source, flag, encoder_suffices=True, attn_implementation="eager")
     return Checkpoint(
         source=source,
         name=Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2],

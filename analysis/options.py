@@ -13,12 +13,14 @@ from image_classification.models.loading import device_of as device_of
 from .models import Checkpoint, load_checkpoint
 
 
-def add_model(parser: argparse.ArgumentParser, compare: bool = False) -> None:
+def add_model(parser: argparse.ArgumentParser, compare: bool = False, unset: str = "") -> None:
+    """Add `--model`, which need not be given if `unset` says what is shown then."""
     parser.add_argument(
         "--model",
-        required=True,
+        required=not unset,
         metavar="DIR_OR_REPO",
-        help="checkpoint of a KArAt-ViT, of a softmax ViT, or of another family: a folder, or its name on the Hub",
+        help="checkpoint of a KArAt-ViT, of a softmax ViT, or of another family: a folder, or its name on the Hub"
+        + (unset and f" (default: {unset})"),
     )
     if compare:
         parser.add_argument("--compare", metavar="DIR_OR_REPO", help="another checkpoint, shown beside it")

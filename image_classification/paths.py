@@ -6,3 +6,5 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGURATION = PROJECT / "configuration"
+# A trained model with images, which `python -m results.example` makes; it may be missing.
+EXAMPLE = Path(__file__).parent / "example"

@@ -3,7 +3,7 @@
 A page in the browser: drop in an image and see the five best guesses of a model, where each head of each block looks,
 and the functions that a KArAt head learned; with --compare, a second model beside it.
 
-Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after about an
+Without --model it shows the example that comes with the project, where there is one. Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after about an
 hour. With --push-to-space, it serves nothing here, and makes the same page a Space of the Hugging Face Hub instead:
 models in folders are uploaded with it, models on the Hub are loaded from there.
 """
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from image_classification.errors import InputError
+from image_classification.paths import EXAMPLE
 
 from .. import options
 from ..images import find_images
@@ -57,13 +58,13 @@ def find_examples(paths: list[str] | None, checkpoints: list[Checkpoint], folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, compare=True)
+    options.add_model(parser, compare=True, unset="the project's example")
     parser.add_argument(
         "--examples",
         nargs="+",
         metavar="PATH",
         help="image files, or folders of them, to offer as examples (default: held-out images of the data set that "
-        "run.json, beside the checkpoint, names, if it is on this machine)",
+        "run.json, beside the checkpoint, names, if it is on this machine; the images of the project's example)",
     )
     parser.add_argument("--host", help="address to listen at; 0.0.0.0 for all of this machine (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
@@ -89,6 +90,14 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("`--private` and `--overwrite` go with --push-to-space.")
     if args.port is not None and not 0 < args.port < 2**16:
         raise InputError(f"`--port` is {args.port}, expected 1 to {2**16 - 1}.")
+    if args.model is None:
+        if not EXAMPLE.is_dir():
+            raise InputError(
+                f"`--model` names no model, and {EXAMPLE}, the project's example, is not there. Train a model with "
+                "`make train`, and name its folder: --model outputs/digits."
+            )
+        print(f"The project's example, {EXAMPLE}: its README.md says what it is. --model shows another one.")
+        args.model, args.examples = str(EXAMPLE), args.examples or [str(EXAMPLE)]
     target = None
     if args.push_to_space is not None:
         target = Target(args.push_to_space, args.overwrite, args.private)

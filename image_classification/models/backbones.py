@@ -132,7 +132,7 @@ def load_backbone(config: PreTrainedConfig, source: str, size: tuple[int, int], 
         size: height and width of the images to come.
         how: further arguments of `from_pretrained`.
     """
-    model, new = load_weights(source, "finetune", config, may_lack=HEAD, may_drop=UNUSED, dtype=torch.float32, **how)
+    model, new = load_weights(source, "finetune", config, may_lack=HEAD, may_drop=UNUSED, **how)
     logger.info(f"Weights of {source}; new: {', '.join(sorted(new)[:4]) + more(sorted(new), 4) or 'nothing'}.")
     with torch.device("meta"):
         unused = try_out(class_of(config)._from_config(config), size, source)

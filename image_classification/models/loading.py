@@ -160,7 +160,7 @@ def load_weights(
     **how: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """
-    A model with the weights of a checkpoint, or of an adapter of PEFT merged into its base model.
+    A model with the weights of a checkpoint, or of an adapter of PEFT merged into its base model, in fp32.
 
     Args:
         source: folder or Hub name.
@@ -205,6 +205,7 @@ def load_weights(
             config=config,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            dtype=torch.float32,
             **how,
         )
     except Exception as error:  # Of Torch, safetensors, the Hub's client, Transformers, or the file system.

@@ -139,7 +139,7 @@ def load_teacher(
     """
     config = load_config(source, FIELD)
     check_teacher(source, config, student)
-    model, _ = load_model(source, FIELD, encoder_suffices=True, attn_implementation="eager", dtype=torch.float32)
+    model, _ = load_model(source, FIELD, encoder_suffices=True, attn_implementation="eager")
     theirs = load_image_processor(source, FIELD, config.image_size)
     if theirs is None:
         logger.warning(

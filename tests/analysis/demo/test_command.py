@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from analysis.__main__ import main
+from analysis.demo import command, page
 from analysis.demo.command import find_examples
 from analysis.models import load_checkpoint
 from tests.analysis.conftest import karat_model, save
@@ -22,6 +23,20 @@ def test_what_cannot_be_served_is_refused(tmp_path, karat, capsys, monkeypatch):
     assert "`--examples` nowhere does not exist" in refusal(capsys, "--model", karat, "--examples", "nowhere")
     Path(karat, "preprocessor_config.json").unlink()
     assert "has no image processor" in refusal(capsys, "--model", karat)
+
+
+def test_without_a_model_it_shows_the_example_if_there_is_one(karat, photos, tmp_path, capsys, monkeypatch):
+    served = []
+    monkeypatch.setattr(page, "build", lambda viewers, examples: (viewers, list(map(Image.open, examples))))
+    monkeypatch.setattr(page, "serve", lambda built, *where: served.append(built))
+    monkeypatch.setattr(command, "EXAMPLE", tmp_path / "none")
+    assert "`--model`" in refusal(capsys) and not served
+    monkeypatch.setattr(command, "EXAMPLE", Path(karat))
+    Path(photos).rename(Path(karat, "photos"))
+    assert main(["demo"]) == 0
+    ((viewers, examples),) = served
+    assert [viewer.checkpoint.source for viewer in viewers] == [karat] and len(examples) == 6
+    assert karat in capsys.readouterr().out
 
 
 def test_a_port_that_is_taken_is_refused(karat, capsys):
