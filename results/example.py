@@ -2,9 +2,9 @@
 """
 Makes the project's example of a finished run: `python -m results.example RUN --data FOLDER`.
 
-The example is what `python -m analysis demo` shows without --model: the run's model in half precision with its image
-processor, held-out images of its classes, and a card with the run's row of results/runs.csv. It is written only where it
-predicts what the run's model does, in at most 13 MB.
+The example is what `python -m analysis demo` shows without --model: the run's model in half precision, its image
+processor, held-out images of its classes, and a card with the run's row of results/runs.csv. It is written only where
+it predicts what the run's model does, in at most 13 MB.
 """
 
 import json

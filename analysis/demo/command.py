@@ -3,9 +3,10 @@
 A page in the browser: drop in an image and see the five best guesses of a model, where each head of each block looks,
 and the functions that a KArAt head learned; with --compare, a second model beside it.
 
-Without --model it shows the example that comes with the project, where there is one. Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after about an
-hour. With --push-to-space, it serves nothing here, and makes the same page a Space of the Hugging Face Hub instead:
-models in folders are uploaded with it, models on the Hub are loaded from there.
+Prints the page's address and serves it until Ctrl-C. Images stay on this machine, and are deleted after about an
+hour. Without --model it shows the example that comes with the project, where there is one. With --push-to-space, it
+serves nothing here, and makes the same page a Space of the Hugging Face Hub instead: models in folders are uploaded
+with it, models on the Hub are loaded from there.
 """
 
 import argparse
