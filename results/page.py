@@ -9,6 +9,7 @@ are finals, with mean and 90 % interval where there are several seeds; all other
 import csv
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -64,7 +65,8 @@ def screens(rows: list[dict]) -> list[str]:
     return lines
 
 
-TABLES = {"finals": finals, "screens": screens}
+Tables = dict[str, Callable[[list[dict]], list[str]]]
+TABLES: Tables = {"finals": finals, "screens": screens}
 
 
 def read(table: Path = TABLE) -> list[dict]:
@@ -73,11 +75,11 @@ def read(table: Path = TABLE) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def regenerate(text: str, rows: list[dict]) -> str:
+def regenerate(text: str, rows: list[dict], tables: Tables = TABLES) -> str:
     """The text of a page, with its tables made anew from the rows of the CSV."""
 
     def fill(found: re.Match) -> str:
-        return "\n".join([found[1], *TABLES[found[2]](rows), found[3]])
+        return "\n".join([found[1], *tables[found[2]](rows), found[3]])
 
     return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end of results -->)", fill, text, flags=re.DOTALL)
 
