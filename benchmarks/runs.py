@@ -87,7 +87,9 @@ def workspace(data: Path | None, images: int) -> Iterator[tuple[Path, Path]]:
 def execute(words: list, cache: Path) -> tuple[str, dict]:
     """Run a command on one device, its caches in a folder; returns its output, `seconds`, and perhaps an `error`."""
     folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "HF_DATASETS_CACHE": "datasets"}
+    folders["PYTHONPYCACHEPREFIX"] = "bytecode"  # Packages may have come without theirs, and refuse to keep any.
     environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # Else the Trainer would take all, in threads.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment |= {name: str(cache / folder) for name, folder in folders.items()}
     began = time.perf_counter()
     done = subprocess.run([*map(str, words)], cwd=PROJECT, env=environment, capture_output=True, text=True)

@@ -322,13 +322,13 @@ class RecordedStep:
 
 
 def parts_to_compile(model: PreTrainedModel) -> list[nn.Module]:
-    """Blocks, embeddings and last norm of a ViT: all but the head. None where a teacher hands each block its maps."""
+    """Blocks and embeddings of a ViT. None where a teacher hands each block its maps."""
     if getattr(model.config, "teacher_attention", None):
         return []
     parts = [module for module in model.modules() if isinstance(module, ViTLayer)]
     for module in model.modules():
         if isinstance(getattr(module, "embeddings", None), ViTEmbeddings):
-            parts += [module.embeddings, module.layernorm]
+            parts.append(module.embeddings)
     return parts
 
 

@@ -183,12 +183,12 @@ def test_two_runs_are_equal_and_resuming_is_exact(tmp_path):
 
 @pytest.mark.parametrize("kind", ["softmax", "blockwise"])
 def test_equal_blocks_are_compiled_once(kind, tmp_path):
-    """With stochastic depth, whose rate each block has its own of: two compilations at most, for 4 blocks; and one each
-    for embeddings and last norm."""
+    """With stochastic depth, whose rate each block has its own of: two compilations at most, for 4 blocks; and one of
+    the embeddings."""
     torch._dynamo.reset()
     counters.clear()
     train(tmp_path, True, kind, steps=4, drop_path_rate=0.3, bf16=True, eval_strategy="no")
-    assert 3 <= counters["stats"]["unique_graphs"] <= 4
+    assert 2 <= counters["stats"]["unique_graphs"] <= 3
 
 
 def test_divergence_is_found(tmp_path):
