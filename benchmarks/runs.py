@@ -34,7 +34,7 @@ ROWS = ("tiny/32", "tiny/64", "tiny/128", "tiny/256", "small/128", "base/128")
 MODES = {"recorded": ["--record_step", "true"], "unrecorded": ["--record_step", "false"]}
 EPOCHS = {"recorded": 2.0, "unrecorded": 0.5}  # About a minute each.
 STARTS = ("cold", "warm")
-WAYS = ("softmax", "karat")
+WAYS = ("softmax", "karat", "hybrid")
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
 # Of the ten parts of a run in which the rate is logged: compilation, and workers that start.
 SKIPPED = 2
@@ -53,7 +53,7 @@ class Runs(Table):
         softmax, own = (found.get("images_per_second") for found in (self.baseline(row), row))
         if softmax and own:
             row["ratio_time"] = softmax / own
-        row["basis"] = BASES[row["model"]] if row["provider"] == "karat" else ""
+        row["basis"] = BASES[row["model"]] if row["provider"] in WAYS[1:] else ""
         numbers = (f"{key} {row[key]:,.4g}" for key in self.measured[-6:-1] if key in row)
         names = ("model", "batch", "provider", "mode", "start")
         self.keep(row, names, f"{', '.join(numbers)} {row.get('error', '')}")
@@ -105,6 +105,7 @@ def train(folder: Path, device: str, way: str, row: dict, data: Path, flags=()) 
     shutil.rmtree(output, ignore_errors=True)
     recipe = CONFIGURATION / "cifar10" / f"vit_{row['model']}_patch16_224{'_karat' * (way == 'karat')}.yaml"
     words = [sys.executable, PROJECT / "run_image_classification.py", recipe]
+    words += ["--model", f"vit_{row['model']}_patch16_224_karat_hybrid"] if way == "hybrid" else []
     words += ["--data_set", "CIFAR10", "--data_path", data]
     words += ["--per_device_train_batch_size", row["batch"], "--num_train_epochs", row["epochs"]]
     words += ["--output_dir", output, "--logging_strategy", "steps", "--logging_steps", "0.1"]

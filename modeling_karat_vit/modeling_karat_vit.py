@@ -225,13 +225,14 @@ class KArAtViTAttention(ViTAttention):
             keep = masks.of_heads(slice(0, split)).keep
             own = (query, key, value)
             if split < self.num_attention_heads:
-                own = (query[:, :split], key[:, :split], value[:, :split])
+                # Not slices, whose gradients would be padded with zeros and added up.
+                sizes = (split, self.num_attention_heads - split)
+                own, (query, key, value) = zip(*(x.split(sizes, dim=1) for x in own))
             output, maps, scores = operator(*own, self.scaling, way, keep, grids)
             if output.device != value.device:  # A universal operator may lie on another device than the block.
                 output, maps, scores = (x if x is None else x.to(value.device) for x in (output, maps, scores))
             parts.append((output.transpose(1, 2), maps, scores))
         if split < self.num_attention_heads:
-            query, key, value = query[:, split:], key[:, split:], value[:, split:]
             parts.append(self.softmax_heads(query, key, value, masks.of_heads(slice(split, None)), implementation))
         if len(parts) == 1:
             ((output, maps, scores),) = parts

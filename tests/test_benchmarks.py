@@ -13,6 +13,7 @@ from benchmarks import backbones, devices, families, plots, rivals, runs, table,
 from benchmarks.common import HOST, Rates, Table, cpu
 from image_classification import main
 from image_classification.data.sources import load_data
+from image_classification.settings.parser import parse_settings
 
 
 SMALL = "--image_size 32 --hidden_size 24 --num_attention_heads 3 --intermediate_size 24 --num_hidden_layers 2"
@@ -85,7 +86,7 @@ def in_process(monkeypatch, capsys):
 def test_whole_runs(in_process):
     """Softmax and KArAt by the script, on images like CIFAR-10's."""
     found, flags = runs.Runs("cpu"), [*SMALL.split(), "--dataloader_num_workers", "0"]
-    runs.run("cpu", found, ["tiny/4"], ["unrecorded"], images=80, epochs=0.5, flags=flags)
+    runs.run("cpu", found, ["tiny/4"], ["unrecorded"], ways=["softmax", "karat"], images=80, epochs=0.5, flags=flags)
     softmax, karat = found.rows
     assert all(words[words.index("--record_step") + 1] == "false" for words in in_process)
     assert (
@@ -100,9 +101,19 @@ def test_a_recorded_run_starts_twice(monkeypatch):
     found = runs.Runs("cpu")
     runs.run("cpu", found, ["tiny/32"], images=10)
     assert [(row["mode"], row["start"], row["provider"]) for row in found.rows] == [
-        *(("recorded", start, way) for start in ("cold", "warm") for way in ("softmax", "karat")),
-        *(("unrecorded", "cold", way) for way in ("softmax", "karat")),
+        *(("recorded", start, way) for start in ("cold", "warm") for way in runs.WAYS),
+        *(("unrecorded", "cold", way) for way in runs.WAYS),
     ]
+
+
+def test_a_hybrid_differs_from_softmax_in_the_model_alone(monkeypatch, tmp_path):
+    commands = {}
+    monkeypatch.setattr(runs, "execute", lambda words, cache: ("", {"error": commands.update({cache: words})}))
+    for way in ("softmax", "hybrid"):
+        runs.train(tmp_path, "cpu", way, {"model": "tiny", "batch": 4, "epochs": 1, "mode": "unrecorded"}, tmp_path)
+    softmax, hybrid = (parse_settings([*map(str, words[2:])]).record for words in commands.values())
+    assert {name for name in hybrid if hybrid[name] != softmax.get(name)} == {"model", "output_dir"}
+    assert hybrid["model"] == "vit_tiny_patch16_224_karat_hybrid"
 
 
 @pytest.mark.system
