@@ -416,7 +416,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoints = options.load_models(args.model, args.compare, options.device_of(args.device))
     blocks = [options.block_of(args.block, each) for each in checkpoints]
     query = _query(args.query, checkpoints)
-    found = find_images(checkpoints, args.images, args.num_images, args.seed)
+    found = find_images(checkpoints, args.images, args.num_images, args.seed, args.data_set)
     stems = [f"attention_heads_{index}" for index in range(len(found))]
     files = [name for stem in (*stems, "attention_summary") for name in figure_names(stem)]
     output = Output(args.output, [*files, "attention.npz"], args.overwrite)

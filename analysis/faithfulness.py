@@ -490,8 +490,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.annotated is not None and args.images is not None:
-        raise InputError("`--annotated` and `--images` both name images. Give one of them.")
+    for flag, value in (("--images", args.images), ("--data-set", args.data_set)):
+        if args.annotated is not None and value is not None:
+            raise InputError(f"`--annotated` and `{flag}` both name images. Give one of them.")
     if args.annotated is None and args.split is not None:
         raise InputError("`--split` is one of --annotated, which is not given.")
     checkpoints = options.load_models(args.model, args.compare, options.device_of(args.device))
@@ -503,7 +504,7 @@ def run(args: argparse.Namespace) -> None:
     )
     objects = None
     if args.annotated is None:
-        found = find_images(checkpoints, args.images, args.num_images, args.seed)
+        found = find_images(checkpoints, args.images, args.num_images, args.seed, args.data_set)
     else:
         found, objects = find_annotated(args.annotated, args.split, args.num_images, args.seed, args.box_format)
     if len(found) < 2:

@@ -360,7 +360,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.before is not None:
         earlier = load_checkpoint(args.before, "--before", device)
         check_same_model(checkpoint.model.config, earlier.model.config, args.before)
-    pixels = load_images(checkpoint, args.images, args.num_images, args.seed).pixels
+    pixels = load_images(checkpoint, args.images, args.num_images, args.seed, args.data_set).pixels
     common = {"edge": edge, "strongest": args.strongest, "step": args.step, "batch_size": args.batch_size}
     after = compute(checkpoint, pixels, block, heads, **common)
     before = None

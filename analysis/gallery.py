@@ -7,8 +7,9 @@ them. A second call finds them trained.
                         CPU cores
   --data-set CIFAR10    ViT-Tiny at 224x224 on CIFAR-10, from the Hub or from --data-path: for a GPU
 
-With --model and --compare, the figures of checkpoints of yours instead. The figures with their numbers lie in --work,
-the PNGs and a page that shows them (README.md) in --output.
+With --model and --compare, the figures of checkpoints of yours instead, of images of their data set, which --data-path
+finds again where the runs are from another machine. The figures with their numbers lie in --work, the PNGs and a page
+that shows them (README.md) in --output.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from image_classification.reports.curves import history
 from . import style
 from .__main__ import analyse
 from .compare import accuracy
-from .models import Checkpoint, load_checkpoint, read_state, run_folder
+from .landscape.command import ENOUGH, moments_until
+from .models import Checkpoint, load_checkpoint, load_start, read_state, run_folder
 from .output import Output
 
 
@@ -52,14 +54,14 @@ class Picture:
         command: its words; `MODEL` and `COMPARE` stand for the checkpoints.
         file: the figure that is shown, with `LAST` for the number of the last block.
         caption: what it shows.
-        runs: whether it needs the checkpoints to be runs.
+        needs: what of the runs it needs, see `at_hand`. Of pictures of one name the first that has it is taken.
     """
 
     name: str
     command: str
     file: str
     caption: str
-    runs: bool = False
+    needs: str = ""
 
 
 PICTURES = (
@@ -69,7 +71,14 @@ PICTURES = (
         "functions_blockLAST",
         "The learned functions of the last block before and after training: mean and spread over all edges, the five "
         "strongest edges and one more, over the scores that occur (grey).",
-        runs=True,
+        needs="start",
+    ),
+    Picture(
+        "functions",
+        "functions --model MODEL --edge 1 5",
+        "functions_blockLAST",
+        "The learned functions of the last block: mean and spread over all edges, the five strongest edges and one "
+        "more, over the scores that occur (grey).",
     ),
     Picture(
         "attention",
@@ -105,14 +114,14 @@ PICTURES = (
         "weights --model MODEL",
         "weights",
         "Distributions of the weights over the run: all, the coefficients of each harmonic, and the projector.",
-        runs=True,
+        needs="checkpoints",
     ),
     Picture(
         "curves",
         "curves --model MODEL COMPARE --names KArAt softmax",
         "curves",
         "Loss and accuracy of both runs, under the same recipe.",
-        runs=True,
+        needs="run",
     ),
     Picture(
         "compare",
@@ -127,16 +136,26 @@ PICTURES = (
         "landscape",
         "The held-out loss over the two principal directions of each run, with its path from the start to the trained "
         "weights (star). The epsilon-sharpness is the highest rise within the dashed square.",
-        runs=True,
+        needs="paths",
+    ),
+    Picture(
+        "landscape",
+        "landscape --model MODEL --compare COMPARE LANDSCAPE --log",
+        "landscape",
+        "The held-out loss over two random directions from the trained weights (star), normalised filter by filter. "
+        "The epsilon-sharpness is the highest rise within the dashed square.",
+        needs="run",
     ),
     Picture(
         "landscape_3d",
         "landscape --model MODEL --compare COMPARE LANDSCAPE --log",
         "landscape_3d",
         "The same surfaces in three dimensions.",
-        runs=True,
+        needs="run",
     ),
 )
+
+ALL = {picture.needs for picture in PICTURES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +166,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train on this, by configuration/gallery/*.yaml (default: digits)",
     )
     parser.add_argument(
-        "--data-path", metavar="DIR", help="where the data set lies, as run_image_classification.py takes it"
+        "--data-path",
+        metavar="DIR",
+        help="where the data set lies, as run_image_classification.py takes it (for --model: as run.json says)",
     )
     parser.add_argument("--model", metavar="DIR_OR_REPO", help="a KArAt checkpoint, in place of one trained here")
     parser.add_argument("--compare", metavar="DIR_OR_REPO", help="its softmax counterpart; goes with --model")
@@ -165,12 +186,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.model is None) != (args.compare is None):
         raise InputError("`--model` and `--compare` go together: the gallery shows a KArAt model beside a softmax one.")
-    if args.model is not None and args.data_path is not None:
-        raise InputError("`--data-path` is for training, and --model is trained: leave one of them out.")
     name = DATA_SETS[args.data_set]
     work = Path(args.work or f"outputs/gallery/{name}")
-    are_runs = args.model is None or None not in (run_folder(args.model), run_folder(args.compare))
-    pictures = [picture for picture in pictures_of(name) if are_runs or not picture.runs]
+    pictures = pictures_of(name, ALL if args.model is None else at_hand(args.model, args.compare))
     files = [*(f"{picture.name}.png" for picture in pictures), "README.md"]
     output = Output(args.output or f"docs/gallery/{name}", files, args.overwrite)
     figures = work / "figures"
@@ -181,8 +199,9 @@ def run(args: argparse.Namespace) -> None:
     last = str(checkpoints[0].blocks - 1)
     for command in dict.fromkeys(picture.command for picture in pictures):
         words = [{"MODEL": model, "COMPARE": compare}.get(word, word) for word in command.split()]
-        if args.images and words[0] in ("functions", "attention", "spectrum", "faithfulness"):
-            words += ["--images", *args.images]
+        if words[0] in ("functions", "attention", "spectrum", "faithfulness", "landscape"):
+            words += ["--images", *args.images] if args.images else []
+            words += ["--data-set", args.data_path] if args.model and args.data_path else []
         words += ["--output", str(figures)] + (["--overwrite"] if args.overwrite else [])
         print(f"python -m analysis {shlex.join(words)}")
         analyse(words[0], words[1:])
@@ -190,18 +209,43 @@ def run(args: argparse.Namespace) -> None:
         output.copy(figures / f"{picture.file.replace('LAST', last)}.png", f"{picture.name}.png")
     output.text("README.md", page(pictures, [describe_checkpoint(checkpoint) for checkpoint in checkpoints], args.note))
     output.report()
-    left_out = [picture.name for picture in PICTURES if picture.runs and not are_runs]
+    left_out = {picture.name for picture in PICTURES} - {picture.name for picture in pictures}
     if left_out:
-        print(f"Left out, since they need folders of runs: {', '.join(left_out)}.")
+        print(f"Left out, since the runs did not keep what they need: {', '.join(sorted(left_out))}.")
 
 
-def pictures_of(name: str) -> list[Picture]:
-    """List `PICTURES` with what is worth waiting for with a data set, by its name in recipes."""
+def at_hand(model: str, compare: str) -> set[str]:
+    """
+    List what pictures may need of two checkpoints beside their weights: `"run"`, that both are of runs; and where they
+    are, the `"start"` of the first, its `"checkpoints"`, and `"paths"`, that both kept as many as a landscape draws.
+    """
+    found = {""}
+    if None not in (run_folder(model), run_folder(compare)):
+        found.add("run")
+        kept = [sum(moment.folder is not None for moment in moments_until(source)) for source in (model, compare)]
+        try:
+            load_start(model)
+            found |= {"start"} | ({"checkpoints"} if kept[0] else set()) | ({"paths"} if min(kept) >= ENOUGH else set())
+        except InputError as error:
+            print(f"Without its start: {error}")
+    return found
+
+
+def pictures_of(name: str, has: set[str]) -> list[Picture]:
+    """
+    List the pictures that can be made, with what is worth waiting for with a data set.
+
+    Args:
+        name: of the data set, in recipes.
+        has: of what pictures need.
+    """
     scale = {"FAITHFULNESS": FAITHFULNESS[name], "LANDSCAPE": LANDSCAPE[name]}
-    return [
-        dataclasses.replace(picture, command=" ".join(scale.get(word, word) for word in picture.command.split()))
-        for picture in PICTURES
-    ]
+    chosen: dict[str, Picture] = {}
+    for picture in PICTURES:
+        if picture.needs in has:
+            command = " ".join(scale.get(word, word) for word in picture.command.split())
+            chosen.setdefault(picture.name, dataclasses.replace(picture, command=command))
+    return list(chosen.values())
 
 
 def train_both(name: str, work: Path, data_path: str | None = None) -> tuple[str, str]:

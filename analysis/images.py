@@ -44,9 +44,11 @@ class Images:
         return len(self.names)
 
 
-def load_images(checkpoint: Checkpoint, paths: list[str] | None, count: int, seed: int = 0) -> Images:
+def load_images(
+    checkpoint: Checkpoint, paths: list[str] | None, count: int, seed: int = 0, data_set: str | None = None
+) -> Images:
     """Find images by `find_images` for one model, and prepare them for it."""
-    return prepare(checkpoint, find_images([checkpoint], paths, count, seed))
+    return prepare(checkpoint, find_images([checkpoint], paths, count, seed, data_set))
 
 
 def find_images(

@@ -49,6 +49,12 @@ def add_images(parser: argparse.ArgumentParser, count: int) -> None:
         "checkpoint, names)",
     )
     parser.add_argument(
+        "--data-set",
+        metavar="NAME_OR_DIR",
+        help="draw from the held-out images of this data set, or of this folder of one, as run_image_classification.py "
+        "reads them with --data_set and --data_path",
+    )
+    parser.add_argument(
         "--num-images",
         type=at_least(1),
         default=count,

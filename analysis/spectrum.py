@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
     blocks = [options.block_of(args.block, each) for each in checkpoints]
     stem = f"spectrum_block{blocks[0]}"
     output = Output(args.output, [*figure_names(stem), f"{stem}.npz"], args.overwrite)
-    found = find_images(checkpoints, args.images, args.num_images, args.seed)
+    found = find_images(checkpoints, args.images, args.num_images, args.seed, args.data_set)
     spectra = [
         compute(each, prepare(each, found).pixels, block, args.batch_size) for each, block in zip(checkpoints, blocks)
     ]

@@ -129,12 +129,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="or after so many Hessian-vector products, and says so (default: 100)",
     )
     parser.add_argument("--log", action="store_true", help="logarithmic scale of the loss")
-    parser.add_argument(
-        "--data-set",
-        metavar="NAME_OR_DIR",
-        help="draw from the held-out images of this data set, or of this folder of one, as run_image_classification.py "
-        "reads them with --data_set and --data_path",
-    )
     options.add_images(parser, count=256)
     parser.add_argument(
         "--workers",

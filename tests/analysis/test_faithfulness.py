@@ -290,6 +290,7 @@ def test_what_cannot_be_measured(karat, photos, marked, refusal, tmp_path):
     words = ("faithfulness", "--model", karat)
     folder = marked(boxes([2, 3, 6, 5]))
     assert "Give one of them" in refusal(*words, "--images", photos, "--annotated", folder)
+    assert "Give one of them" in refusal(*words, "--data-set", photos, "--annotated", folder)
     assert "`--split` is one of --annotated" in refusal(*words, "--images", photos, "--split", "test")
     assert "argument --share: 1.5" in refusal(*words, "--images", photos, "--share", 1.5)
     assert "two or more" in refusal(*words, "--annotated", folder)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from analysis import gallery
 from image_classification.main import main as train
 from image_classification.settings.parser import parse_settings
+from tests.images import make_image_folder
 
 
 SOFTMAX = (
@@ -41,11 +44,30 @@ def test_every_picture_of_runs(run_folder, tmp_path, analyse, monkeypatch):
 
 
 def test_checkpoints_of_no_run_leave_some_out(karat, softmax, photos, tmp_path, analyse, monkeypatch):
-    kept = [picture for picture in gallery.PICTURES if picture.name in ("spectrum", "weights")]
+    kept = [picture for picture in gallery.PICTURES if picture.name in ("functions", "spectrum", "weights")]
     monkeypatch.setattr(gallery, "PICTURES", kept)
     out = analyse("gallery", "--model", karat, "--compare", softmax, "--images", photos, "--work", tmp_path / "work")
-    assert {path.name for path in out.iterdir()} == {"spectrum.png", "README.md"}
-    assert "weights" not in (out / "README.md").read_text()
+    assert {path.name for path in out.iterdir()} == {"functions.png", "spectrum.png", "README.md"}
+    text = (out / "README.md").read_text()
+    assert "weights" not in text and "before" not in text.split("![spectrum]")[0]
+
+
+def test_runs_of_another_machine_that_kept_no_checkpoints(run_folder, tmp_path, analyse, monkeypatch, capsys):
+    """As finals are: where their data lies is said, and what their start or checkpoints are needed for is left out."""
+    moved = tmp_path / "moved"
+    shutil.copytree(run_folder, moved, ignore=shutil.ignore_patterns("checkpoint-*"))
+    record = json.loads((moved / "run.json").read_text())
+    record["settings"] |= {"data_set": "CIFAR10", "data_path": "/not/here"}
+    (moved / "run.json").write_text(json.dumps(record | {"start": 0.5}))
+    has = gallery.at_hand(str(moved), run_folder)
+    assert has == {"", "run"} and "cannot be rebuilt" in capsys.readouterr().out
+    pictures = {picture.name: picture for picture in gallery.pictures_of("cifar10", has)}
+    assert pictures.keys() == {picture.name for picture in gallery.PICTURES} - {"weights"}
+    assert "random directions" in pictures["landscape"].caption and "--before" not in pictures["functions"].command
+    monkeypatch.setattr(gallery, "PICTURES", [picture for picture in gallery.PICTURES if picture.name == "functions"])
+    data = ["--data-set", "CIFAR10", "--data-path", make_image_folder(tmp_path / "data")]
+    out = analyse("gallery", "--model", moved, "--compare", moved, *data, "--work", tmp_path / "work")
+    assert (out / "functions.png").exists()
 
 
 def test_nothing_is_begun_where_files_would_be_lost(karat, softmax, tmp_path, refusal):
@@ -75,6 +97,9 @@ def test_the_galleries_here_have_every_picture(name):
     assert [line.split(":")[0] for line in described] == ["KArAt", "softmax"]
     assert all("held-out images right" in line for line in described)
     note = re.search(r"right\.\n\n(?!For checkpoints)(.*)\n", text)
-    assert text == gallery.page(gallery.pictures_of(name), described, note and note[1])
-    for picture in re.findall(r"!\[\w+\]\((.*)\)", text):
-        assert (GALLERY / name / picture).read_bytes().startswith(b"\x89PNG")
+    pictures = gallery.pictures_of(name, {picture.needs for picture in gallery.PICTURES if picture.caption in text})
+    assert text == gallery.page(pictures, described, note and note[1])
+    assert {"functions", "attention"} <= {picture.name for picture in pictures}
+    assert {path.stem for path in (GALLERY / name).glob("*.png")} == {picture.name for picture in pictures}
+    for path in (GALLERY / name).glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
