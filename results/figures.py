@@ -48,16 +48,16 @@ def draw_curves(arms: dict[str, list[dict]], logs: Path, axes: Axes) -> Axes:
 
 
 def draw_cost(arms: dict[str, list[dict]], axes: Axes) -> Axes:
-    """The best accuracy of each arm over what an image costs in training, as a multiple of the arm `softmax`."""
+    """The last accuracy of each arm over what an image costs in training, as a multiple of the arm `softmax`."""
     speeds = {arm: statistics.fmean(float(run["images_per_second"]) for run in runs) for arm, runs in arms.items()}
     for index, (arm, runs) in enumerate(arms.items()):
         cost = speeds["softmax"] / speeds[arm]
-        best = [float(run["best"]) for run in runs]
+        last = [float(run["last"]) for run in runs]
         colour = style.PALETTE[index % len(style.PALETTE)]
-        axes.plot([cost] * len(best), best, "o", color=colour, markersize=4, label=arm)
+        axes.plot([cost] * len(last), last, "o", color=colour, markersize=4, label=arm)
     axes.margins(0.15)
     axes.set_xlabel("time per image (softmax = 1)")
-    axes.set_ylabel("best accuracy in %")
+    axes.set_ylabel("accuracy in %")
     axes.legend(loc="best")
     return axes
 
