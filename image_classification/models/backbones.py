@@ -73,9 +73,7 @@ def put_karat_heads(
         raise InputError(
             f"`sharing` is {args.sharing}: with `karatize` each block has operators of its own (blockwise)."
         )
-    operator = {name: getattr(args, name) for name in OPERATOR_FIELDS if getattr(args, name) is not None}
-    if operator.get("modular_mode") == "none":
-        operator["modular_mode"] = None
+    operator = {name: value for name, value in args.given().items() if name in OPERATOR_FIELDS}
     further: dict[str, Any] = {"layers": args.karat_layers} if args.karat_layers else {}
     if args.karatize == "replace":
         further |= {"images": [], "calibration_steps": 0} if images is None else {"images": images}

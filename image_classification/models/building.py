@@ -21,7 +21,7 @@ from modeling_karat_vit.modeling_karat_vit import drop_path
 
 from ..errors import InputError, did_you_mean, more, reason_of
 from ..paths import CONFIGURATION
-from ..settings.arguments import NOT_OF_THE_CONFIG, ModelArguments
+from ..settings.arguments import ModelArguments
 from .backbones import KARAT_FIELDS, configure, load_backbone, put_karat_heads, try_out
 from .families import OWN, block_names, class_of, fixed_image_size, image_size, is_karatized, karat_heads, vision
 from .loading import (
@@ -274,7 +274,7 @@ def load_trained(folder: str, args: ModelArguments, labels: list[str]) -> PreTra
     config = load_config(folder, "resume_from_checkpoint")
     if args.model is not None:
         check_same_model(build_config(args), config, folder)
-    elif _given(args):
+    elif args.given():
         check_same_model(build_config(_with(args, finetune=folder)), config, folder)
     check_labels(config, labels, folder)
     return load_model(folder, "resume_from_checkpoint", **_attention(args, config))[0]
@@ -349,21 +349,15 @@ def _preset(name: str) -> PreTrainedConfig:
     )
 
 
-def _given(args: ModelArguments) -> dict[str, Any]:
-    return {key: value for key, value in vars(args).items() if key not in NOT_OF_THE_CONFIG and value is not None}
-
-
 def _with(args: ModelArguments, **changes: Any) -> ModelArguments:
     return ModelArguments(**{**vars(args), **changes})
 
 
 def _overrides(args: ModelArguments, source: PreTrainedConfig) -> dict[str, Any]:
-    overrides = _given(args)
+    overrides = args.given()
     for key in ("image_size", "patch_size"):
         if key in overrides and len(overrides[key]) == 1:
             overrides[key] = overrides[key][0]
-    if overrides.get("modular_mode") == "none":
-        overrides["modular_mode"] = None
     if overrides.get("num_karat_heads") == 0:
         heads = overrides.get("num_attention_heads", source.num_attention_heads)
         if isinstance(heads, (list, tuple)) or heads not in PAPER_KARAT_HEADS:

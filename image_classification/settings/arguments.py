@@ -224,6 +224,11 @@ class ModelArguments:
         """The checkpoint that a run starts from, if any: a folder or Hub name."""
         return self.finetune or (self.model if self.karatize else None)
 
+    def given(self) -> dict[str, Any]:
+        """The given fields of a model configuration, by name; `modular_mode` none is a configuration's `None`."""
+        given = {key: value for key, value in vars(self).items() if key not in NOT_OF_THE_CONFIG and value is not None}
+        return given | ({"modular_mode": None} if self.modular_mode == "none" else {})
+
 
 # Fields of `ModelArguments` that are no fields of a model configuration.
 NOT_OF_THE_CONFIG = (

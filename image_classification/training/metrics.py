@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-1 and top-5 accuracy, as an `evaluate` metric that downloads nothing."""
+"""The metrics of an evaluation: loss, top-1 and top-5 accuracy."""
 
-import datasets
-import evaluate
+import functools
+import importlib.util
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -10,37 +12,6 @@ from ..errors import InputError, did_you_mean
 
 
 TOP = 5
-
-
-class TopKAccuracy(evaluate.Metric):
-    """
-    Share of the images whose class is the first (`accuracy`) or among the first five (`top5_accuracy`) predicted.
-
-    `compute(predictions=..., references=...)` takes the best classes of each image, best first, and the right class.
-    `top5_accuracy` is left out where no more than five classes are predicted from, that is, below five columns, or with
-    `classes` at most 5.
-    """
-
-    def __init__(self, classes: int, **kwargs):
-        self.classes = classes
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=type(self).__doc__,
-            citation="",
-            inputs_description="predictions: class indices, best first; references: class indices",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions, references):
-        ranked, right = np.asarray(predictions), np.asarray(references)[:, None]
-        scores = {"accuracy": float((ranked[:, :1] == right).any(axis=1).mean())}
-        if self.classes > TOP:
-            scores["top5_accuracy"] = float((ranked[:, :TOP] == right).any(axis=1).mean())
-        return scores
 
 
 def check_best(metric: str | None, average: bool, classes: int | None = None) -> None:
@@ -83,7 +54,16 @@ class ComputeMetrics:
     Trainer's own is a mean over batches, of which the last is smaller)."""
 
     def __init__(self, classes: int):
-        self.metric = TopKAccuracy(classes)
+        if importlib.util.find_spec("evaluate") is None:
+            raise InputError("Evaluations need the package evaluate, which is not installed: pip install evaluate.")
+        self.classes = classes
+
+    @functools.cached_property
+    def metric(self) -> Any:
+        # Only now: `evaluate` takes much of SciPy along, for which the first step of training need not wait.
+        from .accuracy import TopKAccuracy
+
+        return TopKAccuracy(self.classes)
 
     def __call__(self, prediction) -> dict[str, float]:
         ranked, losses = prediction.predictions

@@ -24,6 +24,22 @@ from modeling_karat_vit.modeling_karat_vit import AUTO_CLASSES
 PROJECT = Path(__file__).parents[2]
 
 
+# Goes as far as all imports, and looks around.
+START = """
+import gc
+import sys
+import run_image_classification
+
+sys.argv = ["run_image_classification.py", "--no_such_flag"]
+try:
+    run_image_classification.main()
+except SystemExit as ended:
+    assert ended.code == 2
+assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
+assert not {"evaluate", "matplotlib", "tensorboard"} & set(sys.modules)
+"""
+
+
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     """What `make train` runs, in another folder: the output folder, and what the console showed."""
@@ -36,6 +52,12 @@ def default_run(tmp_path_factory):
 
 def results(folder):
     return json.loads((folder / "all_results.json").read_text())
+
+
+def test_a_start_waits_for_nothing_that_it_does_not_need():
+    """Neither for the collector to look through what stays, nor for packages of evaluations and reports."""
+    result = subprocess.run([sys.executable, "-c", START], cwd=PROJECT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_default_learns_the_digits(default_run):

@@ -18,8 +18,9 @@ from image_classification import main as script
 from image_classification.errors import InputError
 from image_classification.runs import checkpoints
 from image_classification.settings.arguments import RunArguments
+from image_classification.training.accuracy import TopKAccuracy
 from image_classification.training.divergence import SKIPPED_STEPS, DivergenceGuard
-from image_classification.training.metrics import ComputeMetrics, TopKAccuracy, check_best, preprocess
+from image_classification.training.metrics import ComputeMetrics, check_best, preprocess
 from image_classification.training.optimization import parameter_groups, schedule
 from image_classification.training.trainer import ImageClassificationTrainer
 from tests import models as tiny
