@@ -83,12 +83,12 @@ def compute_all(checkpoint: Checkpoint, pixels: torch.Tensor, query: int = 0, ba
     """Compute what one query of every block sees, in the same forward passes: rollout needs the maps of all anyway."""
     before, after, rolled = [], [], []
     checkpoint.check_whole_maps()
-    prefix = checkpoint.prefix
+    prefix = [checkpoint.prefix(block) for block in range(checkpoint.blocks)]
     for recorded in record_batches(checkpoint, pixels, list(range(checkpoint.blocks)), batch_size):
         # Copies, so that the whole N x N maps are not kept alive: (L, B, h, N).
-        before.append(np.stack([row_of(each.scores.numpy(), query, prefix) for each in recorded.values()]))
-        after.append(np.stack([row_of(each.maps.numpy(), query, prefix) for each in recorded.values()]))
-        rolled.append(row_of(rollout([each.maps.numpy() for each in recorded.values()]), query, prefix))
+        before.append(np.stack([row_of(each.scores.numpy(), query, prefix[block]) for block, each in recorded.items()]))
+        after.append(np.stack([row_of(each.maps.numpy(), query, prefix[block]) for block, each in recorded.items()]))
+        rolled.append(row_of(rollout([each.maps.numpy() for each in recorded.values()]), query, max(prefix)))
     stages = zip(np.concatenate(before, axis=1), np.concatenate(after, axis=1))
     rolled_out = np.concatenate(rolled)
     return [
@@ -132,18 +132,20 @@ def rollout(maps: list[np.ndarray]) -> np.ndarray:
     """
     Compute attention rollout (Abnar and Zuidema 2020): the product over the blocks of (A + I)/2, A the mean over heads.
 
-    Signed maps go in as magnitudes, each row of the mean divided by its sum. A row of zeros passes on its own token.
+    Signed maps go in as magnitudes, each row of the mean divided by its sum. A row of zeros passes on its own token, as
+    do special tokens that come later (ConViT's).
 
     Args:
-        maps: of every block, first to last, (B, h, N, N).
+        maps: of every block, first to last, (B, h, N, N), N of the last the largest.
 
     Returns:
         (B, N, N), rows sum to 1.
     """
-    identity = np.eye(maps[0].shape[-1])
+    identity = np.eye(maps[-1].shape[-1])
     joint = identity[None]
     for block in maps:
-        mean = np.abs(block.astype(np.float64)).mean(1)
+        absent = len(identity) - block.shape[-1]
+        mean = np.pad(np.abs(block.astype(np.float64)).mean(1), ((0, 0), (absent, 0), (absent, 0)))
         sums = mean.sum(-1, keepdims=True)
         mean = np.where(sums > 0, mean / np.where(sums > 0, sums, 1), identity)
         joint = (mean + identity) / 2 @ joint

@@ -82,15 +82,14 @@ class Checkpoint:
         """Height and width of its images."""
         return families.image_size(self.model.config, self.processor)
 
-    @property
-    def prefix(self) -> int:
-        """The number of special tokens before the patches, of which the first is [CLS]; SigLIP has none."""
-        return families.prefix_tokens(self.model)
+    def prefix(self, block: int) -> int:
+        """Count a block's special tokens before the patches, of which the first is [CLS]; SigLIP has none."""
+        return families.prefix_tokens(self.model, block)
 
     @property
     def tokens(self) -> int:
-        """The number of tokens, N: special ones, which come first, and the patches."""
-        return self.grid[0] * self.grid[1] + self.prefix
+        """The number of tokens of the last block, N: special ones, which come first, and the patches."""
+        return self.grid[0] * self.grid[1] + self.prefix(self.blocks - 1)
 
     @property
     def labels(self) -> list[str]:

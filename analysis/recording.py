@@ -4,7 +4,7 @@
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AttentionInterface
 
-from image_classification.models.families import OWN, hidden_below
+from image_classification.models.families import OWN, hidden_below, replaced_attention
 
 from .models import Checkpoint
 
@@ -90,6 +90,9 @@ def _watch(checkpoint: Checkpoint, block: int, kept: dict[int, Attention], hooks
     """Put the attention of one block into `kept` at a forward pass."""
     module: Any = checkpoint.attention(block)
     if checkpoint.model.config.model_type not in OWN:
+        if replaced := replaced_attention(checkpoint.model):
+            _watch_replaced(module, replaced, kept, block, hooks)
+            return
         module.kept, module.kept_config, module.hidden_below = (
             (kept, block),
             module.config,
@@ -112,6 +115,27 @@ def _watch(checkpoint: Checkpoint, block: int, kept: dict[int, Attention], hooks
 
     for target, hook in ((module.q_proj, keep_projection), (module.k_proj, keep_projection), (module, keep_attention)):
         hooks.callback(target.register_forward_hook(hook).remove)
+
+
+def _watch_replaced(module: Any, replaced: Mapping, kept: dict, block: int, hooks: contextlib.ExitStack) -> None:
+    """`_watch` a module that does not call the attention interface: as the one that `karatize` puts in its place."""
+    own, seen = type(module), {}
+    kind: Any = replaced.get(own.__name__, own)
+
+    def attend(query, key, *rest):
+        seen["scores"] = (query @ key.mT) * module.scale
+        return kind.attend(module, query, key, *rest)
+
+    def project(output, maps):
+        kept[block] = Attention(seen["scores"].cpu(), maps.cpu())
+        return kind.project(module, output, maps)
+
+    def stop():
+        del module.attend, module.project
+        module.__class__ = own
+
+    module.__class__, module.attend, module.project = kind, attend, project
+    hooks.callback(stop)
 
 
 def _stop_watching(module: Any) -> None:

@@ -266,7 +266,9 @@ class KArAtBackbone(_Mixed):
 
 def attention_modules(model, family: Family) -> list[nn.Module]:
     """The attention modules of the encoder that call the attention interface, in order: the innermost of their name."""
-    found = [module for module in model.modules() if type(module).__name__ in family.attention]
+    found = [
+        module for module in model.modules() if any(kind.__name__ in family.attention for kind in type(module).__mro__)
+    ]
     return [module for module in found if not any(child in found for child in module.children())]
 
 

@@ -136,6 +136,10 @@ class KArAtConViTConfig(TimmWrapperConfig):
     image_processor_type: str = "TimmWrapperImageProcessor"
     karat: dict | None = None
 
+    def to_dict(self):
+        """As `TimmWrapperConfig` has it, with the present names of the classes, not those that were once loaded."""
+        return super().to_dict() | {"label_names": list(self.id2label.values())}
+
 
 _CONVIT = Family(
     ("GPSA", "MHSA"),

@@ -17,7 +17,7 @@ from .karat_heads import STARTS, KArAtHeads
 logger = logging.get_logger(__name__)
 
 MODELS = (*BACKBONES, *CONVIT)
-_DROPPED = ("model_type", "architectures", "auto_map", "transformers_version")
+_DROPPED = ("model_type", "architectures", "auto_map", "transformers_version", "label_names")
 
 
 def karatize(
@@ -70,6 +70,7 @@ def karatize(
     }
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _DROPPED}
     config = cls.config_class.from_dict({**settings, "karat": karat})
+    config.id2label, config.label2id = model.config.id2label, model.config.label2id
     made = cls._from_config(config, attn_implementation=model.config._attn_implementation)
     _take_over(model, made)
     made.train(model.training)

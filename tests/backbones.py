@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models of Transformers, one of each class that `karatize` takes, with random weights."""
 
+import json
+
 import torch
+from safetensors.torch import save_file
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -162,6 +165,17 @@ def make(name: str):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def save_as_timm(model, folder, **config) -> None:
+    """A ConViT as timm's repositories on the Hub hold it: timm's configuration and names of weights."""
+    folder.mkdir()
+    images = {"input_size": [3, 8, 8], "interpolation": "bilinear", "crop_pct": 0.8}
+    images |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.5], "num_classes": 3}
+    written = {**CONVIT, "num_classes": 3, "label_names": ["ant", "bee", "cow"], "pretrained_cfg": images, **config}
+    del written["num_labels"]
+    (folder / "config.json").write_text(json.dumps(written))
+    save_file(model.timm_model.state_dict(), folder / "model.safetensors", {"format": "pt"})
 
 
 def images_for(model, count: int = 2):

@@ -12,7 +12,8 @@ from modeling_karat_vit.karat_heads import OPERATOR_FIELDS
 
 from ..errors import InputError, more, reason_of
 from ..settings.arguments import ModelArguments
-from .families import class_of, fixed_image_size, vision
+from . import convit
+from .families import class_of, fixed_image_size, is_timm, vision
 from .loading import HEAD, UNUSED, load_weights
 
 
@@ -38,6 +39,9 @@ def configure(config: PreTrainedConfig, overrides: dict[str, Any], source: str, 
     """
     made = type(config).from_dict(config.to_dict())
     made.architectures = config.architectures
+    # Of timm's: the classes and the preparation of images that it was trained for.
+    for name in ("label_names", "pretrained_cfg"):
+        vars(made).pop(name, None)
     part = vision(made)
     for name, value in overrides.items():
         own = part.to_dict().get(name, made.karat.get(name) if getattr(made, "karat", None) else None)
@@ -48,8 +52,14 @@ def configure(config: PreTrainedConfig, overrides: dict[str, Any], source: str, 
             raise InputError(f"`{name}` is no setting of {source}, a model of type {made.model_type!r}. Leave it out.")
         if has_weights and name not in (*_FREE, "image_size") and value != own:
             raise InputError(f"`{name}` is {value}, and {source} was trained with {own}. Leave it out.")
-        if not (has_weights and name == "image_size"):
+        if has_weights and name == "image_size":
+            continue
+        if not is_timm(made):
             setattr(part, name, value)
+        elif name in convit.ARGUMENTS:
+            made.model_args = {**(made.model_args or {}), convit.ARGUMENTS[name]: value}
+        elif value != own:
+            raise InputError(f"`{name}` is {value}, and {source}, of timm, has {own}. Leave it out.")
     return made
 
 

@@ -23,7 +23,17 @@ from ..errors import InputError, did_you_mean, more, reason_of
 from ..paths import CONFIGURATION
 from ..settings.arguments import ModelArguments
 from .backbones import KARAT_FIELDS, configure, load_backbone, put_karat_heads, try_out
-from .families import OWN, block_names, class_of, fixed_image_size, image_size, is_karatized, karat_heads, vision
+from .families import (
+    OWN,
+    block_names,
+    class_of,
+    fixed_image_size,
+    image_size,
+    is_karatized,
+    karat_heads,
+    name_of,
+    vision,
+)
 from .loading import (
     HEAD,
     HEAD_OR_OPERATOR,
@@ -326,7 +336,7 @@ def describe_model(model: PreTrainedModel) -> str:
     config, part = model.config, vision(model.config)
     attention = describe_attention(model)
     if config.model_type not in OWN:
-        attention = f"{config.model_type.removeprefix('karat_').removeprefix('plain_')} with {attention}"
+        attention = f"{name_of(config)} with {attention}"
     heads: Any = part.num_attention_heads
     heads = "/".join(map(str, heads)) if isinstance(heads, (list, tuple)) else heads
     size = fixed_image_size(config)

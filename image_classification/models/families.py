@@ -5,6 +5,7 @@ with KArAt heads (docs/karatize.md).
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,8 @@ from modeling_karat_vit.karat_backbones import attention_modules, parent
 from modeling_karat_vit.karat_heads import KArAtHeads
 
 from ..data.images import made_size
+from ..errors import reason_of
+from . import convit
 
 
 # KArAt-ViT and its softmax baseline.
@@ -23,8 +26,7 @@ OWN = ("karat_vit", "vit")
 _CLASSES: dict[str, list[Any]] = {"karat_vit": [KArAtViTForImageClassification], "vit": [ViTForImageClassification]}
 for _model in KARATIZED_MODELS:
     _theirs = parent(_model.config_class).model_type
-    # The configuration of timm's models says nothing of their blocks, heads and images.
-    if _model.auto_name == "AutoModelForImageClassification" and _theirs != "timm_wrapper":
+    if _model.auto_name == "AutoModelForImageClassification":
         _CLASSES.setdefault(_model.config_class.model_type, []).append(_model)
         if _theirs not in OWN:
             _CLASSES.setdefault(_theirs, []).append(parent(_model))
@@ -40,6 +42,17 @@ def is_known(config: PreTrainedConfig) -> bool:
     return config.model_type in _CLASSES
 
 
+def why_not(config: PreTrainedConfig) -> str | None:
+    """Why a model of a known type cannot be trained, looked at or karatized, in words: of timm's, most."""
+    try:
+        if config.model_type != "karat_vit":
+            _family(class_of(config)).check(config)
+        vision(config)
+    except Exception as error:  # Whatever timm says of arguments.
+        return reason_of(error)
+    return None
+
+
 def class_of(config: PreTrainedConfig) -> Any:
     """The class of the classifier of a known type: what its configuration names, or the first of its family."""
     classes = _CLASSES[config.model_type]
@@ -52,8 +65,18 @@ def is_karatized(config: PreTrainedConfig) -> bool:
 
 
 def vision(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the vision tower, where there is another one."""
-    return getattr(config, "vision_config", config)
+    """What says of blocks, heads and images: the configuration (of the vision tower), or for timm's its model."""
+    return convit.described(config) if is_timm(config) else getattr(config, "vision_config", config)
+
+
+def is_timm(config: PreTrainedConfig) -> bool:
+    """Whether timm makes the model, whose configuration is of timm's words."""
+    return config.model_type in convit.TYPES
+
+
+def name_of(config: PreTrainedConfig) -> str:
+    """What a model's family is called."""
+    return "convit" if is_timm(config) else config.model_type.removeprefix("karat_").removeprefix("plain_")
 
 
 def fixed_image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
@@ -73,17 +96,22 @@ def image_size(config: PreTrainedConfig, processor=None) -> tuple[int, int]:
 
 def attention_of_blocks(model: PreTrainedModel) -> list[Any]:
     """The attention modules of a model of another family than ViT, block by block."""
-    return attention_modules(model, _family(model))
+    return attention_modules(model, _family(type(model)))
 
 
-def prefix_tokens(model: PreTrainedModel) -> int:
-    """How many special tokens come before the patches: [CLS], and what else the family has, or none."""
-    return 1 if model.config.model_type in OWN else _family(model).prefix_tokens(model, 0)
+def prefix_tokens(model: PreTrainedModel, block: int) -> int:
+    """How many special tokens come before the patches in a block: [CLS], and what else the family has, or none."""
+    return 1 if model.config.model_type in OWN else _family(type(model)).prefix_tokens(model, block)
+
+
+def replaced_attention(model: PreTrainedModel) -> Mapping[str, type]:
+    """What attention modules of another family become, by their names, where they do not call the interface."""
+    return _family(type(model)).modules
 
 
 def hidden_below(model: PreTrainedModel) -> float:
     """What is added to the scores of pairs that a model of another family hides from each other, or less."""
-    return _family(model).lowest
+    return _family(type(model)).lowest
 
 
 def has_windows(config: PreTrainedConfig) -> bool:
@@ -91,8 +119,8 @@ def has_windows(config: PreTrainedConfig) -> bool:
     return config.model_type.endswith("swin")
 
 
-def _family(model: PreTrainedModel) -> Any:
-    return next(cls.family for cls in KARATIZED_MODELS if type(model) in (cls, parent(cls)))
+def _family(kind: type) -> Any:
+    return next(cls.family for cls in KARATIZED_MODELS if kind in (cls, parent(cls)))
 
 
 def karat_heads(model: Any) -> list[tuple[int, KArAtHeads]]:

@@ -20,12 +20,14 @@ from transformers import (
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
 # Transformers 5.17 has it under the short name only where torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import is_peft_available
+from transformers.utils import is_peft_available, is_torchvision_available
 
 import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
 from modeling_karat_vit.configuration_karat_vit import height_and_width
@@ -33,11 +35,12 @@ from modeling_karat_vit.configuration_karat_vit import height_and_width
 from .. import hub
 from ..errors import InputError, more, reason_of
 from ..runs import checkpoints
-from .families import KNOWN, class_of, is_known, vision
+from . import convit
+from .families import KNOWN, class_of, is_known, is_timm, vision, why_not
 
 
 # Parts that may differ between a checkpoint and the classifier that it becomes, by the names of their weights.
-HEAD = re.compile(r"(cls_|distillation_)?classifier\.|beit\.pooler\.")
+HEAD = re.compile(r"(cls_|distillation_)?classifier\.|beit\.pooler\.|timm_model\.head\.")
 HEAD_OR_OPERATOR = re.compile(rf"{HEAD.pattern}|(.*\.)?operator\.")
 # Numbers of positions, which models make themselves; older versions of Transformers saved them.
 _INDICES = r"(.*\.)?(position_ids|relative_position_index)$"
@@ -117,6 +120,9 @@ def load_config(source: str, setting: str) -> PreTrainedConfig:
     except Exception as error:  # Transformers' checks of values have no common base.
         refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
     config.return_dict = True  # How results are handed over is no matter of a checkpoint.
+    if is_timm(config):
+        # timm writes arguments that Transformers gives by itself.
+        config.model_args = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
     return config
 
 
@@ -149,6 +155,8 @@ def check_type(config: PreTrainedConfig, source: str, setting: str) -> None:
     """Raise an `InputError` for a model that is no classifier of a known family."""
     if not is_known(config):
         raise InputError(f"`{setting}` {source} is a model of type {config.model_type!r}, {KNOWN}.")
+    if (reason := why_not(config)) is not None:
+        raise InputError(f"`{setting}` {source} cannot be used: {reason.rstrip('.')}.")
 
 
 def load_weights(
@@ -323,7 +331,11 @@ def load_image_processor(
         raise InputError(f"`{setting}` {source} cannot be loaded: {path} {what}.") from cause
 
     try:
-        path = find_file(source, "preprocessor_config.json")
+        path = find_file(source, "config.json")
+        written = None if path is None else checkpoints.read_json(path)
+        of_timm = written.get("pretrained_cfg") if isinstance(written, dict) else None
+        if of_timm is None:
+            path = find_file(source, "preprocessor_config.json")
         if path is None and (base := base_of_adapter(source)) is not None:
             return load_image_processor(base, BASE, image_size)
         content = {} if path is None else checkpoints.read_json(path)
@@ -334,7 +346,11 @@ def load_image_processor(
     if not isinstance(content, dict):
         refuse("is no JSON object")
     try:
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        if of_timm is None:
+            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        else:
+            content = convit.preparation(of_timm)
+            processor = (ViTImageProcessor if is_torchvision_available() else ViTImageProcessorPil)(**content)
     except Exception as error:
         refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
     if wrong := _wrong_in_processor(content):
@@ -378,12 +394,15 @@ def _wrong_in_config(written: Any) -> str | None:
     """What of a configuration's file Transformers does not check, or loops over for hours, in words."""
     if not isinstance(written, dict):
         return "is no JSON object"
-    kind = written.get("model_type")
+    kind = written.get("model_type", "timm_wrapper" if "pretrained_cfg" in written else None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return f"sets `model_type` to {kind!r}, {KNOWN}"
-    labels, classes = written.get("id2label"), written.get("num_labels")
+    number = "num_classes" if kind in convit.TYPES else "num_labels"
+    labels, classes = written.get("id2label"), written.get(number)
     if classes is not None and (type(classes) is not int or not 0 < classes <= MOST_CLASSES):
-        return f"sets `num_labels` to {classes!r}, expected 1 to {MOST_CLASSES:,}"
+        return f"sets `{number}` to {classes!r}, expected 1 to {MOST_CLASSES:,}"
+    if kind in convit.TYPES and (wrong := convit.wrong_in_config(written)):
+        return wrong
     if labels is not None:
         # Transformers itself writes and reads the numbers as text.
         pairs = labels.items() if isinstance(labels, dict) else []

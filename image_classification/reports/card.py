@@ -14,7 +14,7 @@ from ..data.sources import ImageData
 from ..errors import one_line
 from ..models import transfer
 from ..models.building import describe_model
-from ..models.families import OWN, is_karatized
+from ..models.families import OWN, is_karatized, name_of
 from ..settings.arguments import to_json
 from .curves import CURVES, HISTORY
 from .recipe import AGAIN, RECIPE
@@ -83,7 +83,7 @@ class RunCard:
         name = one_line(self.folder.resolve().name)
         started_from = record["finetune"] or (record["model"] if record["karatize"] else None)
         kind, karatized = self.model.config.model_type, is_karatized(self.model.config)
-        karat, family = karatized or kind == "karat_vit", kind.removeprefix("karat_").removeprefix("plain_")
+        karat, family = karatized or kind == "karat_vit", name_of(self.model.config)
         tags = ["karat-vit", "kolmogorov-arnold-attention"] * karat + [family] * (kind != "karat_vit")
         remarks = [describe_choice(weights, metrics)] if weights is not None else []
         if paper := describe_reported(self.reported):

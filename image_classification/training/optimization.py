@@ -3,6 +3,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from .sharding import plain_name
 # Position embeddings and tokens are matrices in shape only; ViT does not decay them.
 NO_DECAY = (
     *("cls_token", "distillation_token", "mask_token", "register_tokens", "class_embedding"),
-    *("position_embeddings", "position_embedding.weight", "relative_position_bias_table"),
+    *("position_embeddings", "position_embedding.weight", "pos_embed", "relative_position_bias_table"),
 )
 
 
@@ -112,11 +113,11 @@ def layer_scale(name: str, blocks: list[str], decay: float) -> float:
         blocks: names of the blocks, first to last. What ends a stage goes with the last of its blocks.
         decay: `layer_decay`.
     """
-    stages = [block.rpartition(".blocks.")[0] or block for block in blocks]
+    stages = [re.sub(r"(\.\d+)\.blocks\.\d+$", r"\1", block) for block in blocks]
     for prefixes in (blocks, stages):
         if own := [index for index, prefix in enumerate(prefixes) if name.startswith(f"{prefix}.")]:
             return decay ** (len(blocks) - own[-1])
-    if "embeddings." in name or "pre_layrnorm." in name:
+    if re.search(r"embeddings\.|pre_layrnorm\.|(pos|patch)_embed|\.cls_token$", name):
         return decay ** (len(blocks) + 1)
     # Final norm and head; and the universal operator, which works in the last block too.
     return decay if "operator" in name else 1.0

@@ -2,12 +2,10 @@
 """KArAt heads in other vision models."""
 
 import copy
-import json
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,7 +18,7 @@ from transformers import (
 from modeling_karat_vit import karatize
 from modeling_karat_vit.karat_heads import KArAtHeads, OperatorConfig, biased_karat_attention
 from modeling_karat_vit.karat_operator import KArAtOperator
-from tests.backbones import CONVIT, MAKERS, OPERATOR, UNSUPPORTED, features, images_for, make
+from tests.backbones import MAKERS, OPERATOR, UNSUPPORTED, features, images_for, make, save_as_timm
 
 
 @pytest.fixture(params=MAKERS)
@@ -248,12 +246,7 @@ def test_gates_and_positions_stay(start):
 def test_a_checkpoint_of_timm(tmp_path):
     """With timm's own configuration and names of weights, and an image processor that comes along."""
     source = make("convit_classifier")
-    (tmp_path / "timm").mkdir()
-    processing = {"input_size": [3, 8, 8], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "crop_pct": 1.0}
-    config = {**CONVIT, "num_classes": 3, "label_names": ["ant", "bee", "cow"], "pretrained_cfg": processing}
-    del config["num_labels"]
-    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
-    save_file(source.timm_model.state_dict(), tmp_path / "timm" / "model.safetensors", {"format": "pt"})
+    save_as_timm(source, tmp_path / "timm")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "timm").eval()
     images = images_for(source)
     expected = source(images).logits
