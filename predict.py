@@ -17,7 +17,7 @@ from image_classification.data.images import check_image, read_image
 from image_classification.errors import InputError, one_line, reason_of, run_command
 from image_classification.flags import Parser
 from image_classification.models.families import fixed_image_size
-from image_classification.models.loading import base_of_adapter, device_of, load_image_processor, load_model
+from image_classification.models.loading import device_of, load_image_processor, load_model
 
 
 # A bar is shown for more images than this.
@@ -72,12 +72,7 @@ def load_classifier(model: str, device: str | None = None) -> Callable:
         InputError: there is no such model or device, or the model is damaged.
     """
     folder = Path(model)
-    if folder.is_dir():
-        # An adapter may have both from its base model.
-        for needed in () if base_of_adapter(model) else ("config.json", "preprocessor_config.json"):
-            if not (folder / needed).is_file():
-                raise InputError(f"{model} holds no {needed}: it is no checkpoint folder of a finished run.")
-    elif folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") != 1):
         raise InputError(f"there is no model folder {model}. `python run_image_classification.py` trains one.")
     network, _ = load_model(model, "--model")
     processor = load_image_processor(model, "--model", fixed_image_size(network.config))

@@ -185,6 +185,25 @@ def images_for(model, count: int = 2):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def attentions_of(model, images) -> list[torch.Tensor]:
+    """Maps of all blocks; of an untouched model of timm, which gives none, by timm's own functions."""
+    if not type(model).__name__.startswith("TimmWrapper"):
+        return list(model(pixel_values=images, output_attentions=True).attentions)
+    modules, tokens = [block.attn for block in model.timm_model.blocks], {}
+    hooks = [m.register_forward_pre_hook(lambda m, args: tokens.update({m: args[0]})) for m in modules]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return [_map_of_timm(module, tokens[module]) for module in modules]
+
+
+def _map_of_timm(module, tokens):
+    if hasattr(module, "get_attention"):
+        return module.get_attention(tokens)
+    query, key, _ = module.qkv(tokens).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return (query @ key.mT * module.scale).softmax(-1)
+
+
 def features(model, images, **kwargs):
     """Logits, the last feature map, or the last hidden state."""
     if "MAE" in type(model).__name__:

@@ -41,6 +41,7 @@ from image_classification.reports.curves import draw_curves
 from image_classification.settings.arguments import ModelArguments
 from image_classification.settings.parser import parse_settings
 from modeling_karat_vit import KArAtViTConfig
+from tests.backbones import make, save_as_timm
 from tests.images import colour_image, own_library_settings  # noqa: F401
 from tests.models import SIZES, make_model, save_checkpoint
 
@@ -440,6 +441,45 @@ def test_configurations_that_are_damaged(checkpoint, fault):
         load_model(str(checkpoint), "--flag")
     # A configuration that is right in itself is of another model than the weights.
     assert "config.json" in str(refused.value) or "weights" in str(refused.value)
+
+
+BAD_TIMM = {
+    "another model": {"architecture": "resnet18"},
+    "of the future": {"architecture": "convit_huge"},
+    "arguments in a list": {"model_args": [1]},
+    "an unknown argument": {"model_args": {"heads": 3}},
+    "features only": {"model_args": {"features_only": True}},
+    "beyond all time": {"model_args": {"depth": 10**9}},
+    "classes beyond all time": {"num_classes": 10**12},
+    "a name for all classes": {"label_names": "ant"},
+    "classes that are no names": {"label_names": [1, 2, 3]},
+    "preparation in a list": {"pretrained_cfg": ["bicubic"]},
+}
+BAD_PREPARATION = {
+    "text": {"mean": ["a", "b", "c"]},
+    "two numbers": {"std": [0.5, 0.5]},
+    "division by zero": {"std": [0.5, 0.0, 0.5]},
+    "of another size": {"input_size": [3, 9, 9]},
+    "beyond all memory": {"crop_pct": 1e-9},
+    "drawn": {"interpolation": "random"},
+    "a frame": {"crop_mode": "border"},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TIMM)
+def test_configurations_of_timm_that_are_damaged(tmp_path, fault):
+    save_as_timm(make("convit_classifier"), tmp_path / "timm", **BAD_TIMM[fault])
+    with pytest.raises(InputError, match=r"`--flag` (is )?" + str(tmp_path / "timm")):
+        load_model(str(tmp_path / "timm"), "--flag")
+
+
+@pytest.mark.parametrize("fault", BAD_PREPARATION)
+def test_preparations_of_timm_that_are_damaged(tmp_path, fault):
+    save_as_timm(make("convit_classifier"), tmp_path / "timm")
+    path = tmp_path / "timm" / "config.json"
+    change_json(path, pretrained_cfg=json.loads(path.read_text())["pretrained_cfg"] | BAD_PREPARATION[fault])
+    with pytest.raises(InputError, match=r"`--flag` .*config\.json"):
+        load_image_processor(str(tmp_path / "timm"), "--flag", 8)
 
 
 def test_what_a_configuration_says_of_results_is_no_matter(checkpoint, image, capsys):

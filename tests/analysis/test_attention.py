@@ -27,6 +27,13 @@ def test_rollout_takes_the_mean_over_heads_and_magnitudes_of_signed_maps():
     np.testing.assert_allclose(attention.rollout([heads])[0], [[0.625, 0.375], [0, 1]])
 
 
+def test_rollout_before_a_special_token_comes():
+    """Until then it is its own: one block of the patches, then one with [CLS] before them."""
+    patches, both = np.array([[[[0.0, 1], [1, 0]]]]), np.array([[[[0.0, 1, 0], [0, 1, 0], [0, 0, 1]]]])
+    expected = [[0.5, 0.25, 0.25], [0, 0.5, 0.5], [0, 0.5, 0.5]]
+    np.testing.assert_allclose(attention.rollout([patches, both])[0], expected)
+
+
 def test_rollout_of_softmax_is_the_papers(softmax):
     checkpoint = load_checkpoint(softmax)
     pixels = torch.randn(3, 3, 12, 12)

@@ -15,13 +15,14 @@ from analysis.models import load_checkpoint
 from analysis.recording import record
 from image_classification.errors import InputError
 from modeling_karat_vit import karatize
-from tests.backbones import make
+from tests.backbones import attentions_of, make
 from tests.images import COLOURS, make_image_folder
 
 
 OPERATOR = {"grid_size": 1, "karat_rank": 3, "layers": [-1], "heads": 1}
-# Special tokens: [CLS] and 4 registers, [CLS] and the distillation token, none, one; and windows.
-PREFIX = {"registers_classifier": 5, "deit_classifier": 2, "siglip_classifier": 0, "clip_classifier": 1, "beit_bias": 1}
+# Special tokens of both blocks: [CLS] and 4 registers, [CLS] and the distillation token, none, one; and windows.
+PREFIX = {"registers_classifier": (5, 5), "deit_classifier": (2, 2), "siglip_classifier": (0, 0)}
+PREFIX |= {"clip_classifier": (1, 1), "beit_bias": (1, 1), "convit_classifier": (0, 1)}
 WINDOWS = "swin_classifier"
 
 
@@ -60,29 +61,32 @@ def photos(tmp_path_factory):
 @pytest.mark.parametrize("name", PREFIX)
 def test_maps_are_those_of_the_model(kind, name, folders):
     checkpoint = load_checkpoint(str(folders / kind / name))
-    prefix = PREFIX[name]
-    assert (checkpoint.grid, checkpoint.prefix, checkpoint.tokens) == ((2, 2), prefix, 4 + prefix)
+    special = PREFIX[name]
+    assert (checkpoint.grid, checkpoint.tokens) == ((2, 2), 4 + special[-1])
+    assert (checkpoint.prefix(0), checkpoint.prefix(1)) == special
     assert checkpoint.head_kinds(1) == [kind, "softmax"] and checkpoint.head_kinds(0) == ["softmax"] * 2
     pixels = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
-        expected = checkpoint.model(pixel_values=pixels, output_attentions=True)
+        expected = attentions_of(checkpoint.model, pixels)
+        logits = checkpoint.model(pixel_values=pixels).logits
     maps = attention.compute_all(checkpoint, pixels, batch_size=2)
-    for block, each in enumerate(maps):
-        theirs = expected.attentions[block].numpy()
+    for block, (each, prefix) in enumerate(zip(maps, special, strict=True)):
+        theirs = expected[block].numpy()
         rows = theirs[:, :, 0] if prefix else theirs.mean(2)
         np.testing.assert_allclose(each.after[..., 1:], rows[..., prefix:], rtol=1e-5, atol=1e-6)
         assert np.allclose(each.after[..., 0], rows[..., 0] if prefix else 0)
         patch = attention.compute(checkpoint, pixels, block, query=3)
         np.testing.assert_allclose(patch.after[..., 1:], theirs[:, :, 2 + prefix, prefix:], rtol=1e-5, atol=1e-6)
-    # Softmax heads are the softmax of the scores that are handed on, relative positions and all.
-    recorded = record(checkpoint, pixels, [0])[0]
-    torch.testing.assert_close(recorded.scores.softmax(-1), recorded.maps)
+    # Softmax heads are the softmax of the scores that are handed on, relative positions and all; ConViT's gates are not.
+    recorded = record(checkpoint, pixels, [0, 1])[int(name == "convit_classifier")]
+    torch.testing.assert_close(recorded.scores.softmax(-1)[:, 1:], recorded.maps[:, 1:])
     with torch.no_grad():  # And the model is as it was.
-        assert torch.equal(checkpoint.model(pixel_values=pixels).logits, expected.logits)
+        assert torch.equal(checkpoint.model(pixel_values=pixels).logits, logits)
+        assert all(torch.equal(*each) for each in zip(attentions_of(checkpoint.model, pixels), expected))
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("name", ["registers_classifier", "siglip_classifier"])
+@pytest.mark.parametrize("name", ["registers_classifier", "siglip_classifier", "convit_classifier"])
 def test_every_analysis_runs(name, folders, photos, analyse):
     karat, softmax = (str(folders / kind / name) for kind in ("karat", "softmax"))
     both, images = ["--model", karat, "--compare", softmax], ["--images", photos, "--num-images", 2]
@@ -100,7 +104,7 @@ def test_every_analysis_runs(name, folders, photos, analyse):
     )
     assert np.load(out / "attention.npz")["model_after"].shape == (2, 2, 5)
     spectrum = np.load(out / "spectrum_block1.npz")
-    assert spectrum["model_before"].shape == (2, 2, 4 + PREFIX[name])
+    assert spectrum["model_before"].shape == (2, 2, 4 + PREFIX[name][1])
     assert np.isfinite(json.loads((out / "landscape.json").read_text())["model"]["hessian"]["value"])
 
 
@@ -140,7 +144,7 @@ def test_functions_and_weights_are_those_of_the_operator(folders):
         load_checkpoint(str(folders / "softmax" / "deit_classifier")).operator(1)
 
 
-@pytest.mark.parametrize("name", ["registers_classifier", "siglip_classifier"])
+@pytest.mark.parametrize("name", ["registers_classifier", "siglip_classifier", "convit_classifier"])
 def test_the_page_shows_them(name, folders, photos):
     viewer = Viewer(load_checkpoint(str(folders / "karat" / name)), name)
     path = str(next(photos.rglob("*.jpg")))

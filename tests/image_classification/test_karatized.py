@@ -286,8 +286,9 @@ def test_calibration_images_of_either_kind_of_split(images):
     assert torch.equal(calibration_images(dataclasses.replace(data, train=stream), 2, 0, processor), first)
 
 
-def test_a_checkpoint_is_another_model_than_asked_for(pretrained, runs, images, capsys):
-    flags = f"--eval --resume {runs('swin')} --data_path {images} --use_cpu --model {pretrained / 'swin'} --karatize"
+@pytest.mark.parametrize("name", ["swin", "convit"])
+def test_a_checkpoint_is_another_model_than_asked_for(name, pretrained, runs, images, capsys):
+    flags = f"--eval --resume {runs(name)} --data_path {images} --use_cpu --model {pretrained / name} --karatize"
     assert main([*flags.split(), *OPERATOR, "--disable_tqdm", "--dataloader_num_workers", "0"]) == 0
     assert main([*flags.split(), "--karat_rank", "2"]) == 2
     assert "another model" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from transformers import (
 from modeling_karat_vit import karatize
 from modeling_karat_vit.karat_heads import KArAtHeads, OperatorConfig, biased_karat_attention
 from modeling_karat_vit.karat_operator import KArAtOperator
-from tests.backbones import MAKERS, OPERATOR, UNSUPPORTED, features, images_for, make, save_as_timm
+from tests.backbones import MAKERS, OPERATOR, UNSUPPORTED, attentions_of, features, images_for, make, save_as_timm
 
 
 @pytest.fixture(params=MAKERS)
@@ -35,17 +35,6 @@ def set_gamma(model, value: float):
         for heads in heads_of(model):
             heads.gamma.fill_(value)
     return model
-
-
-def maps_of(model, images):
-    """Maps of the last block; of timm's, which gives none, by its own projection."""
-    if not type(model).__name__.startswith("TimmWrapper"):
-        return model(pixel_values=images, output_attentions=True).attentions[-1]
-    attention, tokens = model.timm_model.blocks[-1].attn, []
-    with attention.register_forward_pre_hook(lambda module, args: tokens.append(args[0])):
-        model(images)
-    query, key, _ = attention.qkv(tokens[0]).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return (query @ key.mT * attention.scale).softmax(-1)
 
 
 def set_attention(model, implementation: str):
@@ -117,13 +106,13 @@ def test_some_heads_and_maps_of_the_reference(source):
     set_attention(source, "eager")
     images = images_for(source)
     last = karatize(source, layers=[-1], heads=1, start="replace", images=images, calibration_steps=0, **OPERATOR)
-    maps = [maps_of(model, images) for model in (source, last)]
+    maps = [attentions_of(model, images)[-1] for model in (source, last)]
     if "MAE" not in type(source).__name__:  # shuffled there
         torch.testing.assert_close(maps[1][:, 1:], maps[0][:, 1:])
     assert (maps[1][:, :1] - maps[0][:, :1]).abs().max() > 1e-3
     residual = set_gamma(karatize(source, layers=[-1], heads=1, **OPERATOR), 1.0)
     heads_of(residual)[0].load_state_dict(heads_of(last)[0].state_dict(), strict=False)
-    both = maps_of(residual, images)
+    both = attentions_of(residual, images)[-1]
     if "MAE" not in type(source).__name__:
         torch.testing.assert_close(both[:, :1], maps[0][:, :1] + maps[1][:, :1])
 
@@ -251,9 +240,10 @@ def test_a_checkpoint_of_timm(tmp_path):
     images = images_for(source)
     expected = source(images).logits
     assert torch.equal(loaded(images).logits, expected)
+    loaded.config.id2label = {0: "dog", 1: "eel", 2: "fox"}
     karatize(loaded, **OPERATOR).save_pretrained(tmp_path / "karat")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "karat").eval()
-    assert torch.equal(again(images).logits, expected) and again.config.id2label[1] == "bee"
+    assert torch.equal(again(images).logits, expected) and again.config.id2label[1] == "eel"
     processors = [AutoImageProcessor.from_pretrained(tmp_path / name) for name in ("timm", "karat")]
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     own, karat = (processor(image)["pixel_values"] for processor in processors)
