@@ -18,6 +18,7 @@ from transformers import (
     DeiTImageProcessor,
     SiglipImageProcessor,
     ViTImageProcessor,
+    pipeline,
 )
 
 import predict
@@ -27,6 +28,7 @@ from image_classification.data.streaming import StreamedSplit
 from image_classification.data.transforms import EvalTransform
 from image_classification.main import main
 from image_classification.models.families import block_names
+from image_classification.models.loading import load_image_processor
 from image_classification.pipeline import calibration_images
 from image_classification.settings.arguments import DataArguments
 from image_classification.training.optimization import layer_scale
@@ -148,28 +150,37 @@ def test_a_pretrained_model_gets_karat_heads_and_is_trained(name, pretrained, ru
 
 
 @pytest.mark.system
-def test_karat_heads_begin_as_softmax(pretrained, images, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), [("deit", "deit"), ("convit", "timm_wrapper")])
+def test_karat_heads_begin_as_softmax(name, kind, pretrained, images, tmp_path):
     """At the start both ways evaluate alike: residual adds nothing, replace was fitted to training images."""
     losses = {}
     for start in ("residual", "replace", None):
         flags = ["--karatize", start, "--karat_layers", "-1", "--calibration_images", "9", "--attn_lr", "0"]
         flags = flags if start else []
         target = tmp_path / str(start)
-        argv = words(images, target, "--finetune", pretrained / "deit", "--learning_rate", "0", *flags)
+        argv = words(images, target, "--finetune", pretrained / name, "--learning_rate", "0", *flags)
         assert main(argv) == 0
         losses[start] = json.loads((target / "all_results.json").read_text())["eval_loss"]
     assert losses["residual"] == losses[None] and losses["replace"] != losses[None]
     assert losses["replace"] == pytest.approx(losses[None], rel=0.2)
-    assert json.loads((tmp_path / "None" / "config.json").read_text())["model_type"] == "deit"
-    card = (tmp_path / "None" / "README.md").read_text()
+    untouched = tmp_path / "None"
+    assert json.loads((untouched / "config.json").read_text())["model_type"] == kind
+    card = (untouched / "README.md").read_text()
     assert "softmax attention" in card and "trust_remote_code" not in card
+    # Whoever has Transformers sees what the evaluation saw.
+    classify = pipeline("image-classification", model=str(untouched))
+    assert {guess["label"] for guess in classify(str(untouched / "sample.png"))} == set(COLOURS)
+    processors = AutoImageProcessor.from_pretrained(untouched), load_image_processor(str(untouched), "--model")
+    photo = colour_image("red", 5, (31, 23))
+    assert torch.equal(*(made(photo, return_tensors="pt")["pixel_values"] for made in processors))
 
 
 @pytest.mark.system
-def test_a_stopped_run_goes_on(pretrained, images, tmp_path):
+@pytest.mark.parametrize("name", ["registers", "convit"])
+def test_a_stopped_run_goes_on(name, pretrained, images, tmp_path):
     """Bit for bit, with the calibration of its start, which is not made again."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = ["--model", pretrained / "registers", *KARATIZED["registers"], *OPERATOR]
+    flags = ["--model", pretrained / name, *KARATIZED[name], *OPERATOR]
     flags += ["--num_train_epochs", "2", "--learning_rate", "0.01"]
     assert main(words(images, whole, *flags)) == 0
     shutil.copytree(whole, stopped)
