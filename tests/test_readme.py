@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig
 
 from benchmarks import plots
 from benchmarks.table import read as benchmark_rows
+from image_classification.models.families import has_windows, is_known
 from image_classification.settings import official_flags
 from modeling_karat_vit import KARATIZED_MODELS, KArAtViTConfig
 from results import page as results_page
@@ -196,13 +197,16 @@ def test_the_families_are_those_supported():
     measured = [row for row in rows_of("cpu_families.csv") if row["benchmark"] == "starts"]
     assert len(measured) == len(MAKERS) and all(float(row["residual"]) == 0.0 for row in measured)
     readme, types = {}, []
-    for family, kinds, models, _, *figures, _ in table(DOCS / "karatize.md", "Family"):
+    for family, kinds, models, _, taken, *figures, _ in table(DOCS / "karatize.md", "Family"):
         own = re.findall(r"`(\w+)`", kinds)
+        known = [AutoConfig.for_model(name) for name in own if is_known(AutoConfig.for_model(name))]
+        maps = "all, no maps" if any(map(has_windows, known)) else "all"
+        assert taken == (maps if known else "Python only"), family
         types += own
         assert len(models.split(", ")) == len([cls for cls in KARATIZED_MODELS if cls.config_class.model_type in own])
         rows = [row for row in measured if row["model_type"] in own]
         assert figures == [f"{max(float(row[way]) for row in rows):.2f}" for way in ("replace", "fitted")], family
-        readme[family] = [models, "0", figures[1]]
+        readme[family] = [models, "0", figures[1], taken]
     assert sorted(types) == sorted({cls.config_class.model_type for cls in KARATIZED_MODELS})
     assert {family: cells for family, *cells in table(DOCUMENTS[0], "backbone")} == readme
     assert [name for name, _ in table(DOCS / "karatize.md", "Model")] == list(UNSUPPORTED)

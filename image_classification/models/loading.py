@@ -21,13 +21,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ViTImageProcessor,
-    ViTImageProcessorPil,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
 # Transformers 5.17 has it under the short name only where torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import is_peft_available, is_torchvision_available
+from transformers.utils import is_peft_available
 
 import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
 from modeling_karat_vit.configuration_karat_vit import height_and_width
@@ -350,7 +349,7 @@ def load_image_processor(
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         else:
             content = convit.preparation(of_timm)
-            processor = (ViTImageProcessor if is_torchvision_available() else ViTImageProcessorPil)(**content)
+            processor = ViTImageProcessor(**content)
     except Exception as error:
         refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
     if wrong := _wrong_in_processor(content):

@@ -77,7 +77,7 @@ def test_maps_are_those_of_the_model(kind, name, folders):
         assert np.allclose(each.after[..., 0], rows[..., 0] if prefix else 0)
         patch = attention.compute(checkpoint, pixels, block, query=3)
         np.testing.assert_allclose(patch.after[..., 1:], theirs[:, :, 2 + prefix, prefix:], rtol=1e-5, atol=1e-6)
-    # Softmax heads are the softmax of the scores that are handed on, relative positions and all; ConViT's gates are not.
+    # Softmax heads are the softmax of the scores that are handed on, relative positions and all; not ConViT's gated.
     recorded = record(checkpoint, pixels, [0, 1])[int(name == "convit_classifier")]
     torch.testing.assert_close(recorded.scores.softmax(-1)[:, 1:], recorded.maps[:, 1:])
     with torch.no_grad():  # And the model is as it was.
