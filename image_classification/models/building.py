@@ -282,6 +282,7 @@ def load_trained(folder: str, args: ModelArguments, labels: list[str]) -> PreTra
         InputError: there is no checkpoint, it is another model than asked for, or it has other classes.
     """
     config = load_config(folder, "resume_from_checkpoint")
+    check_type(config, folder, "resume_from_checkpoint")
     if args.model is not None:
         check_same_model(build_config(args), config, folder)
     elif args.given():
