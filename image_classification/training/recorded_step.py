@@ -43,7 +43,7 @@ class RecordedStep:
     One optimiser step, over one batch or several accumulated ones.
 
     Batches of the first one's shape are replayed; others (the last, smaller one of an epoch) go through the same
-    function, launch by launch.
+    function, launch by launch. (Filled up, they could be replayed, but matrix products of more rows round otherwise.)
 
     Args:
         model: called as `model(pixel_values=...)`; its output has `logits`.
@@ -130,18 +130,24 @@ class RecordedStep:
                 self.model.train()  # Maybe after an evaluation.
                 self._compute(images, labels, last)
 
-    def record(self, images: torch.Tensor, labels: torch.Tensor, listen=contextlib.nullcontext) -> None:
+    def record(
+        self, images: torch.Tensor, labels: torch.Tensor, smaller: int = 0, listen=contextlib.nullcontext
+    ) -> None:
         """
         Make the graphs, for batches like this one. Nothing that a checkpoint holds changes.
 
         Args:
             images, labels: any batch.
+            smaller: images of a batch to come that goes launch by launch, whose kernels are compiled now, too; or 0.
             listen: context of a backward pass, for whoever wants to hear of it.
         """
         self.images, self.labels = images.clone(), labels.clone()
         generator = torch.cuda.get_rng_state(images.device)
         self.model.train()
         self._make_momentum()
+        if smaller:
+            self._differentiate(self.images[:smaller], self.labels[:smaller])
+            self._drop_gradients()
         for part in self.parts:
             part.compile(options=COMPILED)
         try:
