@@ -27,7 +27,6 @@ from tests import models as tiny
 
 
 BATCH = 4  # Images in a step (or in one of its accumulated parts), over all processes.
-RESUMED_AT = 5
 
 
 @dataclass
@@ -48,6 +47,11 @@ class Run:
     settings: dict
     soft: bool = False
     fed: bool = False
+
+    @property
+    def middle(self) -> int:
+        """The step before the last, whose checkpoint another layout goes on from."""
+        return 3 if "gradient_accumulation_steps" in self.settings else 5
 
 
 RUNS = [
@@ -95,7 +99,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make_trainer(run: Run, folder: Path, record: Record, processes: int) -> ImageClassificationTrainer:
-    settings = {"learning_rate": 0.1, "warmup_epochs": 0.5, "num_train_epochs": 2, "save_steps": 1, "logging_steps": 1}
+    settings = {"learning_rate": 0.1, "warmup_epochs": 0.5, "num_train_epochs": 2, "logging_steps": 1}
     args = RunArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -104,6 +108,7 @@ def make_trainer(run: Run, folder: Path, record: Record, processes: int) -> Imag
         eval_strategy="epoch",
         save_strategy="steps",
         logging_strategy="steps",
+        save_steps=run.middle,
         save_total_limit=0,
         dataloader_num_workers=0,
         per_device_train_batch_size=BATCH // processes,
@@ -147,8 +152,7 @@ def train_all(own: Path, others: Path | None, processes: int) -> None:
         if others is None:
             train(run, own / run.name, processes)
         else:
-            middle = RESUMED_AT if run.settings.get("gradient_accumulation_steps") is None else 3
-            folder = others / run.name / f"checkpoint-{middle}"
+            folder = others / run.name / f"checkpoint-{run.middle}"
             train(run, own / f"{run.name}-resumed", processes, folder)
 
 

@@ -15,14 +15,7 @@ from torch.nn import functional as F
 from image_classification.device_pipeline import augmentation, kernels, resident
 from image_classification.device_pipeline.draws import BOX, CODES, FLIP, LAYERS, MIX, SEED, WORDS
 from image_classification.device_pipeline.resident import ResidentImages
-from tests.image_classification.device_pipeline.test_augmentation import (
-    NOTHING,
-    matrix,
-    photo,
-    pipeline,
-    to,
-    to_tensor,
-)
+from tests.image_classification.device_pipeline.test_augmentation import NOTHING, matrix, photo, pipeline, to, to_tensor
 from tests.images import encode
 
 
@@ -68,12 +61,13 @@ def test_operations_in_whole_numbers(height, width):
     """All of them side by side in one launch, and images that nothing happens to."""
     images, expected, drawn = [], [], []
     for name in (None, *augmentation.OPERATIONS):
-        for level in LEVELS.get(name, [0]):
-            number = torch.full((6, 1, 1, 1), float(level), device=DEVICE)
-            these = pictures(height, width)
+        for place, level in enumerate(LEVELS.get(name, [0])):
+            # Each level has two of the pictures: the interpreter runs a program for each.
+            these = pictures(height, width)[place % 3 :: 3] if name in LEVELS else pictures(height, width)
+            number = torch.full((len(these), 1, 1, 1), float(level), device=DEVICE)
             images.append(these)
             expected.append(these if name is None else augmentation.OPERATIONS[name](these, number))
-            drawn += [[77.0, CODES.get(name, 0), *[level] * 6]] * 6
+            drawn += [[77.0, CODES.get(name, 0), *[level] * 6]] * len(these)
     drawn = torch.tensor(drawn, device=DEVICE)
     actual = kernels.operate(torch.cat(images), drawn, 1, FILL, "bicubic")
     different = (actual != torch.cat(expected)).flatten(1).any(1)
@@ -86,14 +80,12 @@ def test_affine(interpolation):
     matrices = [
         matrix(name, number, size)
         for name, number in [
-            *(("Rotate", degrees) for degrees in (0.0, 90.0, -30.0, 17.0)),
-            *((f"Shear{axis}", factor) for axis in "XY" for factor in (0.3, -0.12)),
-            *((f"Translate{axis}", pixels) for axis in "XY" for pixels in (7.0, -4.5, 40.0)),
-            ("TranslateXRel", 0.31),
+            *(("Rotate", degrees) for degrees in (0.0, 90.0, -30.0)),
+            *(("ShearX", 0.3), ("ShearY", -0.12), ("TranslateX", -4.5), ("TranslateY", 40.0)),
         ]
     ]
-    numbers = torch.stack(matrices).to(DEVICE).repeat_interleave(2, 0)
-    images = pictures(height, width)[:2].repeat(len(matrices), 1, 1, 1)
+    numbers = torch.stack(matrices).to(DEVICE)
+    images = pictures(height, width)[:2].repeat(4, 1, 1, 1)[: len(matrices)]
     drawn = F.pad(numbers, (1, 0), value=CODES["Affine"])
     expected = augmentation.affine(images, numbers, FILL, interpolation)
     actual = kernels.operate(images, drawn, 0, FILL, interpolation)
@@ -102,8 +94,8 @@ def test_affine(interpolation):
     assert difference.max() <= (0 if interpolation == "nearest" else 1)
     assert (difference > 0).float().mean() < 0.1
     # The kernel's cubics are exact on equal pixels.
-    flat = torch.tensor(FILL, dtype=torch.uint8, device=DEVICE)[:, None, None].expand(len(matrices), 3, height, width)
-    actual = kernels.operate(flat.contiguous(), drawn[::2].contiguous(), 0, FILL, interpolation)
+    flat = torch.tensor(FILL, dtype=torch.uint8, device=DEVICE)[:, None, None].expand(2, 3, height, width)
+    actual = kernels.operate(flat.contiguous(), drawn[2:4].contiguous(), 0, FILL, interpolation)
     assert (actual == flat).all()
 
 
@@ -137,10 +129,10 @@ def drawn_at_random(images: int, layers: int, parts: int, size: tuple[int, int],
 @pytest.mark.parametrize(
     "images, layers, parts, affine, mode",
     [
-        *((7, 0, 0, False, mode) for mode in (None, "batch", "pair", "elem")),
-        (12, 3, 0, False, "batch"),
-        (9, 2, 3, False, "elem"),
-        (12, 2, 1, True, "pair"),
+        (2, 0, 0, False, None),
+        (7, 3, 0, False, "batch"),
+        (5, 2, 3, False, "elem"),
+        (6, 2, 1, True, "pair"),
         (1, 1, 1, False, "batch"),
     ],
 )
