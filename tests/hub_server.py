@@ -2,8 +2,8 @@
 """
 The part of the Hugging Face Hub's API that `huggingface_hub` uses to push and to load, over HTTP on this machine.
 
-Accounts, repositories of every type with branches and commits, preupload, Git LFS (in one part and in several), commits
-in ndjson, and downloads with the Hub's headers and redirects. Xet storage is not spoken: with `HF_HUB_DISABLE_XET=1`
+Accounts, repositories of every type with branches and commits, preupload, Git LFS (in one part), commits in ndjson, and
+downloads with the Hub's headers and redirects. Xet storage is not spoken: with `HF_HUB_DISABLE_XET=1`
 `huggingface_hub` uses Git LFS. Everything is kept in memory.
 """
 
@@ -135,18 +135,11 @@ class Dropped(Exception):
 
 
 class HubServer:
-    """
-    The server, while this context is open.
+    """The server, while this context is open."""
 
-    Args:
-        multipart: files of more bytes than this are uploaded in parts of this size.
-    """
-
-    def __init__(self, port: int = 0, multipart: int | None = None):
-        self.multipart = multipart
+    def __init__(self, port: int = 0):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.storage: dict[str, bytes] = {}
-        self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
         self.failures: list[Failure] = []
@@ -235,8 +228,7 @@ ROUTES = [
     ("POST", rf"{_API}/commit/{_REVISION}", "commit"),
     ("POST", rf"{_PLAIN}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("POST", r"/lfs-verify/(?P<oid>\w+)", "lfs_verify"),
-    ("POST", r"/lfs-complete/(?P<oid>\w+)", "lfs_complete"),
-    ("PUT", r"/lfs/(?P<oid>\w+)(?:/(?P<part>\d+))?", "lfs_put"),
+    ("PUT", r"/lfs/(?P<oid>\w+)", "lfs_put"),
     ("GET", r"/lfs/(?P<oid>\w+)", "lfs_get"),
     ("GET", rf"{_PLAIN}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
     ("GET", rf"/api/resolve-cache/(?P<types>\w+)/(?P<name>[^/]+/[^/]+)/{_REVISION}/(?P<path>.+)", "resolve_cache"),
@@ -535,36 +527,17 @@ class Handler(BaseHTTPRequestHandler):
             oid, size, where = item["oid"], item["size"], self.hub.storage_endpoint
             answer = {"oid": oid, "size": size}
             if oid not in self.hub.storage:
-                upload = {"href": f"{where}/lfs/{oid}"}
-                part = self.hub.multipart
-                if part is not None and size > part:
-                    parts = {str(number + 1): f"{where}/lfs/{oid}/{number + 1}" for number in range(-(-size // part))}
-                    upload = {
-                        "href": f"{self.hub.endpoint}/lfs-complete/{oid}",
-                        "header": {"chunk_size": str(part), **parts},
-                    }
-                answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.endpoint}/lfs-verify/{oid}"}}
+                verify = {"href": f"{self.hub.endpoint}/lfs-verify/{oid}"}
+                answer["actions"] = {"upload": {"href": f"{where}/lfs/{oid}"}, "verify": verify}
             objects.append(answer)
         self.json({"transfer": "basic", "objects": objects})
 
-    def store(self, oid: str, content: bytes) -> None:
-        if hashlib.sha256(content).hexdigest() != oid:
-            raise Refused(400, "The content is not what its oid says")
-        self.hub.storage[oid] = content
-
-    def lfs_put(self, oid: str, part: str | None = None) -> None:
+    def lfs_put(self, oid: str) -> None:
         if self.headers.get("Authorization"):
             raise Refused(400, "The token does not belong to the storage")
-        if part is None:
-            self.store(oid, self.body)
-        else:
-            self.hub.parts[oid, int(part)] = self.body
-        self.json({}, headers={"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
-
-    def lfs_complete(self, oid: str) -> None:
-        parts = json.loads(self.body)["parts"]
-        assert all(part["etag"] for part in parts)
-        self.store(oid, b"".join(self.hub.parts.pop((oid, part["partNumber"])) for part in parts))
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            raise Refused(400, "The content is not what its oid says")
+        self.hub.storage[oid] = self.body
         self.json({})
 
     def lfs_verify(self, oid: str) -> None:

@@ -198,30 +198,13 @@ def history(commit):
         commit = commit.parent
 
 
-def test_large_files_in_several_parts(hub, finished):
-    hub.multipart = 5000
-    assert train(finished, "--hub_strategy", "end") == 0
-    assert repository(hub).files()["model.safetensors"] == (finished / "model.safetensors").read_bytes()
-    assert hub.count("PUT /lfs/.*/2") and hub.count("POST /lfs-complete/")
-    assert repository(hub).titles() == ["initial commit", "Finished training"]
-
-
 def test_what_the_hub_has_is_taken_by_its_name(hub, finished, tmp_path, capsys):
     assert train(finished) == 0
     metrics = json.loads((finished / "all_results.json").read_text())
     assert script.main("--eval --resume me/digits --data-set digits --device cpu --max_eval_samples 20".split()) == 0
     assert f"accuracy {100 * metrics['eval_accuracy']:.2f} %" in capsys.readouterr().out
-    words = [
-        "--finetune",
-        "me/digits",
-        "--data_set",
-        "digits",
-        "--use_cpu",
-        "--disable_tqdm",
-        "--num_train_epochs",
-        "1",
-    ]
-    words += ["--max_train_samples", "16", "--warmup_epochs", "0", "--push_to_hub", "--dataloader_num_workers", "0"]
+    words = "--finetune me/digits --data_set digits --use_cpu --disable_tqdm --num_train_epochs 1".split()
+    words += "--max_train_samples 16 --warmup_epochs 0 --push_to_hub --dataloader_num_workers 0".split()
     assert script.main([*words, "--output_dir", str(tmp_path / "tuned")]) == 0
     assert "Weights of me/digits; new: nothing" in capsys.readouterr().out
     assert HfApi().model_info("me/tuned").card_data.base_model == "me/digits"
