@@ -35,13 +35,7 @@ REPLACED = {
     "--epochs 100": "--epochs 1",
     "--num_workers 8": "--num_workers 0",
 }
-SIZES = {
-    "image_size": 32,
-    "hidden_size": 24,
-    "num_attention_heads": 3,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-}
+SIZES = {"image_size": 32, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 48, "num_hidden_layers": 2}
 SHORT = {"num_train_epochs": 1, "dataloader_num_workers": 0}
 TRAIN = "python run_image_classification.py"
 

@@ -62,8 +62,7 @@ def test_dominant_and_strongest_heads():
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"),
-    [(0.4, [3]), (0.5, [3]), (0.51, [1, 3]), (0.8, [1, 3]), (0.81, [1, 3, 4]), (1.0, [1, 3, 4])],
+    ("share", "expected"), [(0.4, [3]), (0.5, [3]), (0.51, [1, 3]), (0.8, [1, 3]), (0.81, [1, 3, 4]), (1.0, [1, 3, 4])]
 )
 def test_the_region_is_the_smallest_that_holds_the_share(share, expected):
     row = np.array([100.0, 3, -5, 5, 2, 0])

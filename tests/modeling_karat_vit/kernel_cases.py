@@ -188,9 +188,7 @@ def test_many_images_for_a_program_and_small_tiles_for_the_rest(monkeypatch, bas
 
 
 @pytest.mark.parametrize(
-    ("basis", "shares"),
-    [("wavelet", (2, 1, 1)), ("wavelet", (1, 2, 3)), ("rational", (2, 3, 1))],
-    ids=str,
+    ("basis", "shares"), [("wavelet", (2, 1, 1)), ("wavelet", (1, 2, 3)), ("rational", (2, 3, 1))], ids=str
 )
 def test_images_keys_and_queries_of_a_program(monkeypatch, basis, shares):
     """Several images for a program, or several programs for the keys and for the queries of an image; and a rest."""

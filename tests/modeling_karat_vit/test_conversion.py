@@ -19,12 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from modeling_karat_vit import (
-    KArAtViTConfig,
-    KArAtViTForImageClassification,
-    KArAtViTModel,
-    convert_timm_state_dict,
-)
+from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, KArAtViTModel, convert_timm_state_dict
 
 
 OURS = (KArAtViTModel, KArAtViTForImageClassification)
@@ -234,10 +229,7 @@ def test_timm_state_dictionaries(changes, arguments):
     assert torch.allclose(vit(pixels).logits, source(pixels), atol=1e-4, rtol=1e-4)
     # As the docstring says.
     model, info = KArAtViTForImageClassification.from_pretrained(
-        None,
-        config=KArAtViTConfig.from_dict(config.to_dict(), **KARAT),
-        state_dict=state,
-        output_loading_info=True,
+        None, config=KArAtViTConfig.from_dict(config.to_dict(), **KARAT), state_dict=state, output_loading_info=True
     )
     assert info["missing_keys"] == model.karat_parameter_names() and not info["unexpected_keys"]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())

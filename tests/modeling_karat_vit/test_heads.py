@@ -3,13 +3,7 @@
 
 import pytest
 import torch
-from transformers import (
-    AutoBackbone,
-    AutoModelForMaskedImageModeling,
-    ViTConfig,
-    ViTForMaskedImageModeling,
-    ViTModel,
-)
+from transformers import AutoBackbone, AutoModelForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling, ViTModel
 
 from modeling_karat_vit import (
     KArAtViTBackbone,

@@ -566,10 +566,7 @@ FREEZING = {
     "base": ({"base_fn": "silu"}, set()),
     "base_frozen": ({"base_fn": "silu", "train_base": False}, {"scale_base"}),
     "basis_frozen": ({"base_fn": "silu", "train_basis": False}, {"scale_basis", "cos_coef", "sin_coef"}),
-    "both_frozen": (
-        {"train_base": False, "train_basis": False},
-        {"scale_base", "scale_basis", "cos_coef", "sin_coef"},
-    ),
+    "both_frozen": ({"train_base": False, "train_basis": False}, {"scale_base", "scale_basis", "cos_coef", "sin_coef"}),
 }
 
 

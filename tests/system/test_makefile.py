@@ -114,8 +114,7 @@ def test_the_environment_is_made_from_the_first_interpreter_that_fits(clone):
     old = program(clone / "old", "echo old")
     bare = program(clone / "bare", "echo bare")
     fits = program(
-        clone / "fits",
-        'if [ "$1" = -m ]; then mkdir -p "$3/bin"; cp /bin/true "$3/bin/python"; else echo fits; fi',
+        clone / "fits", 'if [ "$1" = -m ]; then mkdir -p "$3/bin"; cp /bin/true "$3/bin/python"; else echo fits; fi'
     )
     result = make(clone, "train", f"PYTHON=missing {old} {bare} {fits}")
     assert result.returncode == 0, result.stderr

@@ -131,11 +131,7 @@ SCHEMAS = {
         ("train", "test", "extra"),
         {"image": datasets.Image(), "label": class_label(*map(str, range(10)))},
     ),
-    "STL10": (
-        ("tanganke/stl10", None),
-        ("train", "test"),
-        {"image": datasets.Image(), "label": class_label(*STL10)},
-    ),
+    "STL10": (("tanganke/stl10", None), ("train", "test"), {"image": datasets.Image(), "label": class_label(*STL10)}),
     "Flowers102": (
         ("dpdl-benchmark/oxford_flowers102", None),
         ("train", "validation", "test"),
@@ -352,10 +348,7 @@ GARBAGE = {
 def test_data_files_of_garbage_name_the_file(tmp_path, kind, content):
     for split in ("train", "test"):
         (tmp_path / f"{split}.{kind}").write_bytes(GARBAGE[content])
-    for read in (
-        lambda: load(data_path=str(tmp_path)),
-        lambda: load(data_path=str(tmp_path), streaming=True),
-    ):
+    for read in (lambda: load(data_path=str(tmp_path)), lambda: load(data_path=str(tmp_path), streaming=True)):
         with pytest.raises(InputError, match=rf"\.{kind}|empty") as raised:
             read()
         assert "\n" not in str(raised.value)

@@ -5,12 +5,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import (
-    DeiTConfig,
-    DeiTForImageClassificationWithTeacher,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
 from image_classification.errors import InputError
 from image_classification.models.building import build_config, build_model, load_config, load_trained, presets

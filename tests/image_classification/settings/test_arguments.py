@@ -182,8 +182,7 @@ def test_truth_values_are_read_as_they_are_meant(recipe, word, value, quote):
 
 
 @pytest.mark.parametrize(
-    "name, typo",
-    [*((name, "flase") for name in TRUTHS), *(("scale_lr", typo) for typo in ("2", "none", "[true]"))],
+    "name, typo", [*((name, "flase") for name in TRUTHS), *(("scale_lr", typo) for typo in ("2", "none", "[true]"))]
 )
 def test_what_is_no_truth_value_is_refused(recipe, name, typo):
     with pytest.raises(InputError, match=f"`{name}`"):

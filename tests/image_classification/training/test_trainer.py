@@ -111,8 +111,7 @@ def test_parameter_groups(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, expected",
-    [({}, {0.05, 0.0}), ({"attn_weight_decay": 0.2}, {0.2}), ({"attn_weight_decay": 0.0}, {0.0})],
+    "settings, expected", [({}, {0.05, 0.0}), ({"attn_weight_decay": 0.2}, {0.2}), ({"attn_weight_decay": 0.0}, {0.0})]
 )
 def test_karat_parameters_have_a_weight_decay_of_their_own(tmp_path, settings, expected):
     model = make_model("karat")
@@ -575,11 +574,7 @@ def test_evaluation_counts_every_image_once(tmp_path, drop_last):
 
 def test_speed_is_that_of_training_alone(tmp_path, monkeypatch):
     args = run_arguments(
-        tmp_path,
-        num_train_epochs=2,
-        per_device_train_batch_size=4,
-        eval_strategy="epoch",
-        metric_for_best_model="loss",
+        tmp_path, num_train_epochs=2, per_device_train_batch_size=4, eval_strategy="epoch", metric_for_best_model="loss"
     )
     trainer = ImageClassificationTrainer(
         model=make_model("softmax"), args=args, train_dataset=rows_of(10), eval_dataset=rows_of(2)
