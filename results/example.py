@@ -54,7 +54,7 @@ tags:
 * {accuracy} % of {images} held-out images ({judged_on}) right, by {weights}. Row `{screen}`, `{arm}`, of
   `results/runs.csv`.
 * The weights lie here in half precision, and are computed with in fp32. On {compared} held-out images that moves the
-  logits by {moved:.2%} of their norm; of the images here each has the class that it had.
+  logits by {moved:.2%} of their norm; each of the images here gets the class that it got.
 * The images are held-out ones, the first of each class in a random draw. Their names are the true classes.
 
 Made by `python -m results.example`.
@@ -145,7 +145,9 @@ def make(run: str, data: str | None, target: Path, table: Path) -> None:
         if size > LIMIT:
             raise InputError(f"{run} in half precision has {size / 1e6:.1f} MB, expected at most {LIMIT / 1e6:.0f}.")
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(folder, target)
+        target.mkdir(parents=True)
+        for path in folder.iterdir():
+            shutil.copyfile(path, target / path.name)
     print(f"{target}: {size / 1e6:.1f} MB, {len(shown)} images, logits moved by {moved:.2%} of their norm.")
 
 
