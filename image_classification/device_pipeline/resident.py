@@ -31,7 +31,8 @@ from ..settings.arguments import DataArguments
 
 
 SAMPLE = 200  # Images by which the size of all is estimated.
-AT_ONCE = 128  # Images that a worker decodes at a time.
+# Images that a worker decodes at a time, or more if they have fewer bytes than this: handing over takes a millisecond.
+AT_ONCE, BYTES_AT_ONCE = 128, 2**21
 
 
 def read(item: dict[str, Any], where: str) -> torch.Tensor:
@@ -148,7 +149,8 @@ def load_resident(
         return None, f"decoded they would take about {needed / 2**30:,.2f} GiB, {too_large}"
     where: dict[str, Any] = {"dtype": torch.uint8, "device": device if on_device else "cpu", "pin_memory": pinned}
     pixels, of_parts, end = torch.empty(needed, **where), [], 0
-    for part, of_part in in_workers(_Decoded(split, name), "Decoding images", workers):
+    parts = _Decoded(split, name, at_once=max(AT_ONCE, BYTES_AT_ONCE * len(split) // needed))
+    for part, of_part in in_workers(parts, "Decoding images", workers):
         begin, end = end, end + len(part)
         if end > most:
             return None, f"decoded they take {end / 2**30:,.2f} GiB and more, {too_large}"
@@ -172,22 +174,29 @@ def load_resident(
 
 class _Decoded(torch.utils.data.Dataset):
     """
-    The images of a split, `AT_ONCE` at a time: their bytes, uint8 (n,), and heights and widths, int32 (images, 2).
+    The images of a split, some at a time: their bytes, uint8 (n,), and heights and widths, int32 (images, 2).
 
     Args:
         split, name: as `load_resident` has them.
         read: of an undecoded image, and what errors call it; uint8 (height, width, 3).
+        at_once: how many.
     """
 
-    def __init__(self, split: Dataset, name: str, read: Callable[[dict[str, Any], str], torch.Tensor] = read):
-        self.split, self.name, self.read = split, name, read
+    def __init__(
+        self,
+        split: Dataset,
+        name: str,
+        read: Callable[[dict[str, Any], str], torch.Tensor] = read,
+        at_once: int = AT_ONCE,
+    ):
+        self.split, self.name, self.read, self.at_once = split, name, read, at_once
 
     def __len__(self) -> int:
-        return math.ceil(len(self.split) / AT_ONCE)
+        return math.ceil(len(self.split) / self.at_once)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        begin = number * AT_ONCE
-        items = self.split[begin : begin + AT_ONCE]["image"]
+        begin = number * self.at_once
+        items = self.split[begin : begin + self.at_once]["image"]
         images = [self.read(item, f"{self.name} image {index}") for index, item in enumerate(items, begin)]
         sides = torch.tensor([image.shape[:2] for image in images], dtype=torch.int32)
         return torch.cat([image.flatten() for image in images]), sides

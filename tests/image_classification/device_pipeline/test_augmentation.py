@@ -369,6 +369,7 @@ def test_what_is_larger_than_it_seemed(monkeypatch):
     split = make_split([encode(photo(seed, size, size), "PNG") for seed, size in enumerate(sizes)])
     monkeypatch.setattr(resident, "SAMPLE", 2)
     monkeypatch.setattr(resident, "AT_ONCE", 1)
+    monkeypatch.setattr(resident, "BYTES_AT_ONCE", 1)
     for available, fits in ((10_000, False), (200_000, False), (300_000, True)):
         memory = type("Memory", (), {"available": available})
         monkeypatch.setattr(resident.psutil, "virtual_memory", lambda memory=memory: memory)
@@ -377,6 +378,22 @@ def test_what_is_larger_than_it_seemed(monkeypatch):
     for index, size in enumerate(sizes):
         expected = to_tensor(photo(index, size, size)).permute(1, 2, 0)
         assert torch.equal(kept.crop(index, [0, 0, size, size]), expected)
+
+
+@pytest.mark.parametrize("size, parts", [(8, 1), (64, 2)])
+def test_small_images_are_handed_over_together(size, parts, monkeypatch):
+    """As many as have so many bytes, but never fewer than so many."""
+    monkeypatch.setattr(resident, "AT_ONCE", 3)
+    monkeypatch.setattr(resident, "BYTES_AT_ONCE", 3 * 5 * 8 * 8)
+    split, loaders = make_split([encode(photo(seed, size, size), "PNG") for seed in range(5)]), []
+    in_workers = resident.in_workers
+    monkeypatch.setattr(
+        resident, "in_workers", lambda decoded, *told: (loaders.append(decoded), in_workers(decoded, *told))[1]
+    )
+    kept, _ = load_resident(split, "training", CPU, 1.0)
+    assert len(loaders[0]) == parts and len(kept) == 5
+    expected = to_tensor(photo(4, size, size)).permute(1, 2, 0)
+    assert torch.equal(kept.crop(4, [0, 0, size, size]), expected)
 
 
 def test_reads_every_image_as_pillow_does():
