@@ -140,8 +140,8 @@ def test_the_strong_recipes_differ_in_their_attention_alone_and_in_size_in_their
     assert (training.learning_rate, training.global_batch_size, hybrid.training.attn_learning_rate) == (1e-3, 256, 3e-4)
     assert (training.num_train_epochs, training.warmup_epochs, training.min_lr) == (100, 10, 1e-6)
     assert (training.model_ema, training.model_ema_decay, training.label_smoothing_factor) == (True, 0.999, 0.1)
-    assert (images.train_crop_scale, images.auto_augment) == ([0.35, 1.0], "rand-m9-n2-mstd0.5-inc1")
-    assert (images.mixup, images.cutmix) == (0.8, 1.0)
+    assert (images.train_crop_scale, images.auto_augment, images.color_jitter) == ([0.35, 1.0], None, 0.3)
+    assert (images.mixup, images.cutmix, images.mixup_prob) == (0.8, 1.0, 0.5)
 
 
 def test_attention_transfer_is_the_softmax_recipe_with_the_karat_models_maps():
