@@ -14,11 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_karat_vit import KArAtViTConfig, portable
-from modeling_karat_vit.karat_operator import (
-    KArAtOperator,
-    eager_karat_attention,
-    eager_softmax_attention,
-)
+from modeling_karat_vit.karat_operator import KArAtOperator, eager_karat_attention, eager_softmax_attention
 from modeling_karat_vit.modeling_karat_vit import AttentionMasks, KArAtViTAttention
 from modeling_karat_vit.portable import portable_karat_attention
 from tests.modeling_karat_vit import oracle
@@ -83,27 +79,30 @@ def as_numpy(*tensors):
 # ------------------------------------------------------------------------------------------------ the paper's equations
 
 
-@pytest.mark.parametrize(
-    ("mask", "need_maps"),
-    [("none", True), ("none", False), ("keys", True), ("keys", False), ("per query", True), ("per head", True)],
-)
-def test_the_operator_follows_the_papers_equations(basis, variant, mask, need_maps):
+def follows_the_paper(operator, keep):
     """Masked keys might as well not exist: the loops have neither their edges of Phi nor their rows of W."""
-    operator = make_operator(base_fn="silu", **basis, **variant)
-    query, key, value = make_inputs()
-    random = torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(4)) > 0.4
-    keep = {"none": None, "keys": key_mask(), "per query": random[:, :1], "per head": random}[mask]
+    inputs = query, key, _ = make_inputs()
     wanted = None if keep is None else (keep[:, None, None, :] if keep.dim() == 2 else keep).expand(2, 2, 5, 5)
     expected, expected_maps = oracle.attend(
-        operator.config, oracle.arrays(operator), *as_numpy(query, key, value), SCALING, wanted
+        operator.config, oracle.arrays(operator), *as_numpy(*inputs), SCALING, wanted
     )
-    output, maps, scores = attend(operator, query, key, value, keep, need_maps)
+    output, maps, scores = attend(operator, *inputs, keep, need_maps=True)
     np.testing.assert_allclose(output.detach(), expected, rtol=1e-9, atol=1e-10)
-    if need_maps:
-        np.testing.assert_allclose(maps.detach(), expected_maps, rtol=1e-9, atol=1e-10)
-        np.testing.assert_allclose(scores.detach(), (query @ key.mT * SCALING).detach(), atol=1e-12)
-    else:
-        assert maps is None and scores is None
+    np.testing.assert_allclose(maps.detach(), expected_maps, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(scores.detach(), (query @ key.mT * SCALING).detach(), atol=1e-12)
+    if keep is None or keep.dim() == 2:  # The portable path has no masks of single pairs.
+        np.testing.assert_allclose(attend(operator, *inputs, keep)[0].detach(), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_follows_the_papers_equations(basis, variant, masked):
+    follows_the_paper(make_operator(base_fn="silu", **basis, **variant), key_mask() if masked else None)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_masks_of_single_pairs_follow_the_papers_equations(form, heads):
+    keep = torch.rand(2, heads, 5, 5, generator=torch.Generator().manual_seed(4)) > 0.4
+    follows_the_paper(make_operator(base_fn="silu", **form), keep)
 
 
 @paths
@@ -173,8 +172,7 @@ def test_an_image_of_which_nothing_is_left(form, need_maps):
 # ----------------------------------------------------------------------------------------------- eager and portable
 
 
-@pytest.mark.parametrize(("tokens", "rank"), [(17, 1), (17, 12), (65, 2)])
-@pytest.mark.parametrize("base_fn", ["zero", "gelu"])
+@pytest.mark.parametrize(("tokens", "rank", "base_fn"), [(17, 1, "gelu"), (17, 12, "zero"), (65, 2, "gelu")])
 def test_portable_gives_what_eager_gives_in_fp32(form, tokens, rank, base_fn):
     operator = make_operator(torch.float32, tokens=tokens, base_fn=base_fn, **{"karat_rank": rank, **form})
     inputs = make_inputs(torch.float32, tokens=tokens)
@@ -211,10 +209,7 @@ def mask_of(kind: str, batch: int) -> torch.Tensor | None:
     return {"none": None, "keys": key_mask(batch), "one for all": key_mask(batch)[:1]}[kind]
 
 
-masks = pytest.mark.parametrize("mask", ["none", "keys", "one for all"])
-
-
-@masks
+@pytest.mark.parametrize("mask", ["keys", "one for all"])
 def test_chunks_of_the_batch(form, monkeypatch, mask, use_threads):
     """However the batch is cut, the last chunk smaller than the others included."""
     use_threads(1)
@@ -249,7 +244,7 @@ def test_chunks_of_the_batch(form, monkeypatch, mask, use_threads):
         assert sizes == wanted * times * 2
 
 
-@masks
+@pytest.mark.parametrize("mask", ["none", "keys"])
 @pytest.mark.parametrize(
     ("threads", "room", "sizes"),
     [(1, 1, [1] * 10), (2, 2, [2, 2, 1] * 2), (3, 5, [3, 2] * 2), (5, 5, [5, 5]), (8, 8, [8, 2]), (3, 2, [2] * 5)],

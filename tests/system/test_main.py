@@ -22,6 +22,12 @@ from modeling_karat_vit.modeling_karat_vit import AUTO_CLASSES
 
 
 PROJECT = Path(__file__).parents[2]
+# Of the default's twenty epochs: after these it gets 95 % right, where guesses are 10 %.
+EPOCHS = 5
+
+
+def default_flags(folder) -> list[str]:
+    return ["--output_dir", str(folder), "--use_cpu", "--num_train_epochs", str(EPOCHS)]
 
 
 # Goes as far as all imports, and looks around.
@@ -42,9 +48,9 @@ assert not {"evaluate", "matplotlib", "tensorboard"} & set(sys.modules)
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
-    """What `make train` runs, in another folder: the output folder, and what the console showed."""
+    """What `make train` runs, shorter and in another folder: the output folder, and what the console showed."""
     folder = tmp_path_factory.mktemp("default") / "digits"
-    command = [sys.executable, "run_image_classification.py", "--output_dir", str(folder), "--use_cpu"]
+    command = [sys.executable, "run_image_classification.py", *default_flags(folder)]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout, result.stderr
@@ -61,15 +67,17 @@ def test_a_start_waits_for_nothing_that_it_does_not_need():
 
 
 def test_default_learns_the_digits(default_run):
-    assert results(default_run[0])["eval_accuracy"] >= 0.96
+    assert results(default_run[0])["eval_accuracy"] >= 0.9
 
 
 def test_console_is_for_people(default_run):
     folder, out, err = default_run
     lines = [line.strip() for line in out.splitlines()]
-    assert len([line for line in lines if line.startswith("epoch")]) == 20
-    assert re.search(r"epoch 20/20   train loss [\d.]+   held-out loss [\d.]+   accuracy 9\d\.\d\d %   top-5", out)
-    assert "KArAt phi1_w2, r=12, Fourier (G=3)" in out and "460" in err
+    assert len([line for line in lines if line.startswith("epoch")]) == EPOCHS
+    assert re.search(
+        rf"epoch {EPOCHS}/{EPOCHS}   train loss [\d.]+   held-out loss [\d.]+   accuracy 9\d\.\d\d %   top-5", out
+    )
+    assert "KArAt phi1_w2, r=12, Fourier (G=3)" in out and str(23 * EPOCHS) in err
     assert f"predict.py {folder}/sample.png --model {folder}" in lines[-1]
     for noise in ("Warning", "warning", "{'", "[transformers]"):
         assert noise not in out + err, noise
@@ -86,7 +94,7 @@ def test_checkpoint_folder_is_complete(default_run):
     with Image.open(folder / "training_curves.png") as curves:
         assert curves.width > 600
     history = json.loads((folder / "history.json").read_text())
-    assert len(history) == 20 and {"train_loss", "eval_loss", "eval_accuracy", "learning_rate"} <= set(history[-1])
+    assert len(history) == EPOCHS and {"train_loss", "eval_loss", "eval_accuracy", "learning_rate"} <= set(history[-1])
     assert history[-1]["eval_accuracy"] == results(folder)["eval_accuracy"]
 
 
@@ -136,7 +144,7 @@ def test_last_line_of_the_summary_is_a_command_that_works(default_run):
 def test_second_time_says_that_it_is_done(default_run, capsys):
     folder = default_run[0]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert script.main(["--output_dir", str(folder), "--use_cpu"]) == 0
+    assert script.main(default_flags(folder)) == 0
     out = capsys.readouterr().out
     assert "finished" in out and "predict.py" in out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

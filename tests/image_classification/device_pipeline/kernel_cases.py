@@ -200,9 +200,9 @@ def test_crops(interpolation, size, between, monkeypatch):
 
 
 def test_noise():
-    images = pictures(40, 50)[2:3].repeat(8, 1, 1, 1)
-    drawn = torch.zeros(8, LAYERS + WORDS, device=DEVICE)
-    drawn[:, SEED] = torch.arange(8) * 1001
+    images = pictures(40, 50)[2:3].repeat(5, 1, 1, 1)
+    drawn = torch.zeros(5, LAYERS + WORDS, device=DEVICE)
+    drawn[:, SEED] = torch.arange(5) * 1001
     drawn[:, LAYERS : LAYERS + 4] = torch.tensor([5.0, 35, 3, 48])
     others = drawn.clone()
     others[:, SEED] += 9000
@@ -231,7 +231,7 @@ def test_batches(is_resident, options, monkeypatch):
     """The whole way from a data set, twice the same."""
     images = [encode(photo(seed, *((30, 44) if seed % 2 else (180, 130)))) for seed in range(8)]
     data, augment = pipeline(images, is_resident, DEVICE, **options)
-    made = to(data.collate(data.__getitems__([5, 2, 0])), DEVICE)
+    made = to(data.collate(data.__getitems__([5, 2])), DEVICE)
     first, again = augment(made), augment(made)
     for name in first:
         assert torch.equal(first[name], again[name])
