@@ -72,6 +72,15 @@ def form(request) -> dict:
     return request.param
 
 
+SHARED = [form | {"sharing": "universal" if index % 2 else "blockwise"} for index, form in enumerate(FORMS.values())]
+
+
+@pytest.fixture(params=SHARED, ids=FORMS.keys())
+def shared_form(request) -> dict:
+    """A form, in turn; in every other one all blocks share one operator."""
+    return request.param
+
+
 @pytest.fixture(params=["blockwise", "universal"])
 def sharing(request) -> str:
     return request.param

@@ -67,8 +67,8 @@ def test_stored_checkpoints_keep_loading(name, backend):
 # ------------------------------------------------------------------------------------------------------ round trips
 
 
-def test_saved_models_load_bit_by_bit(make_model, pixels, tmp_path, form, sharing):
-    model = make_model(**form, sharing=sharing, base_fn="silu")
+def test_saved_models_load_bit_by_bit(make_model, pixels, tmp_path, shared_form):
+    model = make_model(**shared_form, base_fn="silu")
     model.save_pretrained(tmp_path)
     loaded, info = KArAtViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
@@ -146,9 +146,9 @@ def test_base_and_head_load_from_each_other(make_model, tmp_path):
 # -------------------------------------------------------------------------------------------------- initialisation
 
 
-def test_nothing_is_initialised_from_what_memory_held(make_config, form, sharing):
+def test_nothing_is_initialised_from_what_memory_held(make_config, shared_form):
     """Loading makes a model on the meta device: everything that is missing has to get its starting value afterwards."""
-    config = make_config(**form, sharing=sharing)
+    config = make_config(**shared_form)
     with torch.device("meta"):
         built = KArAtViTForImageClassification(config)
     assert {tensor.device.type for tensor in built.state_dict().values()} == {"meta"}

@@ -638,8 +638,8 @@ def test_scales_of_a_base_function_can_be_unfrozen(make_model, pixels):
     assert all((gradient != 0).any() for name, gradient in found.items() if name.endswith("scale_base"))
 
 
-def test_every_parameter_gets_a_gradient(make_model, pixels, form, sharing):
-    model = make_model(base_fn="gelu", **form, sharing=sharing)
+def test_every_parameter_gets_a_gradient(make_model, pixels, shared_form):
+    model = make_model(base_fn="gelu", **shared_form)
     backward(model, pixel_values=pixels, labels=torch.tensor([0, 1, 2, 3]))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name

@@ -124,8 +124,8 @@ def test_the_resized_operator_follows_the_papers_equations(make_model, form):
 # ------------------------------------------------------------------------------------------------------ what is kept
 
 
-def test_the_present_size_is_the_identity(make_model, form, sharing):
-    model = make_model(sharing=sharing, **form)
+def test_the_present_size_is_the_identity(make_model, shared_form):
+    model = make_model(**shared_form)
     images = pixels_of(GRID, dtype=torch.float32)
     with torch.no_grad():
         expected = model(images).logits
