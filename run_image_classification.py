@@ -14,7 +14,10 @@ def main() -> int:
 
     gc.freeze()
     gc.enable()
-    return main()
+    try:
+        return main()
+    finally:
+        gc.unfreeze()  # Or extension modules take it for a leak, and say so.
 
 
 if __name__ == "__main__":

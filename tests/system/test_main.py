@@ -79,7 +79,7 @@ def test_console_is_for_people(default_run):
     )
     assert "KArAt phi1_w2, r=12, Fourier (G=3)" in out and str(23 * EPOCHS) in err
     assert f"predict.py {folder}/sample.png --model {folder}" in lines[-1]
-    for noise in ("Warning", "warning", "{'", "[transformers]"):
+    for noise in ("Warning", "warning", "{'", "[transformers]", "leak"):
         assert noise not in out + err, noise
 
 
