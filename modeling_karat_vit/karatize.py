@@ -191,4 +191,6 @@ def _obstacle(model) -> str:
         return "it has cross attention, whose number of keys is not fixed by the image"
     if any(getattr(module, "is_causal", False) for module in model.modules()) or getattr(config, "is_decoder", False):
         return "its attention is causal, and KArAt rows are functions of all tokens"
-    return f"no adapter for `model_type` {config.model_type!r}"
+    takes = model.main_input_name
+    blind = "" if takes == "pixel_values" else f", which takes `{takes}` and no images"
+    return f"no adapter for `model_type` {config.model_type!r}{blind}"

@@ -7,6 +7,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.sources import ImageData
+from ..errors import InputError
 from ..models import transfer
 from ..models.families import image_size
 from ..pipeline import build_pipeline
@@ -35,7 +36,12 @@ def build_trainer(
         data: what is read.
         processor: of the evaluation, and saved with the model.
         kind: of which class.
+
+    Raises:
+        InputError: a setting is none of this model's, or as `build_pipeline` has it.
     """
+    if run.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise InputError(f"`gradient_checkpointing` is nothing that a {type(model).__name__} can do. Leave it out.")
     pipeline = build_pipeline(args, run, image_size(model.config, processor), data, processor)
     if teacher is not None:
         dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else None

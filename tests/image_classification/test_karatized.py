@@ -230,6 +230,7 @@ def test_a_recipe_karatizes(pretrained, images, tmp_path, runs):
         (["--model", "convit", "--karatize", "--image_size", "12"], ["`image_size`", "12 x 12", "8 x 8"]),
         (["--finetune", "convit", "--num_attention_heads", "4"], ["`num_attention_heads` is 4", "2"]),
         (["--finetune", "convit", "--initializer_range", "0.1"], ["`initializer_range`"]),
+        (["--finetune", "convit", "--gradient_checkpointing"], ["`gradient_checkpointing`", "TimmWrapper"]),
         (["--model", "resnet", "--karatize"], ["`karatize`", "resnet18", "convit_tiny"]),
         (["--finetune", "resnet"], ["`finetune`", "resnet18", "convit_tiny"]),
         (["--finetune", "timm_vit"], ["vit_tiny_patch16_224", "convert_timm_state_dict"]),
@@ -244,7 +245,7 @@ def test_what_cannot_be_is_said_before_data_are_read(flags, named, pretrained, r
         places[name] = tmp_path / name
         save_as_timm(make("convit_classifier"), places[name], architecture=architecture)
     argv = words(tmp_path / "no-such-data", tmp_path / "out", *(places.get(word, word) for word in flags))
-    if "--attn_lr" in flags:  # Of the optimiser's groups.
+    if {"--attn_lr", "--gradient_checkpointing"} & set(flags):  # Of the Trainer.
         argv[1] = str(make_image_folder(tmp_path / "data"))
     capsys.readouterr()
     assert main(argv) == 2
