@@ -136,6 +136,7 @@ def test_a_pretrained_model_gets_karat_heads_and_is_trained(name, pretrained, ru
     family = config["model_type"].removeprefix("karat_").removeprefix("plain_")
     assert {"karat-vit", family} <= set(card.data.tags) and "trust_remote_code=True" in card.text
     assert "pre-trained" in card.text and source.name in card.text
+    assert ("pip install timm" in card.text) == (name == "convit")
     # It is evaluated, predicts, and can be fine-tuned.
     logged = json.loads((folder / "all_results.json").read_text())
     found = evaluate(images, folder, tmp_path / "eval")
