@@ -75,16 +75,14 @@ def many_tokens_on_cuda(table: Table) -> None:
 
 
 def input_pipeline_on_cuda(table: Rates) -> None:
-    run = partial(input_pipeline.run, "cuda", table, 256, 2048, 30, 130)
-    ways = [input_pipeline.Way(name, (os.cpu_count() or 2) - 1) for name in input_pipeline.WAYS]
-    run(ways[:2], basis="", alone=False)
-    run(ways, mode="eager", alone=False)
-    run(ways)  # Last, with the parts alone, whose profiler makes all launches after it slower.
+    run = partial(input_pipeline.run, "cuda", table, 256, 2048, (30, 130), (os.cpu_count() or 2) - 1)
+    run(("resident", "cropped"), basis="")
+    run(mode="eager")
+    run()
 
 
 def input_pipeline_on_cpu(table: Rates) -> None:
-    ways = [input_pipeline.Way(name, 1) for name in input_pipeline.WAYS]
-    input_pipeline.run("cpu", table, 8, 64, 2, 6, ways, mode="eager")
+    input_pipeline.run("cpu", table, 8, 64, (2, 6), 1, mode="eager")
 
 
 def attention_on_cpu(table: Table) -> None:

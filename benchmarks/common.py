@@ -211,18 +211,5 @@ class Rates(Table):
     )
 
     def add(self, **row) -> None:
-        number = row.get("error", "")
-        if "images_per_second" in row:
-            number = f"{row['images_per_second']:9.0f} images/s"
-        if "ms" in row:
-            number = f"{row['ms']:9.2f} ms {number}"
-        if "cpu_ms" in row:
-            number += f", {row['cpu_ms']:.2f} ms CPU"
         ratio = f"  x{row['ratio']:.3f}" if "ratio" in row else ""
-        self.keep(row, ("what", "provider"), number + ratio)
-
-    def add_times(self, row: dict, stopwatch, step: float) -> None:
-        """Add what the parts of a training step take, which takes `step` ms in all."""
-        self.add(**row, what="training: whole step", ms=step)
-        for name, calls in sorted(stopwatch.calls.items()):
-            self.add(**row, what=name, ms=stopwatch.wall[name] / calls, cpu_ms=stopwatch.cpu[name] / calls)
+        self.keep(row, ("what", "provider"), f"{row['images_per_second']:9.0f} images/s{ratio}")

@@ -7,10 +7,6 @@ correlated colours, and shapes with edges), 500x375 and 375x500, quality 90.
 
 Beside synthetic tensors there are three ways: `resident`, where all images are decoded before training; `cropped`,
 where workers decode and crop and the device does the rest; and `workers`, which do everything.
-
-What the limit is shows in the parts, each measured with and without the others beside it: the data workers alone; the
-whole pipeline without training; and in training what a batch takes of the main process's time and of the GPU. Where
-wall time is far above CPU time, a thread waits: for data, for the GPU, or for Python's lock.
 """
 
 import contextlib
@@ -20,27 +16,20 @@ import gc
 import io
 import math
 import os
-import shutil
 import tempfile
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from datasets import concatenate_datasets
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from image_classification.data.images import decode
-from image_classification.data.sources import ImageData, load_data
+from image_classification.data.sources import load_data
 from image_classification.data.transforms import build_image_processor
-from image_classification.device_pipeline.resident import read
 from image_classification.models.building import build_model
 from image_classification.paths import CONFIGURATION
 from image_classification.settings.parser import parse_settings
@@ -57,9 +46,6 @@ RECIPES = {
 }
 # Flags of training by what the benchmarks call modes.
 MODES = {"eager": ["--record_step", "false"], "recorded": []}
-# DeiT's erasing, which the paper's recipe leaves open, so that every step of the pipeline runs.
-FULL = ["--random_erasing", "0.25"]
-SECONDS = {"cuda": 2.5, "cpu": 1.0}  # In which workers are counted.
 # Flags of the ways to augment.
 WAYS = {
     "resident": ["--augment_on", "device"],
@@ -110,36 +96,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Stopwatch:
-    """Wall and CPU time in functions, in ms a call, and how often they were called."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        self.wall: dict[str, float] = defaultdict(float)
-        self.cpu: dict[str, float] = defaultdict(float)
-        self.calls: dict[str, int] = defaultdict(int)
-
-    def timed(self, name: str, function):
-        @functools.wraps(function)
-        def wrapper(*args, **kwargs):
-            wall, cpu = time.perf_counter(), time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.wall[name] += 1e3 * (time.perf_counter() - wall)
-                self.cpu[name] += 1e3 * (time.thread_time() - cpu)
-                self.calls[name] += 1
-
-        return wrapper
-
-
 class Clock(TrainerCallback):
-    """Images per second between two steps, when the device has done them, and what the stopwatch has for them."""
+    """Images per second between two steps, when the device has done them."""
 
-    def __init__(self, begin: int, end: int, images: int, stopwatch: Stopwatch):
-        self.begin, self.end, self.images, self.stopwatch = begin, end, images, stopwatch
+    def __init__(self, begin: int, end: int, images: int):
+        self.begin, self.end, self.images = begin, end, images
         self.per_second, self.times = math.nan, dict[int, float]()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -147,8 +108,6 @@ class Clock(TrainerCallback):
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
             self.times[state.global_step] = time.perf_counter()
-            if state.global_step == self.begin:
-                self.stopwatch.clear()
         if state.global_step == self.end:
             seconds = self.times[self.end] - self.times[self.begin]
             self.per_second = self.images * (self.end - self.begin) / seconds
@@ -166,150 +125,33 @@ class SyntheticTrainer(ImageClassificationTrainer):
         return [self.batch] * count, size * count * self.args.world_size
 
 
-@dataclass(frozen=True)
-class Way:
-    """Way of `WAYS`, and how many data workers there are."""
-
-    name: str
-    workers: int
-
-    @property
-    def flags(self) -> list[str]:
-        return WAYS[self.name]
-
-    def __str__(self) -> str:
-        return self.name if self.name == "resident" else f"{self.name}, {self.workers} workers"
-
-
-class Pipeline:
-    """Trainers of a basis' recipe on the same files."""
-
-    def __init__(self, folder: Path, device: str, batch: int, basis: str):
-        self.folder, self.device, self.batch, self.recipe = folder, device, batch, RECIPES[basis]
-        self.data: ImageData | None = None
-
-    def trainer(self, name: str, workers: int, steps: int, flags=(), kind=ImageClassificationTrainer):
-        words = [str(self.recipe), *FULL, "--data_path", str(self.folder)]
-        words += ["--per_device_train_batch_size", str(self.batch), "--dataloader_num_workers", str(workers)]
-        words += ["--max_steps", str(steps), "--eval_strategy", "no", "--save_strategy", "no", "--warmup_epochs", "0"]
-        words += ["--logging_strategy", "no", "--output_dir", str(self.folder / "runs" / name)]
-        words += ["--bf16", "true"] if self.device == "cuda" else ["--use_cpu"]
-        settings = parse_settings([*words, *flags])
-        if self.data is None:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.data = load_data(settings.data, settings.training.seed)
-        # An epoch longer than any run here: its beginning, when the workers start, is not what is measured.
-        resident = settings.data.augment_on == "device" and settings.data.resident_share
-        images = RESIDENT[self.device] if resident else 400 * self.batch
-        once: Any = self.data.train
-        train = concatenate_datasets([once] * (1 + images // len(once)))
-        data = dataclasses.replace(self.data, train=train, notes=[])
-        torch.manual_seed(0)
-        model = build_model(settings.model, self.data.labels)
-        processor = build_image_processor(settings.data, model.config.image_size)
-        return build_trainer(settings.data, settings.training, model, data, processor, kind=kind)
-
-    def images_per_second(self, name: str, workers: int, begin: int, end: int, **options) -> tuple[float, Stopwatch]:
-        """Measure images per second of training, and what its parts take."""
-        trainer = self.trainer(name, workers, end, **options)
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ == "EpochLines":
-                trainer.remove_callback(callback)
-        stopwatch = Stopwatch()
-        clock = Clock(begin, end, self.batch, stopwatch)
-        trainer.add_callback(clock)
-        trainer.training_step = stopwatch.timed("training: forward and backward", trainer.training_step)
-        trainer.take_batches = stopwatch.timed("training: get batches", trainer.take_batches)
-        if trainer.augment is not None:
-            trainer.augment = stopwatch.timed("training: of it augment", trainer.augment)
-        trainer.train()
-        del trainer
-        gc.collect()  # Its data workers end now, and not beside the next run.
-        return clock.per_second, stopwatch
-
-    def workers_alone(self, workers: int, flags: list[str], seconds: float) -> float:
-        """Measure the images per second that the data workers hand over to a process that does nothing with them."""
-        trainer = self.trainer("alone", workers, 1, flags)
-        loader = DataLoader(
-            trainer.train_dataset, self.batch, True, num_workers=workers, collate_fn=trainer.train_dataset.collate
-        )
-        return self._rate(iter(loader), workers, seconds)
-
-    def without_training(self, workers: int, flags: list[str], seconds: float) -> float:
-        """Measure the images per second that reach the device as training batches, where nothing is trained on them."""
-        trainer = self.trainer("pipeline", workers, 1, flags)
-        augment = trainer.augment or (lambda batch: batch)
-        return self._rate(map(augment, trainer.get_train_dataloader()), workers, seconds)
-
-    def _rate(self, batches, workers: int, seconds: float) -> float:
-        for _ in range(max(2, workers)):  # Each worker's first one.
-            next(batches)
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            next(batches)
-            count += 1
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        rate = self.batch * count / (time.perf_counter() - began)
-        del batches
-        gc.collect()
-        return rate
-
-
-def parts(pipeline: Pipeline, table: Rates, row: dict, repeats: int) -> None:
-    """Time the pieces on their own."""
-    contents = [path.read_bytes() for path in sorted(pipeline.folder.glob("train/*/*.jpg"))[:128]]
-
-    def per_second(what: str, function, images: int) -> None:
-        function()
-        began = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        if pipeline.device == "cuda":
-            torch.cuda.synchronize()
-        seconds = (time.perf_counter() - began) / repeats
-        table.add(**row, what=what, images_per_second=images / seconds)
-
-    items = [{"bytes": content, "path": None} for content in contents]
-    per_second("decode, Pillow, one core", lambda: [decode(item, "") for item in items], len(items))
-    per_second("decode, torchvision, one core", lambda: [read(item, "") for item in items], len(items))
-    indices = list(range(len(contents)))
-    for name, flags in WAYS.items():
-        trainer = pipeline.trainer("part", 0, 1, flags)
-        images = trainer.train_dataset
-        if name != "resident":
-            per_second(f"a worker's part, {name}", lambda images=images: images.__getitems__(indices), len(indices))
-        if trainer.augment is None:
-            continue
-        batch = images.collate(images.__getitems__(list(range(pipeline.batch))))
-        batch = send_to_device(batch, torch.device(pipeline.device))
-
-        def augment(trainer=trainer, batch=batch):
-            return trainer.augment(batch)
-
-        per_second(f"the device's part, {name}", augment, pipeline.batch)
-        if pipeline.device == "cuda":
-            ms, calls = gpu_time_and_calls(augment)
-            table.add(**row, what=f"the device's part, {name}: GPU time", ms=ms, error=f"{calls:.0f} calls to CUDA")
-
-
-def gpu_time_and_calls(function, repeats: int = 3) -> tuple[float, float]:
-    """Profile the GPU time in ms, and count calls that launch or copy something."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(repeats):
-            function()
-        torch.cuda.synchronize()
-    events = profiler.key_averages()
-    launches = ("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy")
-    calls = sum(event.count for event in events if event.key.startswith(launches))
-    return sum(event.self_device_time_total for event in events) / repeats / 1e3, calls / repeats
-
-
-def hyperthreads() -> str:
-    """Tell whether two of the cores that the system counts share one."""
-    siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
-    return f"on the first core: CPU {siblings.read_text().strip()}" if siblings.is_file() else "cores not known"
+def images_per_second(
+    folder: Path, device: str, batch: int, recipe: Path, workers: int, steps: tuple[int, int], flags, kind
+) -> float:
+    """Measure training between two steps, on the images of `folder`, by a kind of Trainer."""
+    # DeiT's erasing, which the paper's recipe leaves open, so that every step of the pipeline runs.
+    words: list = [recipe, "--random_erasing", 0.25, "--data_path", folder, "--output_dir", folder / "run"]
+    words += ["--per_device_train_batch_size", batch, "--dataloader_num_workers", workers, "--max_steps", steps[1]]
+    words += ["--eval_strategy", "no", "--save_strategy", "no", "--warmup_epochs", 0, "--logging_strategy", "no"]
+    words += ["--bf16", "true"] if device == "cuda" else ["--use_cpu"]
+    settings = parse_settings([*map(str, words), *flags])
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = load_data(settings.data, settings.training.seed)
+    # An epoch longer than any run here: its beginning, when the workers start, is not what is measured.
+    resident = settings.data.augment_on == "device" and settings.data.resident_share
+    once: Any = data.train
+    train = concatenate_datasets([once] * (1 + (RESIDENT[device] if resident else 400 * batch) // len(once)))
+    data = dataclasses.replace(data, train=train, notes=[])
+    torch.manual_seed(0)
+    model = build_model(settings.model, data.labels)
+    processor = build_image_processor(settings.data, model.config.image_size)
+    trainer = build_trainer(settings.data, settings.training, model, data, processor, kind=kind)
+    clock = Clock(*steps, batch)
+    trainer.add_callback(clock)
+    trainer.train()
+    del trainer
+    gc.collect()  # Its data workers end now, and not beside the next run.
+    return clock.per_second
 
 
 def run(
@@ -317,59 +159,46 @@ def run(
     table: Rates,
     batch: int,
     count: int,
-    begin: int,
-    end: int,
-    ways: list[Way],
+    steps: tuple[int, int],
+    workers: int,
+    ways=tuple(WAYS),
     basis: str = "fourier G=3",
     mode: str = "recorded",
-    alone: bool = True,
 ) -> None:
     """
     Measure training by each way to augment, beside training on synthetic tensors before and after it.
 
     Args:
         count: of JPEG files.
-        begin, end: steps between which training is timed.
-        ways: to augment.
+        steps: between which training is timed.
+        workers: processes that read data.
+        ways: to augment, of `WAYS`.
         basis: of `RECIPES`.
         mode: of `MODES`.
-        alone: also measure what has nothing to do with the model: the workers, the pipeline, and its parts alone.
     """
     torch.set_num_threads(1)
-    shorter = max(begin + 1, (begin + end) // 2)
-    folder = Path(tempfile.mkdtemp(prefix="karat-input-"))
-    try:
-        began = time.perf_counter()
+    begin, end = steps
+    row = {"benchmark": "input-pipeline", "model": "tiny", "basis": basis, "batch": batch, "mode": mode}
+    row |= {"dtype": "bfloat16" if device == "cuda" else "float32", "what": "train"}
+    with tempfile.TemporaryDirectory(prefix="karat-input-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         size = write_photos(folder, count)
-        print(f"{count:,} JPEGs, {size / 1e3:.0f} kB each, in {time.perf_counter() - began:.0f} s; {hyperthreads()}")
-        pipeline = Pipeline(folder, device, batch, basis)
-        row = {"benchmark": "input-pipeline", "model": "tiny", "basis": basis, "batch": batch, "mode": mode}
-        row |= {"dtype": "bfloat16" if device == "cuda" else "float32"}
-        flags = MODES[mode]
+        print(f"{count:,} JPEGs, {size / 1e3:.0f} kB each")
+
+        def measured(workers: int, end: int, flags, kind=ImageClassificationTrainer) -> float:
+            recipe, flags = RECIPES[basis], [*flags, *MODES[mode]]
+            return images_per_second(folder, device, batch, recipe, workers, (begin, end), flags, kind)
 
         def synthetic() -> float:
-            rate, times = pipeline.images_per_second("synthetic", 0, begin, end, flags=flags, kind=SyntheticTrainer)
-            table.add(**row, provider="synthetic", what="train", images_per_second=rate)
-            table.add_times(row | {"provider": "synthetic"}, times, batch / rate * 1e3)
+            rate = measured(0, end, [], SyntheticTrainer)
+            table.add(**row, provider="synthetic", images_per_second=rate)
             return rate
 
         before = synthetic()
         for way in ways:
-            this = row | {"provider": str(way)}
-            last = shorter if way.name == "workers" else end
-            rate, times = pipeline.images_per_second(str(way), way.workers, begin, last, flags=[*way.flags, *flags])
+            rate = measured(workers, max(begin + 1, (begin + end) // 2) if way == "workers" else end, WAYS[way])
             # A host's speed drifts: beside the mean of before and after.
             after = synthetic()
             beside, before = (before + after) / 2, after
-            table.add(**this, what="train", images_per_second=rate, ratio=rate / beside)
-            table.add_times(this, times, batch / rate * 1e3)
-            if alone:
-                if way.name != "resident":
-                    rate = pipeline.workers_alone(way.workers, way.flags, SECONDS[device])
-                    table.add(**this, what="workers alone", images_per_second=rate, ratio=rate / beside)
-                rate = pipeline.without_training(way.workers, way.flags, SECONDS[device])
-                table.add(**this, what="pipeline without training", images_per_second=rate, ratio=rate / beside)
-        if alone:
-            parts(pipeline, table, row | {"provider": "part"}, 2)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            provider = way if way == "resident" else f"{way}, {workers} workers"
+            table.add(**row, provider=provider, images_per_second=rate, ratio=rate / beside)
