@@ -77,6 +77,14 @@ STRUCTURAL_FIELDS = (
     "karat_layers",
 )
 
+# Least values of whole numbers.
+_LEAST = {
+    **dict.fromkeys(
+        ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"), 1
+    ),
+    **dict.fromkeys(("grid_size", "karat_rank", "karat_depth", "num_karat_heads"), 1),
+    "spline_order": 0,
+}
 _MOST_LAYERS = 10_000
 # The two ways to name a backbone's stages, of which one follows from the other.
 _STAGES = ("out_features", "out_indices")
@@ -251,31 +259,27 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}` is {value!r}, expected one of {', '.join(map(repr, allowed))}.")
-        self.grid_size = _integer("grid_size", self.grid_size, 1)
-        self.spline_order = _integer("spline_order", self.spline_order, 0)
-        self.karat_rank = _integer("karat_rank", self.karat_rank, 1)
-        self.karat_depth = _integer("karat_depth", self.karat_depth, 1)
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, _integer(name, value, least))
         self.grid_range = _pair("grid_range", self.grid_range, _finite)
         if self.grid_range[0] >= self.grid_range[1]:
             raise ValueError(f"`grid_range` is {self.grid_range}, expected (low, high) with low < high.")
         self.rational_order = _pair("rational_order", self.rational_order, lambda name, x: _integer(name, x, 0))
-        self.drop_path_rate = _finite("drop_path_rate", self.drop_path_rate)
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, expected at least 0 and less than 1.")
         if self.modular_mode is not None and self.karat_depth != 2:
             raise ValueError(
                 f"`modular_mode={self.modular_mode!r}` is an operator of two steps, and `karat_depth` is "
                 f"{self.karat_depth}. Set `modular_mode=None` for a depth of 1 or more than 2, or `karat_depth=2`."
             )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a probability, 0 to 1.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if not _finite(name, getattr(self, name)) >= 0.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more.")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 1 or more.")
+        self.drop_path_rate = _finite("drop_path_rate", self.drop_path_rate)
+        for names, wanted, fits in (
+            (("drop_path_rate",), "at least 0 and less than 1", lambda x: 0.0 <= x < 1.0),
+            (("hidden_dropout_prob", "attention_probs_dropout_prob"), "a probability, 0 to 1", lambda x: 0 <= x <= 1),
+            (("layer_norm_eps", "initializer_range"), "0 or more", lambda x: 0.0 <= x < math.inf),
+        ):
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"`{name}` is {getattr(self, name)}, expected {wanted}.")
         if self.num_hidden_layers > _MOST_LAYERS:  # Each has a name.
             raise ValueError(f"`num_hidden_layers` is {self.num_hidden_layers}, expected at most {_MOST_LAYERS}.")
         if self.hidden_size % self.num_attention_heads:
@@ -283,15 +287,13 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
                 f"`hidden_size` ({self.hidden_size}) is no multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        if self.num_karat_heads is not None:
-            self.num_karat_heads = _integer("num_karat_heads", self.num_karat_heads, 1)
-            if self.num_karat_heads > self.num_attention_heads:
-                raise ValueError(
-                    f"`num_karat_heads` is {self.num_karat_heads}, and the model has "
-                    f"`num_attention_heads={self.num_attention_heads}`."
-                )
+        if self.num_karat_heads is not None and self.num_karat_heads > self.num_attention_heads:
+            raise ValueError(
+                f"`num_karat_heads` is {self.num_karat_heads}, and the model has "
+                f"`num_attention_heads={self.num_attention_heads}`."
+            )
         if self.karat_layers is not None:
-            self.karat_layers = self._checked_layers(self.karat_layers)
+            self.karat_layers = checked_layers("karat_layers", self.karat_layers, self.num_hidden_layers)
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             sides = [_integer(name, side, 1) for side in (value if isinstance(value, (list, tuple)) else [value])]
@@ -300,21 +302,6 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
             setattr(self, name, sides if isinstance(value, (list, tuple)) else sides[0])
         if 0 in self.patch_grid():
             raise ValueError(f"`patch_size` {self.patch_size} is larger than `image_size` {self.image_size}.")
-
-    def _checked_layers(self, values: list | tuple) -> list[int]:
-        layers = []
-        for value in values:
-            index = _integer("karat_layers", value, -self.num_hidden_layers)
-            if index >= self.num_hidden_layers:
-                raise ValueError(
-                    f"`karat_layers` names block {index}, and the model has blocks 0 to {self.num_hidden_layers - 1}."
-                )
-            layers.append(index % self.num_hidden_layers)
-        if not layers:
-            raise ValueError("`karat_layers` is empty: use Transformers' `ViTConfig` for a model without KArAt blocks.")
-        if len(set(layers)) != len(layers):
-            raise ValueError(f"`karat_layers` names a block twice: {list(values)}.")
-        return sorted(layers)
 
     def patch_grid(self, image_size: "int | Sequence[int] | None" = None) -> tuple[int, int]:
         """Count the patches along (height, width) of an image of `image_size` pixels (default: the model's own)."""
@@ -344,10 +331,8 @@ class KArAtViTConfig(BackboneConfigMixin, ViTConfig):
             operator = f"{self.modular_mode}, r={self.karat_rank}"
         else:
             operator = f"depth {self.karat_depth}, all steps learnable, r={self.karat_rank}"
-        heads = (
-            "all heads" if self.num_karat_heads in (None, self.num_attention_heads) else f"{self.num_karat_heads} of"
-        )
-        heads = heads if heads == "all heads" else f"{heads} {self.num_attention_heads} heads"
+        some = self.num_karat_heads not in (None, self.num_attention_heads)
+        heads = f"{self.num_karat_heads} of {self.num_attention_heads} heads" if some else "all heads"
         blocks = "all blocks" if self.karat_layers is None else f"blocks {self.karat_layers}"
         extras = [f"base {self.base_fn}", *(["L1 projection"] if self.project_l1 else [])]
         extras += [] if self.train_basis else ["basis frozen"]
@@ -442,6 +427,22 @@ def patches_of(image_size, patch_size) -> tuple[int, int]:
     """Count the patches along (height, width) of an image; sizes in pixels as `height_and_width` takes them."""
     (height, width), (rows, columns) = height_and_width(image_size), height_and_width(patch_size)
     return height // rows, width // columns
+
+
+def checked_layers(name: str, values: Sequence, count: int) -> list[int]:
+    """
+    Indices of blocks, negative ones counted from the end, as sorted natural numbers.
+
+    Raises:
+        ValueError: there are none, no such block, or one is named twice; the message names the setting, `name`.
+    """
+    layers = [_integer(name, value, -count) for value in values]
+    if layers and max(layers) >= count:
+        raise ValueError(f"`{name}` names block {max(layers)}, and the model has blocks 0 to {count - 1}.")
+    chosen = sorted({index % count for index in layers})
+    if not chosen or len(chosen) != len(layers):
+        raise ValueError(f"`{name}` is {list(values)}, expected blocks, each once.")
+    return chosen
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:

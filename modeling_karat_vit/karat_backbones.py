@@ -11,53 +11,20 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import (
-    BeitConfig,
-    CLIPConfig,
-    CLIPVisionConfig,
-    DeiTConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    SiglipConfig,
-    SiglipVisionConfig,
-    SwinConfig,
-    ViTConfig,
-    VitDetConfig,
-    ViTMAEConfig,
-)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.beit.modeling_beit import BeitForImageClassification, BeitModel
-from transformers.models.clip.modeling_clip import CLIPForImageClassification, CLIPVisionModel
-from transformers.models.deit.modeling_deit import (
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DeiTModel,
-)
-from transformers.models.dinov2.modeling_dinov2 import Dinov2ForImageClassification, Dinov2Model
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
-    Dinov2WithRegistersForImageClassification,
-    Dinov2WithRegistersModel,
-)
-from transformers.models.siglip.modeling_siglip import SiglipForImageClassification, SiglipVisionModel
-from transformers.models.swin.modeling_swin import SwinForImageClassification, SwinModel
-from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
-from transformers.models.vit_mae.modeling_vit_mae import ViTMAEModel
-from transformers.models.vitdet.modeling_vitdet import (
-    VitDetAttention,
-    VitDetBackbone,
-    VitDetModel,
-    add_decomposed_relative_positions,
-)
+from transformers.models.vitdet.modeling_vitdet import VitDetAttention, add_decomposed_relative_positions
 
 from .basis import EdgeFunctions
-from .configuration_karat_vit import height_and_width, patches_of
+from .configuration_karat_vit import checked_layers, height_and_width, patches_of
 from .karat_heads import KARAT_IMPLEMENTATIONS, STARTS, KArAtHeads, OperatorConfig
 from .karat_operator import KArAtOperator, freeze_untrained
+from .modeling_karat_vit import KArAtMixin
 
 
 # What a checkpoint of a karatized model has to bring. A classifier or pooler may be new.
@@ -150,6 +117,7 @@ class Family:
         lowest: scores are masked by adding this or less.
         check: raises a `ValueError` for a configuration that cannot be supported.
         modules: what attention modules become, by their names, where they do not go through the attention interface.
+        mixins: of its models.
     """
 
     attention: tuple[str, ...]
@@ -159,15 +127,10 @@ class Family:
     lowest: float = -math.inf
     check: Callable = lambda config: None
     modules: Mapping[str, type] = field(default_factory=dict)
+    mixins: tuple[type, ...] = ()
 
 
-if TYPE_CHECKING:  # What it is mixed into.
-    from transformers import PreTrainedModel as _Mixed
-else:
-    _Mixed = object
-
-
-class KArAtBackbone(_Mixed):
+class KArAtBackbone(KArAtMixin):
     """
     Mixin of a pre-trained model class of Transformers: KArAt heads in the blocks that `config.karat` names.
 
@@ -177,9 +140,7 @@ class KArAtBackbone(_Mixed):
 
     family: Family
     auto_name: str
-    auto_map: dict[str, str]
-    # Trainer has to divide the loss by the accumulation steps itself: the losses take no `num_items_in_batch`.
-    accepts_loss_kwargs = False
+    karat_modules = KArAtHeads
 
     def post_init(self):
         self.family.check(self.config)
@@ -197,7 +158,7 @@ class KArAtBackbone(_Mixed):
         if karat["start"] not in STARTS:
             raise ValueError(f"`start` is {karat['start']!r}, expected one of {', '.join(map(repr, STARTS))}.")
         modules = attention_modules(self, self.family)
-        for index in checked_layers(karat["layers"], len(modules)):
+        for index in checked_layers("layers", karat["layers"], len(modules)):
             attention: Any = modules[index]
             attention.__class__ = self.family.modules.get(type(attention).__name__, type(attention))
             heads = getattr(attention, "num_attention_heads", None) or attention.num_heads
@@ -225,11 +186,6 @@ class KArAtBackbone(_Mixed):
             if isinstance(module, (KArAtHeads, KArAtOperator, EdgeFunctions)):
                 module.reset_parameters()
 
-    def karat_parameter_names(self) -> set[str]:
-        """Names of the parameters that KArAt adds to the model."""
-        prefixes = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, KArAtHeads))
-        return {name for name, _ in self.named_parameters() if name.startswith(prefixes)}
-
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
         """Transformers' names say how softmax heads are computed, `karat_*` how KArAt heads are (softmax by SDPA)."""
         if requested_attention in KARAT_IMPLEMENTATIONS:
@@ -255,14 +211,6 @@ class KArAtBackbone(_Mixed):
         freeze_untrained(model)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """
-        As in Transformers, with two differences: parameters keep their present names, and `auto_map` names all auto
-        classes of the family.
-        """
-        self.config.auto_map = self.auto_map
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
-
 
 def attention_modules(model, family: Family) -> list[nn.Module]:
     """The attention modules of the encoder that call the attention interface, in order: the innermost of their name."""
@@ -270,113 +218,6 @@ def attention_modules(model, family: Family) -> list[nn.Module]:
         module for module in model.modules() if any(kind.__name__ in family.attention for kind in type(module).__mro__)
     ]
     return [module for module in found if not any(child in found for child in module.children())]
-
-
-def checked_layers(layers, count: int) -> list[int]:
-    """Indices of blocks, negative ones counted from the end, as sorted natural numbers."""
-    for layer in layers:
-        if not isinstance(layer, int) or isinstance(layer, bool) or not -count <= layer < count:
-            raise ValueError(f"`layers` names block {layer!r}, and the model has blocks 0 to {count - 1}.")
-    chosen = sorted({layer % count for layer in layers})
-    if not chosen or len(chosen) != len(list(layers)):
-        raise ValueError(f"`layers` is {list(layers)}, expected blocks, each once.")
-    return chosen
-
-
-@strict
-class KArAtPlainViTConfig(ViTConfig):
-    """`ViTConfig`, and `karat`. (`karat_vit` is KArAt-ViT itself, which has no residual start.)"""
-
-    model_type = "karat_plain_vit"
-    karat: dict | None = None
-
-
-@strict
-class KArAtDeiTConfig(DeiTConfig):
-    """`DeiTConfig`, and `karat`."""
-
-    model_type = "karat_deit"
-    karat: dict | None = None
-
-
-@strict
-class KArAtDinov2Config(Dinov2Config):
-    """`Dinov2Config`, and `karat`."""
-
-    model_type = "karat_dinov2"
-    karat: dict | None = None
-
-
-@strict
-class KArAtDinov2WithRegistersConfig(Dinov2WithRegistersConfig):
-    """`Dinov2WithRegistersConfig`, and `karat`."""
-
-    model_type = "karat_dinov2_with_registers"
-    karat: dict | None = None
-
-
-@strict
-class KArAtViTMAEConfig(ViTMAEConfig):
-    """`ViTMAEConfig`, and `karat`."""
-
-    model_type = "karat_vit_mae"
-    karat: dict | None = None
-
-
-@strict
-class KArAtBeitConfig(BeitConfig):
-    """`BeitConfig`, and `karat`."""
-
-    model_type = "karat_beit"
-    karat: dict | None = None
-
-
-@strict
-class KArAtCLIPVisionConfig(CLIPVisionConfig):
-    """`CLIPVisionConfig`, and `karat`."""
-
-    model_type = "karat_clip_vision_model"
-    karat: dict | None = None
-
-
-@strict
-class KArAtCLIPConfig(CLIPConfig):
-    """`CLIPConfig`, and `karat` of its vision tower."""
-
-    model_type = "karat_clip"
-    karat: dict | None = None
-
-
-@strict
-class KArAtSiglipVisionConfig(SiglipVisionConfig):
-    """`SiglipVisionConfig`, and `karat`."""
-
-    model_type = "karat_siglip_vision_model"
-    karat: dict | None = None
-
-
-@strict
-class KArAtSiglipConfig(SiglipConfig):
-    """`SiglipConfig`, and `karat` of its vision tower."""
-
-    model_type = "karat_siglip"
-    karat: dict | None = None
-
-
-@strict
-class KArAtSwinConfig(SwinConfig):
-    """`SwinConfig`, and `karat`."""
-
-    model_type = "karat_swin"
-    karat: dict | None = None
-
-
-@strict
-class KArAtVitDetConfig(VitDetConfig):
-    """`VitDetConfig`, and `karat`."""
-
-    model_type = "karat_vitdet"
-    karat: dict | None = None
 
 
 def _nothing_hidden(config) -> None:
@@ -387,68 +228,8 @@ def _nothing_hidden(config) -> None:
         )
 
 
-_VIT = Family(("ViTAttention",))
-_DEIT = Family(("DeiTAttention",), prefix_tokens=lambda model, index: 2)
-_DINOV2 = Family(("Dinov2Attention", "Dinov2SelfAttention"))
-_REGISTERS = Family(
-    ("Dinov2WithRegistersAttention", "Dinov2WithRegistersSelfAttention"),
-    prefix_tokens=lambda model, index: 1 + model.config.num_register_tokens,
-)
-_VIT_MAE = Family(("ViTMAEAttention",), check=_nothing_hidden)
-_BEIT = Family(("BeitAttention",))
-_CLIP = Family(("CLIPAttention",))
-_SIGLIP = Family(("SiglipAttention",), prefix_tokens=lambda model, index: 0)
-# Swin adds -100 to the scores of pairs from different windows, together with the bias.
-_SWIN = Family(("SwinAttention",), prefix_tokens=lambda model, index: 0, grid=_swin_window, lowest=-50.0)
-
-_VITDET = Family(
-    ("VitDetAttention",),
-    prefix_tokens=lambda model, index: 0,
-    grid=_vitdet_window,
-    modules={"VitDetAttention": KArAtVitDetAttention},
-)
-
-
-class KArAtPlainViTModel(KArAtBackbone, ViTModel):
-    config_class, family, auto_name = KArAtPlainViTConfig, _VIT, "AutoModel"
-
-
-class KArAtPlainViTForImageClassification(KArAtBackbone, ViTForImageClassification):
-    config_class, family, auto_name = KArAtPlainViTConfig, _VIT, "AutoModelForImageClassification"
-
-
-class KArAtDeiTModel(KArAtBackbone, DeiTModel):
-    config_class, family, auto_name = KArAtDeiTConfig, _DEIT, "AutoModel"
-
-
-class KArAtDeiTForImageClassification(KArAtBackbone, DeiTForImageClassification):
-    config_class, family, auto_name = KArAtDeiTConfig, _DEIT, "AutoModelForImageClassification"
-
-
-class KArAtDeiTForImageClassificationWithTeacher(KArAtBackbone, DeiTForImageClassificationWithTeacher):
-    config_class, family, auto_name = KArAtDeiTConfig, _DEIT, "AutoModelForImageClassification"
-
-
-class KArAtDinov2Model(KArAtBackbone, Dinov2Model):
-    config_class, family, auto_name = KArAtDinov2Config, _DINOV2, "AutoModel"
-
-
-class KArAtDinov2ForImageClassification(KArAtBackbone, Dinov2ForImageClassification):
-    config_class, family, auto_name = KArAtDinov2Config, _DINOV2, "AutoModelForImageClassification"
-
-
-class KArAtDinov2WithRegistersModel(KArAtBackbone, Dinov2WithRegistersModel):
-    config_class, family, auto_name = KArAtDinov2WithRegistersConfig, _REGISTERS, "AutoModel"
-
-
-class KArAtDinov2WithRegistersForImageClassification(KArAtBackbone, Dinov2WithRegistersForImageClassification):
-    config_class, family, auto_name = KArAtDinov2WithRegistersConfig, _REGISTERS, "AutoModelForImageClassification"
-
-
-class KArAtViTMAEModel(KArAtBackbone, ViTMAEModel):
-    """ViT-MAE's encoder, with every patch and in natural order: ViT-MAE itself shuffles them even at a ratio of 0."""
-
-    config_class, family, auto_name = KArAtViTMAEConfig, _VIT_MAE, "AutoModel"
+class _NaturalOrder(KArAtMixin):
+    """What ViT-MAE's encoder does not have: every patch in natural order. It shuffles them even at a ratio of 0."""
 
     def forward(self, pixel_values=None, noise=None, **kwargs):
         """
@@ -464,46 +245,6 @@ class KArAtViTMAEModel(KArAtBackbone, ViTMAEModel):
                 "`noise` would shuffle the patches, and KArAt heads know them by their place: leave it out."
             )
         return super().forward(pixel_values, noise=noise, **kwargs)
-
-
-class KArAtBeitModel(KArAtBackbone, BeitModel):
-    config_class, family, auto_name = KArAtBeitConfig, _BEIT, "AutoModel"
-
-
-class KArAtBeitForImageClassification(KArAtBackbone, BeitForImageClassification):
-    config_class, family, auto_name = KArAtBeitConfig, _BEIT, "AutoModelForImageClassification"
-
-
-class KArAtCLIPVisionModel(KArAtBackbone, CLIPVisionModel):
-    config_class, family, auto_name = KArAtCLIPVisionConfig, _CLIP, "AutoModel"
-
-
-class KArAtCLIPForImageClassification(KArAtBackbone, CLIPForImageClassification):
-    config_class, family, auto_name = KArAtCLIPConfig, _CLIP, "AutoModelForImageClassification"
-
-
-class KArAtSiglipVisionModel(KArAtBackbone, SiglipVisionModel):
-    config_class, family, auto_name = KArAtSiglipVisionConfig, _SIGLIP, "AutoModel"
-
-
-class KArAtSiglipForImageClassification(KArAtBackbone, SiglipForImageClassification):
-    config_class, family, auto_name = KArAtSiglipConfig, _SIGLIP, "AutoModelForImageClassification"
-
-
-class KArAtSwinModel(KArAtBackbone, SwinModel):
-    config_class, family, auto_name = KArAtSwinConfig, _SWIN, "AutoModel"
-
-
-class KArAtSwinForImageClassification(KArAtBackbone, SwinForImageClassification):
-    config_class, family, auto_name = KArAtSwinConfig, _SWIN, "AutoModelForImageClassification"
-
-
-class KArAtVitDetModel(KArAtBackbone, VitDetModel):
-    config_class, family, auto_name = KArAtVitDetConfig, _VITDET, "AutoModel"
-
-
-class KArAtVitDetBackbone(KArAtBackbone, VitDetBackbone):
-    config_class, family, auto_name = KArAtVitDetConfig, _VITDET, "AutoBackbone"
 
 
 def parent(cls) -> Any:
@@ -533,25 +274,78 @@ def register(*models) -> tuple:
     return models
 
 
-MODELS = register(
-    KArAtPlainViTModel,
-    KArAtPlainViTForImageClassification,
-    KArAtDeiTModel,
-    KArAtDeiTForImageClassification,
-    KArAtDeiTForImageClassificationWithTeacher,
-    KArAtDinov2Model,
-    KArAtDinov2ForImageClassification,
-    KArAtDinov2WithRegistersModel,
-    KArAtDinov2WithRegistersForImageClassification,
-    KArAtViTMAEModel,
-    KArAtBeitModel,
-    KArAtBeitForImageClassification,
-    KArAtCLIPVisionModel,
-    KArAtCLIPForImageClassification,
-    KArAtSiglipVisionModel,
-    KArAtSiglipForImageClassification,
-    KArAtSwinModel,
-    KArAtSwinForImageClassification,
-    KArAtVitDetModel,
-    KArAtVitDetBackbone,
-)
+_AUTO_NAMES = {
+    "Model": "AutoModel",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForImageClassificationWithTeacher": "AutoModelForImageClassification",
+    "Backbone": "AutoBackbone",
+}
+
+
+def _no_prefix(model, index: int) -> int:
+    return 0
+
+
+# By what the names of Transformers' classes begin with: the family, and what those of its models end in.
+_CLIP = Family(("CLIPAttention",))
+_SIGLIP = Family(("SiglipAttention",), prefix_tokens=_no_prefix)
+_BOTH = ("Model", "ForImageClassification")
+_FAMILIES = {
+    "ViT": (Family(("ViTAttention",)), _BOTH),
+    "DeiT": (
+        Family(("DeiTAttention",), prefix_tokens=lambda model, index: 2),
+        (*_BOTH, "ForImageClassificationWithTeacher"),
+    ),
+    "Dinov2": (Family(("Dinov2Attention", "Dinov2SelfAttention")), _BOTH),
+    "Dinov2WithRegisters": (
+        Family(
+            ("Dinov2WithRegistersAttention", "Dinov2WithRegistersSelfAttention"),
+            prefix_tokens=lambda model, index: 1 + model.config.num_register_tokens,
+        ),
+        _BOTH,
+    ),
+    "ViTMAE": (Family(("ViTMAEAttention",), check=_nothing_hidden, mixins=(_NaturalOrder,)), ("Model",)),
+    "Beit": (Family(("BeitAttention",)), _BOTH),
+    "CLIPVision": (_CLIP, ("Model",)),
+    "CLIP": (_CLIP, ("ForImageClassification",)),
+    "SiglipVision": (_SIGLIP, ("Model",)),
+    "Siglip": (_SIGLIP, ("ForImageClassification",)),
+    # Swin adds -100 to the scores of pairs from different windows, together with the bias.
+    "Swin": (Family(("SwinAttention",), prefix_tokens=_no_prefix, grid=_swin_window, lowest=-50.0), _BOTH),
+    "VitDet": (
+        Family(
+            ("VitDetAttention",),
+            prefix_tokens=_no_prefix,
+            grid=_vitdet_window,
+            modules={"VitDetAttention": KArAtVitDetAttention},
+        ),
+        ("Model", "Backbone"),
+    ),
+}
+
+
+def _make(name: str, family: Family, kinds: tuple[str, ...]) -> list[type]:
+    """Make the configuration and the models of a family, which become names of this module; returns the models."""
+    parent_config: Any = getattr(transformers, f"{name}Config")
+    # `karat_vit` is KArAt-ViT itself, which has no residual start.
+    ours = "PlainViT" if name == "ViT" else name
+
+    @strict
+    class Config(parent_config):
+        __doc__ = (
+            f"`{name}Config`, and `karat`, the settings of its KArAt heads (for a dual encoder, of the vision tower)."
+        )
+        model_type = "karat_plain_vit" if name == "ViT" else f"karat_{parent_config.model_type}"
+        karat: dict | None = None
+
+    Config.__name__ = Config.__qualname__ = f"KArAt{ours}Config"
+    same = {"__module__": __name__, "config_class": Config, "family": family}
+    models = []
+    for kind in kinds:
+        bases = (*family.mixins, KArAtBackbone, getattr(transformers, name + kind))
+        models.append(type(f"KArAt{ours}{kind}", bases, {**same, "auto_name": _AUTO_NAMES[kind]}))
+    globals().update({made.__name__: made for made in (Config, *models)})
+    return models
+
+
+MODELS = register(*(model for name, row in _FAMILIES.items() for model in _make(name, *row)))

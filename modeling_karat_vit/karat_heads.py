@@ -20,14 +20,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_karat_vit import OPERATOR_STRUCTURE, KArAtViTConfig
 from .karat_operator import KArAtOperator
 from .modeling_karat_vit import KARAT_IMPLEMENTATIONS
-from .portable import floats_per_score, is_traced, no_autocast
+from .portable import floats_per_score, in_chunks, is_traced, no_autocast
 
 
 STARTS = ("residual", "replace")
@@ -231,20 +230,11 @@ def biased_karat_attention(operator, query, key, value, scaling, bias, keep, wit
             return (maps @ value.to(dtype)).to(query.dtype), maps.to(query.dtype)
 
         parts = query, key, value, bias, keep
-        if with_maps:
-            return attend(*parts, *tensors.values())
-        batch, heads, tokens = query.shape[:3]
-        floats = heads * tokens**2 * max(map(floats_per_score, operator.edges))
-        size = max(1, _CHUNK // floats)
-        if is_traced() or (batch <= size and not torch.is_grad_enabled()):
-            return attend(*parts, *tensors.values())[0], None
-        outputs = [
-            checkpoint(
-                lambda *x: attend(*x)[0], *chunk, *tensors.values(), use_reentrant=False, preserve_rng_state=False
-            )
-            for chunk in _chunks(batch, size, *parts)
-        ]
-        return torch.cat(outputs), None
+        if with_maps or is_traced():
+            output, maps = attend(*parts, *tensors.values())
+            return output, maps if with_maps else None
+        floats = query.shape[1] * query.shape[2] ** 2 * max(map(floats_per_score, operator.edges))
+        return in_chunks(lambda *x: attend(*x)[0], _CHUNK // floats, parts, tensors.values()), None
 
 
 def karat_heads_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -271,9 +261,3 @@ def _of_heads(mask, heads: slice):
     if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
         return mask[:, heads]
     return mask
-
-
-def _chunks(batch: int, size: int, *tensors):
-    """Up to `size` images at a time; what has one entry for all of them, or is `None`, stays."""
-    for first in range(0, batch, size):
-        yield [x if x is None or x.shape[0] != batch else x[first : first + size] for x in tensors]

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_karat_vit import KArAtViTConfig
+from .configuration_karat_vit import KArAtViTConfig, checked_layers
 from .karat_backbones import MODELS as BACKBONES
-from .karat_backbones import KArAtBackbone, attention_modules, checked_layers, parent
+from .karat_backbones import KArAtBackbone, attention_modules, parent
 from .karat_convit import MODELS as CONVIT
 from .karat_heads import STARTS, KArAtHeads
 
@@ -62,7 +62,7 @@ def karatize(
         raise ValueError(f"`heads` is {heads!r}, expected a number of heads, or `None` for all.")
     count = len(attention_modules(model, cls.family))
     karat = {
-        "layers": checked_layers(layers, count),
+        "layers": checked_layers("layers", layers, count),
         "heads": heads,
         "start": start,
         "image_size": cls.family.image_size(model) if image_size is None else image_size,

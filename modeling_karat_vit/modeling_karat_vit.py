@@ -5,6 +5,7 @@ import copy
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -84,39 +85,21 @@ register_checkpoint_conversion_mapping(
 
 @dataclass
 class KArAtViTModelOutput(BaseModelOutputWithPooling):
-    """
-    Output of the encoder: `BaseModelOutputWithPooling`, and the scores.
-
-    Args:
-        attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
-            Per block the scores before the activation, (B, heads, N, N).
-    """
+    """`BaseModelOutputWithPooling`, and with `output_attention_scores` per block the scores, (B, heads, N, N)."""
 
     attention_scores: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class KArAtViTImageClassifierOutput(ImageClassifierOutput):
-    """
-    Output of the classifier: `ImageClassifierOutput`, and the scores.
-
-    Args:
-        attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
-            Per block the scores before the activation, (B, heads, N, N).
-    """
+    """`ImageClassifierOutput`, and with `output_attention_scores` per block the scores, (B, heads, N, N)."""
 
     attention_scores: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class KArAtViTMaskedImageModelingOutput(MaskedImageModelingOutput):
-    """
-    Output of masked image modelling: `MaskedImageModelingOutput`, and the scores.
-
-    Args:
-        attention_scores (tuple of `torch.Tensor`, with `output_attention_scores=True`):
-            Per block the scores before the activation, (B, heads, N, N).
-    """
+    """`MaskedImageModelingOutput`, and with `output_attention_scores` per block the scores, (B, heads, N, N)."""
 
     attention_scores: tuple[torch.FloatTensor, ...] | None = None
 
@@ -293,7 +276,37 @@ def drop_path(branch: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     return branch * (kept / keep).to(branch.dtype)
 
 
-class KArAtViTPreTrainedModel(ViTPreTrainedModel):
+if TYPE_CHECKING:  # What it is mixed into.
+    from transformers import PreTrainedModel as _Mixed
+else:
+    _Mixed = object
+
+
+class KArAtMixin(_Mixed):
+    """What a pre-trained model class with KArAt heads has beyond Transformers', whatever its family."""
+
+    auto_map: dict[str, str]
+    # The modules that KArAt adds.
+    karat_modules: type
+    # The losses take no `num_items_in_batch`: Trainer has to divide by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def karat_parameter_names(self) -> set[str]:
+        """Names of the parameters that KArAt adds to the model."""
+        prefixes = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, self.karat_modules))
+        return {name for name, _ in self.named_parameters() if name.startswith(prefixes)}
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """
+        Save as Transformers does, with two differences: parameters keep their present names
+        (`save_original_format=True` writes ViT's old ones, which Trainer cannot resume from), and `auto_map` names the
+        auto class of every model of the family.
+        """
+        self.config.auto_map = dict(self.auto_map)
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+class KArAtViTPreTrainedModel(KArAtMixin, ViTPreTrainedModel):
     """Weights, initialisation and loading, as every Transformers model has them, and what KArAt needs beyond."""
 
     config: KArAtViTConfig
@@ -306,8 +319,7 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
         "attentions": KArAtViTAttention,
         "attention_scores": OutputRecorder(KArAtViTAttention, index=2),
     }
-    # Our losses take no `num_items_in_batch`: Trainer has to divide by the accumulation steps itself.
-    accepts_loss_kwargs = False
+    auto_map, karat_modules = AUTO_CLASSES, KArAtOperator
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -320,11 +332,6 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
     def post_init(self):
         super().post_init()
         freeze_untrained(self)
-
-    def karat_parameter_names(self) -> set[str]:
-        """Names of the parameters that KArAt adds to the ViT."""
-        prefixes = [f"{name}." for name, module in self.named_modules() if isinstance(module, KArAtOperator)]
-        return {name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes))}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Resolve a name: `None` is the fastest way for KArAt heads, Transformers' names are about softmax heads."""
@@ -373,7 +380,9 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
             source, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
             wanted = {key: kwargs[key] for key in STRUCTURAL_FIELDS if key in kwargs}
             if config is not None:
-                asked = KArAtViTConfig.from_pretrained(config, **hub) if _is_path(config) else config
+                asked = (
+                    KArAtViTConfig.from_pretrained(config, **hub) if isinstance(config, (str, os.PathLike)) else config
+                )
                 _check_config_type(asked)
                 wanted = {key: getattr(asked, key) for key in STRUCTURAL_FIELDS} | wanted
             _check_same_structure(pretrained_model_name_or_path, source, wanted)
@@ -388,22 +397,12 @@ class KArAtViTPreTrainedModel(ViTPreTrainedModel):
                 config = KArAtViTConfig.from_dict(source, **{key: kwargs.pop(key) for key in fields})
             kwargs["state_dict"] = load_deit_state_dict(pretrained_model_name_or_path, **hub)
             pretrained_model_name_or_path = None
-        loaded = super().from_pretrained(
+        model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        model, info = loaded
         # Transformers makes every float parameter trainable again.
         freeze_untrained(model)
         return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """
-        Save as Transformers does, with two differences: parameters keep their present names
-        (`save_original_format=True` writes ViT's old ones, which Trainer cannot resume from), and `auto_map` names the
-        auto class of every model.
-        """
-        self.config.auto_map = dict(AUTO_CLASSES)
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     @torch.no_grad()
     def resize(self, image_size: int | tuple[int, int] | list[int]):
@@ -527,11 +526,8 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
     def _implementation_of_call(self, kwargs) -> str:
         """The configured implementation, or `eager` for a call that asks for maps or scores."""
         implementation = self.config._attn_implementation
-        wanted = [
-            name
-            for name in ("output_attentions", "output_attention_scores")
-            if kwargs.get(name, getattr(self.config, name, False))
-        ]
+        names = ("output_attentions", "output_attention_scores")
+        wanted = [name for name in names if kwargs.get(name, getattr(self.config, name, False))]
         if not wanted or implementation == "eager":
             return implementation
         if not torch.compiler.is_compiling():
@@ -802,10 +798,6 @@ def _join(parts):
 
 
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-def _is_path(config) -> bool:
-    return isinstance(config, (str, os.PathLike))
 
 
 def _check_config_type(config) -> None:

@@ -55,7 +55,7 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
     names = list(tensors)
     factored = operator.mode == "phi1_w2" and not operator.config.project_l1
 
-    def attend(keep, query, key, value, *parameters):
+    def attend(query, key, value, keep, *parameters):
         tensors = dict(zip(names, parameters))
         dtype = torch.promote_types(query.dtype, torch.float32)
         # The queries are fewer numbers to scale than the scores.
@@ -70,15 +70,14 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
         return output.to(query.dtype)
 
     if is_traced():
-        return attend(keep, query, key, value, *tensors.values())
+        return attend(query, key, value, keep, *tensors.values())
     floats = query.shape[2] * key.shape[2] * max(map(floats_per_score, operator.edges))
     maps = max(1, _budget(query.device) // floats)
     if factored and (lean := lean_features_of(operator.edges[0])) is not None:
         coefficients = lean.coefficients(operator.of_step(tensors, 0))
         chunks = _Chunks(query, maps)
         return _Factored.apply(lean, scaling, chunks, keep, query, key, value, coefficients, tensors["projector"])
-    chunk = max(1, maps // query.shape[1])
-    return _ChunkedRecompute.apply(attend, chunk, keep, query, key, value, *tensors.values())
+    return in_chunks(attend, maps // query.shape[1], (query, key, value, keep), tensors.values())
 
 
 def _budget(device: torch.device) -> int:
@@ -95,58 +94,56 @@ def floats_per_score(step) -> int:
     return 8 * step.out_features
 
 
-class _ChunkedRecompute(torch.autograd.Function):
+def in_chunks(attend, size: int, batched, parameters) -> torch.Tensor:
     """
-    `attend(keep, query, key, value, *parameters)` over chunks of the batch; the backward pass recomputes each chunk.
-    """
+    Compute `attend(*batched, *parameters)` for `size` images at a time, or one; the backward pass redoes each chunk.
 
+    Args:
+        batched: tensors of which those as long as the first are cut; `None` among them stays.
+        parameters: tensors that every chunk meets whole.
+    """
+    return _ChunkedRecompute.apply(attend, max(1, size), len(batched), *batched, *parameters)
+
+
+class _ChunkedRecompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attend, chunk, keep, query, key, value, *parameters):
-        ctx.attend, ctx.chunk = attend, chunk
-        ctx.save_for_backward(keep, query, key, value, *parameters)
-        outputs = [attend(*part, *parameters) for part in _chunks(chunk, keep, query, key, value)]
+    def forward(ctx, attend, size, count, *tensors):
+        batch = len(tensors[0])
+
+        def cut(part, tensors):
+            own = [x if x is None or len(x) != batch else x[part] for x in tensors[:count]]
+            return [*own, *tensors[count:]]
+
+        ctx.attend, ctx.cut, ctx.parts = attend, cut, _chunks(batch, size)
+        ctx.save_for_backward(*tensors)
+        outputs = [attend(*cut(part, tensors)) for part in ctx.parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         # Gradient checkpointing allows to read `saved_tensors` once.
-        keep, query, key, value, *parameters = ctx.saved_tensors
-        batched = (query, key, value)
-        needed = ctx.needs_input_grad[3:]
-        batched_grads = [torch.empty_like(x) if need else None for x, need in zip(batched, needed)]
-        parameter_grads = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed[3:])]
-        leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needed[3:])]
-        start = 0
-        for keep_part, *parts in _chunks(ctx.chunk, keep, *batched):
-            stop = start + parts[0].shape[0]
-            parts = [x.detach().requires_grad_(need) for x, need in zip(parts, needed)]
-            wanted = [x for x in (*parts, *leaves) if x.requires_grad]
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed)]
+        for part in ctx.parts:
+            chunk = zip(ctx.cut(part, tensors), needed)
+            chunk = [x if x is None else x.detach().requires_grad_(need) for x, need in chunk]
+            wanted = [x for x, need in zip(chunk, needed) if need]
             with torch.enable_grad(), no_autocast(grad_output.device.type):
-                output = ctx.attend(keep_part, *parts, *leaves)
+                output = ctx.attend(*chunk)
                 # Not all take part: the scores of constant functions do not, and there may be nothing else.
                 if output.requires_grad:
-                    grads = torch.autograd.grad(output, wanted, grad_output[start:stop], materialize_grads=True)
+                    found = torch.autograd.grad(output, wanted, grad_output[part], materialize_grads=True)
                 else:
-                    grads = map(torch.zeros_like, wanted)
-                grads = iter(grads)
-            for whole, need in zip(batched_grads, needed):
-                if need:
-                    whole[start:stop] = next(grads)
-            for whole, need in zip(parameter_grads, needed[3:]):
-                if need:
-                    whole += next(grads)
-            start = stop
-        return None, None, None, *batched_grads, *parameter_grads
+                    found = map(torch.zeros_like, wanted)
+            for whole, gradient in zip((x for x in ctx.cut(part, grads) if x is not None), found):
+                whole += gradient
+        return None, None, None, *grads
 
 
-def _chunks(size: int, keep, *batched):
-    """Parts of at most `size` images; `keep` may have a batch of its own or one for all."""
-    batch = batched[0].shape[0]
-    # An empty batch is one empty part.
-    for start in range(0, max(batch, 1), size):
-        part = slice(start, start + size)
-        yield (keep if keep is None or keep.shape[0] == 1 else keep[part]), *(x[part] for x in batched)
+def _chunks(batch: int, size: int) -> list[slice]:
+    """Cut a batch; an empty one is one empty part."""
+    return [slice(start, min(start + size, batch)) for start in range(0, max(batch, 1), size)]
 
 
 # ---------------------------------------------------------------------------------------------- features of a family
@@ -310,7 +307,7 @@ class _FeatureProduct(torch.autograd.Function):
         else:
             lean.features(x, places)
         ctx.save_for_backward(keep, coefficients, features, *derivatives)
-        y = weighted_sum(features.flatten(1, 2), weights_of(_of_maps(coefficients, len(x)), keep))
+        y = torch.bmm(weights_of(_of_maps(coefficients, len(x)), keep), features.flatten(1, 2))
         return y.mT.unflatten(0, ctx.shape[:-2])
 
     @staticmethod
@@ -340,21 +337,6 @@ def weights_of(matrices: torch.Tensor, keep: torch.Tensor | None) -> torch.Tenso
     if keep is None:
         return matrices
     return (matrices.unflatten(2, (-1, keep.shape[-1])) * keep.unsqueeze(-2)).flatten(2)
-
-
-def weighted_sum(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """
-    Compute y^T = sum_k C_k F_k^T as one product. The few outputs are its rows, and the inputs the rows of the features,
-    because matrix products want the long sides to be contiguous.
-
-    Args:
-        features: (M, K * Q, T), for M maps.
-        weights: (M, P, K * Q).
-
-    Returns:
-        (M, P, T)
-    """
-    return torch.bmm(weights, features)
 
 
 def weighted_sum_backward_x(derivatives, slopes, dy, out, product):
@@ -438,7 +420,8 @@ class _Factored(torch.autograd.Function):
     H (W^T V) of the linear families, a chunk at a time. The backward pass, written out, redoes scores and features; H
     and W^T V, of r columns and r rows, are kept, so that it does not redo the products.
 
-    Scores, features and H are transposed, so that one product serves all features (see `weighted_sum`).
+    Scores, features and H are transposed: y^T = sum_k C_k F_k^T is then one product, whose few rows are the outputs.
+    (Matrix products want the long sides to be contiguous.)
     """
 
     @staticmethod
@@ -452,7 +435,7 @@ class _Factored(torch.autograd.Function):
         for mask, q, k, v, y, weights, project in zip(masks, *tensors, *parameters):
             (scores,), features, places = memory.of(len(q))
             lean.features(_transposed_scores(q, k, scaling, mask, scores), places)
-            hidden = weighted_sum(features, weights_of(weights, mask))
+            hidden = torch.bmm(weights_of(weights, mask), features)
             projected = torch.bmm(project, _zero_rows(v.to(hidden.dtype), mask))
             _multiply(hidden.mT, projected, y)
             kept += hidden, projected
