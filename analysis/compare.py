@@ -338,13 +338,11 @@ def draw(rows: list[dict], key: str, axes: Axes) -> Axes:
         inside = value > 0.62 * largest
         how = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": style.INK}
         style.note(axes, cell, (value, place), (-3 if inside else 3, 0), **how)
-    axes.set_xlim(0, 1.02 * largest)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(places, [row["name"] for row in rows])
     axes.tick_params(left=False, bottom=False, labelbottom=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_title("\n".join([*title.split(), f"({unit})"] if unit else title.split()))
+    axes.spines[:].set_visible(False)
+    words = [*title.split(), f"({unit})"] if unit else title.split()
+    axes.set(xlim=(0, 1.02 * largest), ylim=(len(rows) - 0.5, -0.5), title="\n".join(words))
     return axes
 
 

@@ -83,20 +83,17 @@ def draw_loss(curves: list[Curves], axes: Axes) -> Axes:
     for each, colour in zip(curves, _colours(curves)):
         axes.plot(each.epochs, each.metrics["train_loss"], "--", color=colour, linewidth=0.9)
         axes.plot(each.epochs, each.metrics["eval_loss"], "-", color=colour, label=each.name, **_marker(each))
-    axes.set_xlabel("epoch")
     axes.locator_params(axis="x", integer=True)
-    axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     return axes
 
 
-def draw_accuracy(curves: list[Curves], axes: Axes, metric: str = "eval_accuracy") -> Axes:
+def draw_accuracy(curves: list[Curves], axes: Axes) -> Axes:
     """Draw held-out accuracy in per cent."""
     for each, colour in zip(curves, _colours(curves)):
-        axes.plot(each.epochs, 100 * each.metrics[metric], "-", color=colour, label=each.name, **_marker(each))
-    axes.set_xlabel("epoch")
+        axes.plot(each.epochs, 100 * each.metrics["eval_accuracy"], "-", color=colour, label=each.name, **_marker(each))
     axes.locator_params(axis="x", integer=True)
-    axes.set_ylabel(f"{METRICS[metric]} in %")
+    axes.set(xlabel="epoch", ylabel=f"{METRICS['eval_accuracy']} in %")
     return axes
 
 

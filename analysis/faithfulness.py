@@ -383,10 +383,8 @@ def draw(data: list[Faithfulness], measure: str, axes: Axes, resamples: int = 20
             axes.plot(100 * each.shares, of.mean(0), DASHES[source], color=colour, label=label, **pale)
         low, high = np.array([bootstrap(points, resamples)[1:3] for points in curves[0].T]).T
         axes.fill_between(100 * each.shares, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.set_xlim(0, 100)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"patches {'deleted' if measure == 'deletion' else 'inserted'} (%)")
-    axes.set_ylabel("probability of the class")
+    change = "deleted" if measure == "deletion" else "inserted"
+    axes.set(xlim=(0, 100), ylim=(0, None), xlabel=f"patches {change} (%)", ylabel="probability of the class")
     return axes
 
 
@@ -398,8 +396,7 @@ def draw_measure(data: list[Faithfulness], rows: list[dict], measure: str, axes:
         places = np.arange(len(SOURCES)) + 0.22 * (index - (len(data) - 1) / 2)
         mean, low, high = (np.array([found[source][key] for source in SOURCES]) for key in ("mean", "low", "high"))
         axes.errorbar(places, mean, [mean - low, high - mean], fmt="o", color=colour, label=name, elinewidth=1)
-    axes.set_xlim(-0.5, len(SOURCES) - 0.5)
-    axes.set_ylim(bottom=0)
+    axes.set(xlim=(-0.5, len(SOURCES) - 0.5), ylim=(0, None))
     axes.set_xticks(range(len(SOURCES)), SOURCES, fontsize=6)
     return axes
 
@@ -410,17 +407,14 @@ def draw_all(data: list[Faithfulness], rows: list[dict], figure: Figure) -> Figu
     panels = dict(zip(measures, figure.subplots(1, len(measures))))
     for measure, axes in panels.items():
         title, arrow = MEASURES[measure]
-        axes.set_title(f"{title} ({'lower' if arrow == '↓' else 'higher'} is better)")
         if measure in ("deletion", "insertion"):
             draw(data, measure, axes)
         else:
             draw_measure(data, rows, measure, axes)
-            axes.set_title(title)
-    top = max(panels[name].get_ylim()[1] for name in ("deletion", "insertion"))
-    for name in ("deletion", "insertion"):
-        panels[name].set_ylim(0, top)
-        if len(measures) > 2:
-            panels[name].set_title(MEASURES[name][0])
+        # Where there is room beside the title.
+        good = "" if len(measures) > 2 else f" ({'lower' if arrow == '↓' else 'higher'} is better)"
+        axes.set_title(title + good)
+    style.share_heights(panels[name] for name in ("deletion", "insertion"))
     panels["insertion"].set_ylabel("")
     handles, labels = panels["deletion"].get_legend_handles_labels()
     # Legends fill columns: a row for each model.

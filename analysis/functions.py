@@ -281,9 +281,7 @@ def draw_all(
             axes.set_visible(True)
             draw(data[index], axes, edge)
             axes.set_title(f"head {data[index].head}{stage}")
-        low, high = zip(*(axes.get_ylim() for axes in panels))
-        for axes in panels:
-            axes.set_ylim(min(low), max(high))
+        style.share_heights(panels)
     for axes in grid[:, 0]:
         axes.set_ylabel(r"$\varphi_{pq}(x)$")
     for column in range(columns):

@@ -89,32 +89,21 @@ def record_batches(
 def _watch(checkpoint: Checkpoint, block: int, kept: dict[int, Attention], hooks: contextlib.ExitStack) -> None:
     """Put the attention of one block into `kept` at a forward pass."""
     module: Any = checkpoint.attention(block)
-    if checkpoint.model.config.model_type not in OWN:
-        if replaced := replaced_attention(checkpoint.model):
-            _watch_replaced(module, replaced, kept, block, hooks)
-            return
-        module.kept, module.kept_config, module.hidden_below = (
-            (kept, block),
-            module.config,
-            hidden_below(checkpoint.model),
-        )
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation_internal = RECORDED
-        hooks.callback(_stop_watching, module)
+    if checkpoint.model.config.model_type == "karat_vit":  # Its attention hands scores and maps on.
+
+        def keep_attention(_, __, output):
+            kept[block] = Attention(output[2].cpu(), output[1].cpu())
+
+        hooks.callback(module.register_forward_hook(keep_attention).remove)
         return
-    projected = {}
-
-    def keep_projection(projection, _, output):
-        projected[projection] = output.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-
-    def keep_attention(_, __, output):
-        maps, scores = output[1], output[2] if len(output) > 2 else None
-        if scores is None:  # Transformers' own attention does not hand its scores on.
-            scores = (projected[module.q_proj] @ projected[module.k_proj].mT) * module.scaling
-        kept[block] = Attention(scores.cpu(), maps.cpu())
-
-    for target, hook in ((module.q_proj, keep_projection), (module.k_proj, keep_projection), (module, keep_attention)):
-        hooks.callback(target.register_forward_hook(hook).remove)
+    if replaced := replaced_attention(checkpoint.model):
+        _watch_replaced(module, replaced, kept, block, hooks)
+        return
+    module.kept, module.kept_config = (kept, block), module.config
+    module.hidden_below = hidden_below(checkpoint.model)
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation_internal = RECORDED
+    hooks.callback(_stop_watching, module)
 
 
 def _watch_replaced(module: Any, replaced: Mapping, kept: dict, block: int, hooks: contextlib.ExitStack) -> None:

@@ -139,9 +139,8 @@ def draw(data: Spectrum, axes: Axes) -> Axes:
         axes.fill_between(index, values.min(0), values.max(0), color=colour, alpha=0.22, linewidth=0)
         axes.plot(index, values.mean(0), color=colour, label=label)
         lowest = min(lowest, values.mean(0).min())
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=lowest / 10)
-    axes.set_xlim(0.5, data.before.shape[-1])
+    axes.set(yscale="log", xlabel="index of singular value", ylabel="singular value")
+    axes.set(xlim=(0.5, data.before.shape[-1]), ylim=(lowest / 10, None))
     karat = "karat" in data.head_kinds[data.block]
     bounds = [(data.head_size, "d", style.GREY)]
     if data.rank is not None and karat:
@@ -151,8 +150,6 @@ def draw(data: Spectrum, axes: Axes) -> Axes:
             axes.axvline(bound, color=colour, linewidth=0.8, linestyle=":")
             how = {"va": "top", "color": colour, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}}
             style.note(axes, f"${symbol}={bound}$", (bound, 1), (2, -8 * line), ("data", "axes fraction"), **how)
-    axes.set_xlabel("index of singular value")
-    axes.set_ylabel("singular value")
     return axes
 
 
@@ -183,10 +180,8 @@ def draw_effective(spectra: list[Spectrum], axes: Axes, labels: list[str] | None
         if data.rank is not None:
             axes.axhline(data.rank, color=colour, linewidth=0.8, linestyle=":")
             style.note(axes, f"$r={data.rank}$", (1, data.rank), (2, 0), ("axes fraction", "data"), color=colour)
-    axes.set_ylim(bottom=0)
     axes.locator_params(integer=True)
-    axes.set_xlabel("block")
-    axes.set_ylabel("effective rank")
+    axes.set(ylim=(0, None), xlabel="block", ylabel="effective rank")
     return axes
 
 
@@ -197,9 +192,7 @@ def draw_all(spectra: list[Spectrum], figure: Figure) -> Figure:
     for data, name, axes in zip(spectra, names, panels):
         draw(data, axes)
         axes.set_title(f"{name}, block {data.block}" if len(spectra) > 1 else f"block {data.block}")
-    low, high = zip(*(axes.get_ylim() for axes in panels[:-1]))
-    for axes in panels[:-1]:
-        axes.set_ylim(min(low), max(high))
+    style.share_heights(panels[:-1])
     draw_effective(spectra, panels[-1], names if len(spectra) > 1 else [""])
     panels[-1].set_title("all blocks")
     # Beneath the panels, where they hide no line.

@@ -2,14 +2,14 @@
 """One look for every figure: sizes of a printed column, colours that colour-blind readers tell apart, signs about 0."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.rcsetup import cycler
@@ -20,16 +20,8 @@ from matplotlib.text import Annotation
 COLUMN, PAGE = 3.35, 6.9
 
 # Okabe and Ito's palette, in the order in which series take it; black is left for means and outlines.
-BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#56B4E9",
-    "#CC79A7",
-    "#F0E442",
-)
-PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
+BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = PALETTE
 INK, GREY, PALE = "black", "#6b7280", "#d4d7dc"
 
 # KArAt and softmax look the same in every figure.
@@ -75,11 +67,9 @@ _RC: dict[Any, Any] = {
 }
 
 
-@contextlib.contextmanager
-def context() -> Iterator[None]:
+def context() -> contextlib.AbstractContextManager[None]:
     """Make and draw figures in here."""
-    with matplotlib.rc_context(_RC):
-        yield
+    return matplotlib.rc_context(_RC)
 
 
 def use() -> None:
@@ -104,12 +94,8 @@ def symmetric(*values: np.ndarray) -> Normalize:
 
 def blank(axes: Axes) -> Axes:
     """Ready axes for a picture: no ticks, a thin frame."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-        spine.set_linewidth(0.4)
-        spine.set_color(GREY)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, linewidth=0.4, color=GREY)
     return axes
 
 
@@ -131,6 +117,14 @@ def note(axes: Axes, text: str, at: tuple, offset: tuple[float, float], coordina
     return axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", **options)
 
 
+def share_heights(panels: Iterable[Axes]) -> None:
+    """Give panels one vertical scale, which spans all of theirs."""
+    panels = list(panels)
+    low, high = zip(*(axes.get_ylim() for axes in panels))
+    for axes in panels:
+        axes.set_ylim(min(low), max(high))
+
+
 def shades(count: int) -> list:
     """Make `count` colours from early (light) to late (dark), for series with an order."""
     steps = np.linspace(0.88, 0.05, count) if count > 1 else [0.2]
@@ -144,8 +138,6 @@ def columns_of(panels: int) -> int:
 
 def categories(count: int) -> Colormap:
     """Make `count` colours for names without an order. Beyond the palette they are repeated lighter and lighter."""
-    base = [np.array(matplotlib.colors.to_rgb(colour)) for colour in PALETTE]
-    colours = [
-        base[i % len(base)] + (1 - base[i % len(base)]) * min(0.8, 0.45 * (i // len(base))) for i in range(count)
-    ]
-    return ListedColormap(colours)
+    rounds, places = np.divmod(np.arange(count), len(PALETTE))
+    base = np.array([to_rgb(colour) for colour in PALETTE])[places]
+    return ListedColormap(list(base + (1 - base) * np.minimum(0.8, 0.45 * rounds)[:, None]))

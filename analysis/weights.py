@@ -140,9 +140,7 @@ def draw(data: Distributions, axes: Axes, labels: list[str]) -> Axes:
     density = data.counts / data.counts.sum(1, keepdims=True) / widths
     for values, colour, label in zip(density, style.shades(len(labels)), labels):
         axes.stairs(values, data.edges, color=colour, linewidth=0.9, label=label)
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=density[density > 0].min() * 0.7)
-    axes.set_title(data.title)
+    axes.set(yscale="log", ylim=(density[density > 0].min() * 0.7, None), title=data.title)
     return axes
 
 

@@ -60,29 +60,18 @@ NAMES = """() => {
 
 
 @dataclass
-class Chosen:
-    """The settings of a visitor: see `Viewer.draw_attention`."""
-
-    view: str
-    block: int
-    head: int
-    stage: str
-    opacity: float
-
-
-@dataclass
 class Part:
     """
     A part of a model's column.
 
     Args:
         components: of Gradio.
-        show: their values for an image file and the settings.
+        show: their values for an image file and the settings of a visitor: see `Viewer.draw_attention`.
         empty: their values where there is no image.
     """
 
     components: list
-    show: Callable[[str, Chosen], list]
+    show: Callable[[str, int, int, str, str, float], list]
     empty: list
 
 
@@ -136,20 +125,20 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
                         stage = gr.Radio(list(STAGES), value=next(iter(STAGES)), label="Of the head", elem_id="stage")
                 with gr.Row():
                     columns = [_column(viewer, number) for number, viewer in enumerate(viewers)]
-        settings = [view, block, head, stage, opacity]
+        settings = [block, head, view, stage, opacity]
 
         def answer(event: str, triggers: list, parts: list[str], progress: str) -> None:
             """Have these triggers show these parts of all columns anew."""
             shown = [column[part] for column in columns for part in parts]
             outputs = [component for part in shown for component in part.components]
 
-            def handler(path, view, block, head, stage, opacity):
+            def handler(path, block, head, view, stage, opacity):
                 empty = [value for part in shown for value in part.empty]
                 if path is None:
                     return ["", *empty]
-                chosen = Chosen(view, int(block), int(head), STAGES[stage], opacity)
+                chosen = int(block), int(head), view, STAGES[stage], opacity
                 try:
-                    values = [value for part in shown for value in part.show(path, chosen)]
+                    values = [value for part in shown for value in part.show(path, *chosen)]
                     notes = dict.fromkeys(note for viewer in viewers for note in viewer.see(path).notes)
                 except InputError as error:
                     return [f'<div class="problem" role="alert">{html.escape(str(error))}</div>', *empty]
@@ -200,20 +189,18 @@ def _column(viewer: Viewer, number: int) -> dict[str, Part]:
                 all_heads, overview = _picture("All heads", f"overview-{number}", buttons=[], elem_classes="overview")
                 learned, functions = _picture("Learned functions", f"functions-{number}", buttons=BUTTONS)
 
-    def show_guesses(path, chosen):
+    def show_guesses(path, *_):
         return [viewer.see(path).guesses or None]
 
-    def show_attention(path, chosen):
-        picture, text = viewer.draw_attention(
-            path, chosen.block, chosen.head, chosen.view, chosen.stage, chosen.opacity
-        )
+    def show_attention(path, *chosen):
+        picture, text = viewer.draw_attention(path, *chosen)
         return [f"**Where it looks:** {text}", _shown(picture)]
 
-    def show_overview(path, chosen):
-        return [OVERVIEW, _shown(viewer.draw_overview(path, chosen.stage, (chosen.block, chosen.head)))]
+    def show_overview(path, block, head, view, stage, opacity):
+        return [OVERVIEW, _shown(viewer.draw_overview(path, stage, (block, head)))]
 
-    def show_functions(path, chosen):
-        picture, text = viewer.draw_functions(path, chosen.block, chosen.head)
+    def show_functions(path, block, head, *_):
+        picture, text = viewer.draw_functions(path, block, head)
         return [f"**What this head learned.** {text}", _shown(picture)]
 
     empty = ["", _shown(None)]
