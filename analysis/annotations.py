@@ -33,8 +33,7 @@ def find_annotated(
     Args:
         source: such a folder, one of parquet or arrow files or of `save_to_disk`, or a data set of the Hub.
         split: which; `None` for the one that there is, or the held-out one.
-        count: how many images to draw.
-        seed: of the draw.
+        count, seed: how many images to draw, and how.
         box_format: `"xywh"` (left, top, width, height, as COCO) or `"xyxy"` (left, top, right, bottom), in pixels of
             the image as it is stored.
 
@@ -72,13 +71,7 @@ def find_annotated(
 def as_seen(checkpoint: Checkpoint, objects: list[np.ndarray]) -> np.ndarray:
     """
     Show objects on the images as the model takes them: resized and cropped as its image processor does with the images.
-
-    Args:
-        checkpoint: the model.
-        objects: boolean, each (height, width) of its image.
-
-    Returns:
-        Boolean, (B, height, width). Empty where the crop leaves nothing of the object.
+    From booleans (height, width) of each image to (B, height, width), all False where the crop leaves nothing.
     """
     processor = processor_of(checkpoint)
     seen = []
@@ -178,8 +171,7 @@ def _from_boxes(boxes: list | None, picture: Image.Image, where: str, box_format
         if box_format == "xywh":
             right, bottom = left + right, top + bottom
         # Annotators' tools round, so a pixel beyond the edge is nothing.
-        fits = -1 <= left < right <= picture.width + 1 and -1 <= top < bottom <= picture.height + 1
-        if not fits:
+        if not (-1 <= left < right <= picture.width + 1 and -1 <= top < bottom <= picture.height + 1):
             raise InputError(
                 f"{where} has {picture.width} x {picture.height} pixels, and the box {box}, read as {box_format}, is "
                 f"not inside. Are its numbers of the other kind ({', '.join(BOX_FORMATS)}: --box-format)?"

@@ -70,11 +70,9 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, query: int
     Compute what one query of one block sees.
 
     Args:
-        checkpoint: the model.
         pixels: (B, 3, height, width).
         block: which block's maps.
         query: token, 0 for [CLS].
-        batch_size: images computed at once.
     """
     return compute_all(checkpoint, pixels, query, batch_size)[block]
 
@@ -207,7 +205,6 @@ def draw_signed(values: np.ndarray, axes: Axes, norm: Normalize | None = None) -
 
     Args:
         values: (rows, columns).
-        axes: where.
         norm: from `style.symmetric`, to share one scale.
 
     Returns:
@@ -225,7 +222,6 @@ def draw_overlay(
     Args:
         picture: (height, width, 3).
         values: (rows, columns); enlarged smoothly.
-        axes: where.
         low: the value that is clear, as is all below it (0 clips what is negative); `None` for the smallest. The
             largest is the densest.
         opacity: of the veil where it is densest, from 0 to 1.
@@ -277,8 +273,6 @@ def draw_overview(rows: np.ndarray, grid: tuple[int, int], axes: Axes) -> Axes:
 
     Args:
         rows: (blocks, heads, N).
-        grid: rows and columns of patches.
-        axes: where.
     """
     blocks, heads = rows.shape[:2]
     largest = np.abs(rows[..., 1:]).max(-1, keepdims=True)
@@ -303,7 +297,6 @@ def draw_heads(maps: list[Maps], picture: np.ndarray, image: int, figure: Figure
         maps: of one model or several.
         picture: the image, (height, width, 3).
         image: its number in the maps.
-        figure: empty.
     """
     lines = []  # (maps, stage, heads)
     for each in maps:
@@ -349,7 +342,6 @@ def draw_summary(
         maps: of one model or several.
         pictures: for each model (B, height, width, 3).
         labels: of the rows.
-        figure: empty.
         stage: `"before"` or `"after"`: which maps.
         share: of the region.
     """

@@ -85,9 +85,6 @@ def paper_count(config) -> tuple[int, int] | None:
     """
     Count the multiply-adds of one image as the paper books them: (activation, total).
 
-    Args:
-        config: of the model.
-
     Returns:
         `None` for what the paper has no count for: other models than ViT, other bases than Fourier, other operators
         than `phi1_w2`, the projection on the simplex.
@@ -270,7 +267,6 @@ def compute(checkpoint: Checkpoint, name: str, batch_size: int | None = 32) -> d
     Measure one row of the table, in plain units: counts, bytes, images per second, accuracies from 0 to 1.
 
     Args:
-        checkpoint: the model.
         name: what to call it.
         batch_size: of the measurements of memory and speed; `None` leaves them out.
 

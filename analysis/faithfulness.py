@@ -224,7 +224,6 @@ def fill(pixels: torch.Tensor, how: str, checkpoint: Checkpoint) -> torch.Tensor
     Args:
         pixels: (B, 3, height, width).
         how: `"mean"`, each image's mean colour, or `"blur"`, the image under a Gaussian as wide as a patch.
-        checkpoint: whose patches.
     """
     if how == "mean":
         return pixels.mean((2, 3), keepdim=True).expand_as(pixels)
@@ -252,8 +251,6 @@ def perturb(
         before, after: (B, 3, height, width).
         order: patches in the order in which they change, (B, patches).
         counts: how many have changed at each point, (points,).
-        grid: rows and columns of patches.
-        batch_size: images computed at once.
         progress: called with a number of images that are done.
 
     Returns:
@@ -292,7 +289,6 @@ def overlap(values: np.ndarray, objects: np.ndarray, grid: tuple[int, int], shar
     Args:
         values: (B, patches), 0 or more.
         objects: boolean, (B, height, width).
-        grid: rows and columns of patches.
         share: from 0 to 1.
 
     Returns:
@@ -313,8 +309,6 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple
 
     Args:
         values: (B,); NaN takes no part.
-        resamples: how many.
-        seed: of the draws.
 
     Returns:
         Mean, lower and upper end (NaN without images), and how many images took part.

@@ -71,7 +71,6 @@ def inputs_of(operator: KArAtOperator, scores: torch.Tensor, step: int = 0) -> t
     Compute the inputs that the functions of a step are applied to.
 
     Args:
-        operator: of the block.
         scores: of its heads, (B, h, N, N).
         step: which step of learnable functions.
 
@@ -95,8 +94,6 @@ def evaluate(operator: KArAtOperator, head: int, x: torch.Tensor, step: int = 0)
     Compute phi_pq(x) of all edges of one head.
 
     Args:
-        operator: of the block.
-        head: which KArAt head.
         x: (T, 1) for the same points on every edge, or (T, Q) for one value per input.
         step: which step of learnable functions.
 
@@ -152,14 +149,12 @@ def compute(
     Compute the functions of some heads of a block.
 
     Args:
-        checkpoint: a KArAt model.
         pixels: images that say which inputs occur, (B, 3, height, width).
         block, heads: which; the heads must be KArAt heads.
         edge: one to keep beside the strongest, (p, q); it comes last.
         strongest: how many of the strongest edges to keep.
         step: which step of learnable functions, where the operator has several.
         same_as: take the edges and points of these instead of the strongest of this model.
-        batch_size: images computed at once.
 
     Raises:
         InputError: the block has no KArAt heads, a head is softmax, or there is no such step or edge.
@@ -238,8 +233,6 @@ def draw(data: Functions, axes: Axes, edge: tuple[int, int] | None = None) -> Ax
     Draw one head's functions.
 
     Args:
-        data: what to draw.
-        axes: where.
         edge: which of its edges to highlight.
     """
     beneath = axes.twinx()

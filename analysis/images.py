@@ -63,16 +63,13 @@ def find_images(
     Read images for one or several models.
 
     Args:
-        checkpoints: the models; the first that is of a run says which data set.
+        checkpoints: the models; the first that is of a run says which data set. The class of an image is the name of
+            its folder, where that is a class of the first model.
         paths: files, all of which are taken, and folders; `None` for the held-out images of the data set.
-        count: how many to draw from the folders, or from the data set.
-        seed: of the draw.
+        count, seed: how many to draw from the folders, or from the data set, and how.
         data_set: a data set that run_image_classification.py knows by name (`--data_set`), or its folder
             (`--data_path`), instead of paths: its held-out images.
         flag: which flag names the paths, for errors.
-
-    Returns:
-        The images. The class of those in a folder is its name, where that is a class of the first model.
 
     Raises:
         InputError: a path does not exist or holds no image, an image is broken, a checkpoint has no image processor,

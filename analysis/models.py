@@ -150,7 +150,6 @@ def load_checkpoint(source: str, flag: str = "--model", device: torch.device | s
     Args:
         source: folder or Hub name.
         flag: which flag named it, for errors.
-        device: where to put the model.
 
     Raises:
         InputError: there is none, it is of another type of model, or weights are missing.

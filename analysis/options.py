@@ -2,6 +2,8 @@
 """Flags that the commands share, and what their values mean."""
 
 import argparse
+import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,7 +74,9 @@ def add_block(parser: argparse.ArgumentParser) -> None:
 
 
 def add_share(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--share", type=share, default=0.6, help=f"{what} (default: 0.6)")
+    parser.add_argument(
+        "--share", type=functools.partial(above_zero, most=1), default=0.6, help=f"{what} (default: 0.6)"
+    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -93,17 +97,10 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def above_zero(text: str) -> float:
-    """Read the value of a flag above 0."""
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
-def share(text: str) -> float:
-    """Read the value of a flag above 0 and at most 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+def above_zero(text: str, most: float = math.inf) -> float:
+    """Read the value of a flag above 0, and at most `most`."""
+    if not 0 < float(text) <= most or math.isinf(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0" + (f" and at most {most}" if most < math.inf else ""))
     return float(text)
 
 

@@ -24,9 +24,9 @@ class Output:
     The files of one command.
 
     Args:
-        folder: where the files go; made when the first is written.
-        names: of all files, with their endings; `figure_names` gives those of a figure.
-        overwrite: whether files that exist are replaced.
+        folder: made when the first is written.
+        names: of all files; `figure_names` gives those of a figure.
+        overwrite: replace files that exist.
 
     Raises:
         InputError: `folder` is a file, or some of the files exist and `overwrite` is not set.

@@ -44,14 +44,11 @@ def record(
     Run images through a model and keep the attention of some blocks.
 
     Args:
-        checkpoint: the model.
-        pixels: (B, 3, height, width).
-        blocks: whose attention to keep.
-        batch_size: images computed at once.
-        dtype: to compute in, instead of the model's: fp64 resolves small singular values.
+        pixels: (B, 3, height, width), of which `batch_size` images are computed at once.
+        dtype: to compute in, and of the result, instead of the model's: fp64 resolves small singular values.
 
     Returns:
-        The attention by block, in the model's dtype or `dtype`. Memory: B * heads * N^2 * 2 floats a block.
+        The attention by block. Memory: B * heads * N^2 * 2 floats a block.
     """
     parts = list(record_batches(checkpoint, pixels, blocks, batch_size, dtype))
     return {

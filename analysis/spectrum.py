@@ -65,10 +65,8 @@ def compute(checkpoint: Checkpoint, pixels: torch.Tensor, block: int, batch_size
     Compute the singular values of one block's attention, and the effective ranks of all blocks.
 
     Args:
-        checkpoint: the model.
         pixels: (B, 3, height, width).
         block: whose singular values to keep.
-        batch_size: images computed at once.
     """
     checkpoint.check_whole_maps()
     dtype = torch.float32 if checkpoint.model.device.type == "mps" else torch.float64

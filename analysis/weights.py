@@ -52,7 +52,6 @@ def groups(checkpoint: Checkpoint, block: int | None = None, head: int | None = 
     Group the weights of a model by what they are.
 
     Args:
-        checkpoint: the model.
         block, head: take coefficients and W of this block and head only; `None` for all.
 
     Returns:

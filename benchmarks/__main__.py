@@ -113,13 +113,8 @@ PARTS: dict[str, dict[str, Callable[..., None]]] = {
     },
 }
 
-# Parts whose rows are of another kind, by what their file's name ends in.
-KINDS = {
-    "runs": "_runs",
-    "rivals": "_runs",
-    "input-pipeline": "_input_pipeline",
-    "devices": "_devices",
-}
+# Kinds of the rows of parts that are not `Table`'s.
+TABLES = {"runs": runs.Runs, "rivals": runs.Runs, "input-pipeline": Rates, "devices": devices.Devices}
 
 
 def main() -> None:
@@ -149,20 +144,14 @@ def main() -> None:
     data: dict[str, Any] = {"epochs": arguments.epochs, "data": arguments.data_path, "images": arguments.images}
     some = {name: getattr(arguments, name) for name in ("rows", "modes", "starts", "ways")}
     options = {"rivals": data, "runs": data | {name: values for name, values in some.items() if values}}
-    tables = {
-        "": Table(device),
-        "_input_pipeline": Rates(device),
-        "_devices": devices.Devices(device),
-        "_runs": runs.Runs(device),
-    }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was measured is written then, too.
-    try:
-        for name, part in PARTS[device].items():
-            if arguments.only is None or name in arguments.only:
-                part(tables[KINDS.get(name, "")], **options.get(name, {}))
-    finally:
-        for kind, table in tables.items():
-            table.write(output.with_stem(f"{output.stem}{kind}"))
+    for name, part in PARTS[device].items():
+        if arguments.only is None or name in arguments.only:
+            table = TABLES.get(name, Table)(device)
+            try:
+                part(table, **options.get(name, {}))
+            finally:
+                table.write(output.with_stem(f"{output.stem}{table.suffix}"))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from image_classification.flags import Parser
 from image_classification.settings.parser import parse_settings
 from modeling_karat_vit import karatize
 
-from .common import Table
+from .common import Rows
 
 
 SIZE = 32
@@ -48,7 +48,7 @@ BACKBONES: dict[str, tuple[Any, dict]] = {
 RESULTS = Path(__file__).parent / "results"
 
 
-class FineTuning(Table):
+class FineTuning(Rows):
     """Rows of accuracies."""
 
     measured = (
@@ -56,12 +56,6 @@ class FineTuning(Table):
         *("fine_tuning", "karat_rate", "logits_distance", "logits_relative", "before", "after", "gamma", "seconds"),
         *("command", "commit"),
     )
-
-    def add(self, **row) -> None:
-        self.rows.append({**row, **self.constant})
-        names = ("logits_distance", "logits_relative", "before", "after")
-        numbers = (f"{name} {row[name]:.4f}" for name in names)
-        print(f"{row['backbone']:8} seed {row['seed']} {row['model']:10} {', '.join(numbers)}", flush=True)
 
 
 def tensors(rows, device: str) -> tuple[torch.Tensor, torch.Tensor]:

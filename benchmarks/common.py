@@ -3,6 +3,7 @@
 
 import csv
 import itertools
+import math
 import os
 import platform
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import TrainerCallback
 
 
 _CYCLES_PER_SECOND = 3e9  # No GPU's clock is faster.
@@ -144,48 +146,52 @@ class PeakMemory:
         self.thread.join()
 
 
+class Clock(TrainerCallback):
+    """Images per second, `images` of a step, from one step until another, or for about so many seconds."""
+
+    def __init__(self, images: int, device: str, begin: int, end: float = math.inf, seconds: float = math.inf):
+        self.images, self.device, self.begin, self.end, self.seconds = images, device, begin, end, seconds
+        self.steps, self.per_second = 0, math.nan
+
+    def step(self) -> bool:
+        """Count a step, and tell whether it was the last."""
+        self.steps += 1
+        if self.steps == self.begin:
+            self.began = self._now()
+        elif self.steps == self.end or (self.steps > self.begin and time.perf_counter() - self.began > self.seconds):
+            self.per_second = self.images * (self.steps - self.begin) / (self._now() - self.began)
+        return not math.isnan(self.per_second)
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = self.step()
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Compute the RMS difference over the RMS of what is expected."""
     expected = expected.double()
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
-class Table:
-    """Rows as they are measured: printed, and kept for the CSV, each with its ratio to the softmax baseline."""
+class Rows:
+    """Rows as they are measured: printed, and kept for the CSV."""
 
-    measured: tuple[str, ...] = (
-        *("benchmark", "model", "provider", "mode", "basis", "batch", "tokens", "dtype", "what", "p20_ms", "median_ms"),
-        *("p80_ms", "gpu_ms", "peak_gib", "ratio_time", "ratio_gpu", "ratio_memory", "error"),
-    )
-    # The provider to which the ratios are, in the row where all these are the same.
-    base = "softmax"
-    same: tuple[str, ...] = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
+    measured: tuple[str, ...]
+    suffix = ""  # Of the name of their file.
 
     def __init__(self, device: str):
         self.rows: list[dict] = []
         self.constant = host(device)
 
-    def baseline(self, row: dict) -> dict:
-        """Find the row to which the ratios of `row` are, itself if it is one; empty where there is none."""
-        alike = (other for other in self.rows if all(other.get(key) == row.get(key) for key in self.same))
-        own = row if row["provider"] == self.base else {}
-        return next((other for other in alike if other["provider"] == self.base), own)
-
     def add(self, **row) -> None:
-        baseline = self.baseline(row)
-        for ratio, what in (("ratio_time", "median_ms"), ("ratio_memory", "peak_gib"), ("ratio_gpu", "gpu_ms")):
-            if what in row and what in baseline:
-                row[ratio] = row[what] / baseline[what]
-        numbers = f"{row['median_ms']:9.3f} ms" if "median_ms" in row else row["error"]
-        numbers += f"  GPU {row['gpu_ms']:9.3f} ms" if "gpu_ms" in row else ""
-        ratios = [key for key in row if key.startswith("ratio_")]
-        numbers += "".join(f"   {key.removeprefix('ratio_')} x{row[key]:.2f}" for key in ratios)
-        self.keep(row, ("model", "what", "provider", "basis", "mode"), numbers)
-
-    def keep(self, row: dict, names: tuple[str, ...], numbers: str) -> None:
-        """Keep a row for the CSV, and print it: the fields that name it, and its numbers in words."""
+        """Keep a row for the CSV, and print it, in the order of the columns."""
         self.rows.append({**row, **self.constant})
-        print(f"{' '.join(str(row.get(name, '')) for name in names):62s} {numbers}", flush=True)
+        shown = {key: row[key] for key in self.measured if row.get(key) not in (None, "")}
+        print(", ".join(f"{key} {x:.4g}" if isinstance(x, float) else str(x) for key, x in shown.items()), flush=True)
 
     def write(self, path: Path) -> None:
         """Append to the CSV at `path`."""
@@ -202,14 +208,37 @@ class Table:
         print(f"Written to {path}", flush=True)
 
 
-class Rates(Table):
+class Table(Rows):
+    """Rows with their ratio to the softmax baseline."""
+
+    measured: tuple[str, ...] = (
+        *("benchmark", "model", "provider", "mode", "basis", "batch", "tokens", "dtype", "what", "p20_ms", "median_ms"),
+        *("p80_ms", "gpu_ms", "peak_gib", "ratio_time", "ratio_gpu", "ratio_memory", "error"),
+    )
+    # The provider to which the ratios are, in the row where all these are the same.
+    base = "softmax"
+    same: tuple[str, ...] = ("benchmark", "model", "mode", "batch", "tokens", "dtype", "what")
+    ratios: dict[str, str] = {"ratio_time": "median_ms", "ratio_memory": "peak_gib", "ratio_gpu": "gpu_ms"}
+
+    def baseline(self, row: dict) -> dict:
+        """Find the row to which the ratios of `row` are, itself if it is one; empty where there is none."""
+        alike = (other for other in self.rows if all(other.get(key) == row.get(key) for key in self.same))
+        own = row if row["provider"] == self.base else {}
+        return next((other for other in alike if other["provider"] == self.base), own)
+
+    def add(self, **row) -> None:
+        baseline = self.baseline(row)
+        for ratio, what in self.ratios.items():
+            if what in row and what in baseline:
+                row[ratio] = row[what] / baseline[what]
+        super().add(**row)
+
+
+class Rates(Rows):
     """Rows of images per second, with their ratio to the synthetic images' where there is one."""
 
+    suffix = "_input_pipeline"
     measured = (
         *("benchmark", "model", "provider", "mode", "basis", "batch", "dtype", "what", "images_per_second", "ratio"),
         *("ms", "cpu_ms", "error"),
     )
-
-    def add(self, **row) -> None:
-        ratio = f"  x{row['ratio']:.3f}" if "ratio" in row else ""
-        self.keep(row, ("what", "provider"), f"{row['images_per_second']:9.0f} images/s{ratio}")

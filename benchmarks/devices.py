@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, logging
 from image_classification.paths import CONFIGURATION, PROJECT
 from image_classification.settings.arguments import RunArguments
 
-from .common import Table
-from .input_pipeline import Clock, SyntheticTrainer
+from .common import Clock, Table
+from .input_pipeline import SyntheticTrainer
 
 
 PRESETS = {
@@ -61,22 +61,13 @@ LAYOUTS = {
 class Devices(Table):
     """Rows of a layout of processes, with their ratio to one process."""
 
+    suffix = "_devices"
     measured = (
         *("benchmark", "model", "provider", "processes", "dtype", "batch", "what", "images_per_second", "ratio"),
         *("peak_gib", "ratio_memory", "error"),
     )
     base, same = "one", ("model", "dtype", "what")
-
-    def add(self, **row) -> None:
-        row = {"benchmark": "devices", **row}
-        one = self.baseline(row)
-        numbers = str(row.get("error", ""))
-        if "images_per_second" in row:
-            row["ratio"] = row["images_per_second"] / one.get("images_per_second", float("nan"))
-            row["ratio_memory"] = row["peak_gib"] / one.get("peak_gib", float("nan"))
-            numbers = f"{row['images_per_second']:9.0f} images/s  x{row['ratio']:.2f} of one's"
-            numbers += f"   {row['peak_gib']:.2f} GiB a device  x{row['ratio_memory']:.2f}  {row.get('error', '')}"
-        self.keep(row, ("provider", "model", "dtype", "what"), numbers)
+    ratios = {"ratio": "images_per_second", "ratio_memory": "peak_gib"}
 
 
 def timed(name: str, size: Size, device: str, folder: Path, processes: int, dtype: str) -> dict:
@@ -86,7 +77,6 @@ def timed(name: str, size: Size, device: str, folder: Path, processes: int, dtyp
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(CONFIGURATION / PRESETS[name], num_labels=10, **size.model)
     precision = {} if dtype == "float32" else {"bf16" if dtype == "bfloat16" else "fp16": True}
-    begin, end = size.steps
     args = RunArguments(
         output_dir=str(folder),
         use_cpu=device == "cpu",
@@ -99,13 +89,13 @@ def timed(name: str, size: Size, device: str, folder: Path, processes: int, dtyp
         learning_rate=1e-3,
         warmup_epochs=0,
         per_device_train_batch_size=size.batch,
-        max_steps=end,
+        max_steps=size.steps[1],
         **precision,
     )
-    rows = [{"labels": 0}] * (size.batch * processes * (end + 1))
+    rows = [{"labels": 0}] * (size.batch * processes * (size.steps[1] + 1))
     model = AutoModelForImageClassification.from_config(config)
     trainer = SyntheticTrainer(model=model, args=args, train_dataset=rows)
-    clock = Clock(begin, end, size.batch * processes)
+    clock = Clock(size.batch * processes, device, *size.steps)
     trainer.add_callback(clock)
     result = trainer.train()
     scaler = trainer.accelerator.scaler
@@ -159,7 +149,7 @@ def run(device: str, table: Devices) -> None:
     with tempfile.TemporaryDirectory(prefix="karat-devices-") as folder:
         for layout, config in LAYOUTS[device].items():
             for row in launch(layout, config, device, Path(folder)):
-                table.add(provider=layout, **row)
+                table.add(benchmark="devices", provider=layout, **row)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from modeling_karat_vit import karatize
 from modeling_karat_vit.karat_heads import KArAtHeads, OperatorConfig
 from tests.backbones import MAKERS, features, images_for, make
 
-from .common import PeakMemory, Table
+from .common import PeakMemory, Rows
 
 
 RESULTS = Path(__file__).parent / "results" / "cpu_families.csv"
@@ -30,17 +30,13 @@ IMAGES = (2, 8)
 PROVIDERS = ("softmax, biased", "KArAt", "KArAt, biased")
 
 
-class Families(Table):
+class Families(Rows):
     """Rows of relative errors, and of memory."""
 
     measured = (
         *("benchmark", "model_type", "model", "fitted_images", "unseen_images", "residual", "replace", "fitted"),
         *("provider", "batch", "peak_gib"),
     )
-
-    def add(self, **row) -> None:
-        self.rows.append({**row, **self.constant})
-        print(", ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
 
 
 def starts(name: str) -> dict:

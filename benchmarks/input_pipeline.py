@@ -14,10 +14,8 @@ import dataclasses
 import functools
 import gc
 import io
-import math
 import os
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ import numpy as np
 import torch
 from datasets import concatenate_datasets
 from PIL import Image, ImageDraw
-from transformers import TrainerCallback
 
 from image_classification.data.sources import load_data
 from image_classification.data.transforms import build_image_processor
@@ -36,7 +33,7 @@ from image_classification.settings.parser import parse_settings
 from image_classification.training.building import build_trainer
 from image_classification.training.trainer import ImageClassificationTrainer
 
-from .common import Rates
+from .common import Clock, Rates
 
 
 CLASSES = 8
@@ -96,23 +93,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Clock(TrainerCallback):
-    """Images per second between two steps, when the device has done them."""
-
-    def __init__(self, begin: int, end: int, images: int):
-        self.begin, self.end, self.images = begin, end, images
-        self.per_second, self.times = math.nan, dict[int, float]()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in (self.begin, self.end):
-            if args.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.times[state.global_step] = time.perf_counter()
-        if state.global_step == self.end:
-            seconds = self.times[self.end] - self.times[self.begin]
-            self.per_second = self.images * (self.end - self.begin) / seconds
-
-
 class SyntheticTrainer(ImageClassificationTrainer):
     """Trainer whose every batch is the same one, which lies on the device; no data worker starts."""
 
@@ -146,7 +126,7 @@ def images_per_second(
     model = build_model(settings.model, data.labels)
     processor = build_image_processor(settings.data, model.config.image_size)
     trainer = build_trainer(settings.data, settings.training, model, data, processor, kind=kind)
-    clock = Clock(*steps, batch)
+    clock = Clock(batch, device, *steps)
     trainer.add_callback(clock)
     trainer.train()
     del trainer

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_loader
 from timm.loss import SoftTargetCrossEntropy
 from torchvision import transforms
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from image_classification.data.sources import load_data
 from image_classification.paths import CONFIGURATION
@@ -35,36 +34,12 @@ from image_classification.settings.parser import parse_settings
 from image_classification.training.throughput import peak_memory
 
 from . import runs
+from .common import Clock
 
 
 BATCHES = (32, 256)
 WARMUP = 50  # Steps that are not timed: compilation, and the batches that the workers have made ahead.
 SECONDS = 30
-
-
-class Clock(TrainerCallback):
-    """Images per second of the steps after the warm-up, for about so many seconds; also as a Trainer's callback."""
-
-    def __init__(self, batch: int, device: str, seconds: float):
-        self.batch, self.device, self.seconds, self.steps = batch, device, seconds, 0
-        self.per_second: float | None = None
-
-    def step(self) -> bool:
-        """Count a step, and tell whether it was the last."""
-        self.steps += 1
-        if self.steps == WARMUP:
-            self.began = self._now()
-        elif self.steps > WARMUP and time.perf_counter() - self.began > self.seconds:
-            self.per_second = self.batch * (self.steps - WARMUP) / (self._now() - self.began)
-        return self.per_second is not None
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = self.step()
 
 
 class Images(torch.utils.data.Dataset):
@@ -90,7 +65,7 @@ def timm_loop(settings: Settings, clock: Clock, workers: int, compiled: bool = F
     loader = create_loader(
         images,  # type: ignore[arg-type]  # timm's annotation knows its own data sets only.
         (3, 224, 224),
-        clock.batch,
+        clock.images,
         is_training=True,
         scale=data.train_crop_scale,
         ratio=data.train_crop_ratio,
@@ -105,7 +80,8 @@ def timm_loop(settings: Settings, clock: Clock, workers: int, compiled: bool = F
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), run.learning_rate, weight_decay=run.weight_decay, fused=True)
     function, criterion = torch.compile(model) if compiled else model, SoftTargetCrossEntropy()
-    while clock.per_second is None:
+    done = False
+    while not done:
         for images, labels in loader:
             images, targets = mixup(images, labels)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -113,7 +89,7 @@ def timm_loop(settings: Settings, clock: Clock, workers: int, compiled: bool = F
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if clock.step():
+            if done := clock.step():
                 break
 
 
@@ -133,7 +109,7 @@ def plain_trainer(settings: Settings, clock: Clock, workers: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
-            per_device_train_batch_size=clock.batch,
+            per_device_train_batch_size=clock.images,
             dataloader_num_workers=workers,
             max_steps=1_000_000,  # The clock stops it.
             bf16=clock.device == "cuda",
@@ -185,7 +161,7 @@ def run(
 def main(words: list[str]) -> None:
     """Measure one, and print what was found: its name, the data's folder, the device, the batch size."""
     name, data, device, batch = words
-    clock = Clock(int(batch), device, SECONDS)
+    clock = Clock(int(batch), device, WARMUP, seconds=SECONDS)
     RIVALS[name](settings_of(Path(data), device), clock, os.cpu_count() or 1)
     print(json.dumps({"images_per_second": clock.per_second, "peak_gib": peak_memory(torch.device(device))}))
 

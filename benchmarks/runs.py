@@ -43,6 +43,7 @@ SKIPPED = 2
 class Runs(Table):
     """Rows of runs, with their time over softmax's for as many images."""
 
+    suffix = "_runs"
     measured = (
         *("benchmark", "model", "provider", "mode", "start", "basis", "batch", "dtype", "epochs", "images_per_second"),
         *("ratio_time", "startup_seconds", "seconds", "peak_gib", "error"),
@@ -54,9 +55,7 @@ class Runs(Table):
         if softmax and own:
             row["ratio_time"] = softmax / own
         row["basis"] = BASES[row["model"]] if row["provider"] in WAYS[1:] else ""
-        numbers = (f"{key} {row[key]:,.4g}" for key in self.measured[-6:-1] if key in row)
-        names = ("model", "batch", "provider", "mode", "start")
-        self.keep(row, names, f"{', '.join(numbers)} {row.get('error', '')}")
+        super(Table, self).add(**row)
 
 
 def write_images(folder: Path, count: int) -> None:

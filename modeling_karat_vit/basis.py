@@ -288,16 +288,11 @@ class WaveletEdges(EdgeFunctions):
         translation = torch.zeros_like(amplitude)
         if start is not None:
             amplitude = amplitude * start.spread
-            if self.wavelet_type == "dog":  # peaks at 1, where it is exp(-1/2)
-                translation[:, start.components] = -1.0
-                amplitude[:, start.components] += start.constant * math.exp(0.5)
-            elif self.wavelet_type == "meyer":  # peaks at 1/2, where it is 1
-                translation[:, start.components] = -0.5
-                amplitude[:, start.components] += start.constant
-            else:
-                amplitude[:, start.components] += (
-                    start.constant / self.mother(torch.zeros_like(amplitude))[:, start.components]
-                )
+            # The constant is the wavelet's peak; that of DOG is at 1, of Meyer's at 1/2, of the others at 0.
+            peak = {"dog": 1.0, "meyer": 0.5}.get(self.wavelet_type, 0.0)
+            translation[:, start.components] -= peak
+            height = self.mother(torch.full_like(amplitude, peak))[:, start.components]
+            amplitude[:, start.components] += start.constant / height
         init.copy_(self.amplitude, amplitude)
         init.copy_(self.translation, translation)
         init.ones_(self.width)

@@ -28,86 +28,33 @@ KARAT_INITS = ("scaled", "normal")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The elementwise, parameter-free, deterministic activations of Transformers' ACT2FN.
 BASE_FUNCTIONS = (
-    "zero",
-    "gelu",
-    "gelu_fast",
-    "gelu_new",
-    "gelu_pytorch_tanh",
-    "leaky_relu",
-    "linear",
-    "mish",
-    "quick_gelu",
-    "relu",
-    "relu2",
-    "relu6",
-    "sigmoid",
-    "silu",
-    "swish",
-    "tanh",
+    *("zero", "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "leaky_relu", "linear", "mish", "quick_gelu"),
+    *("relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh"),
 )
 
 # What an operator computes, wherever it is.
 OPERATOR_STRUCTURE = (
-    "basis_type",
-    "wavelet_type",
-    "grid_size",
-    "spline_order",
-    "grid_range",
-    "rational_order",
-    "base_fn",
-    "karat_rank",
-    "karat_depth",
-    "modular_mode",
-    "project_l1",
+    *("basis_type", "wavelet_type", "grid_size", "spline_order", "grid_range", "rational_order", "base_fn"),
+    *("karat_rank", "karat_depth", "modular_mode", "project_l1"),
 )
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
 # What the weights of a checkpoint were trained for: changing one of these makes another model.
 STRUCTURAL_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-    *OPERATOR_STRUCTURE,
-    "sharing",
-    "num_karat_heads",
-    "karat_layers",
+    *(*_SIZES, "hidden_act", "image_size", "patch_size", "qkv_bias"),
+    *(*OPERATOR_STRUCTURE, "sharing", "num_karat_heads", "karat_layers"),
 )
 
 # Least values of whole numbers.
-_LEAST = {
-    **dict.fromkeys(
-        ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"), 1
-    ),
-    **dict.fromkeys(("grid_size", "karat_rank", "karat_depth", "num_karat_heads"), 1),
-    "spline_order": 0,
-}
+_LEAST = dict.fromkeys((*_SIZES, "grid_size", "karat_rank", "karat_depth", "num_karat_heads"), 1) | {"spline_order": 0}
 _MOST_LAYERS = 10_000
 # The two ways to name a backbone's stages, of which one follows from the other.
 _STAGES = ("out_features", "out_indices")
 # Keys that are taken although they are no dataclass fields.
 _PRETRAINED_KEYS = {
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "custom_pipelines",
-    "distributed_config",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    *_STAGES,
-    "output_attentions",
-    "output_attention_scores",
-    "quantization_config",
-    "tie_last_hidden_states",
-    "torch_dtype",
+    *("_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal", "_name_or_path"),
+    *("attn_implementation", "auto_map", "custom_pipelines", "distributed_config", "experts_implementation"),
+    *("model_type", "name_or_path", "num_labels", *_STAGES, "output_attentions", "output_attention_scores"),
+    *("quantization_config", "tie_last_hidden_states", "torch_dtype"),
 }
 
 

@@ -186,9 +186,8 @@ def load_deit_state_dict(name_or_path, **hub_kwargs) -> dict[str, torch.Tensor]:
         ValueError: weights are missing.
     """
     config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
-    classes = {
-        cls.__name__: cls for cls in (DeiTModel, DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
-    }
+    kinds = DeiTModel, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
+    classes = {kind.__name__: kind for kind in kinds}
     # The class that saved it reads either layout of the names and any sharding.
     architecture = (config.architectures or ["DeiTModel"])[0]
     model, info = classes.get(architecture, DeiTModel).from_pretrained(

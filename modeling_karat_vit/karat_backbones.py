@@ -23,7 +23,7 @@ from transformers.models.vitdet.modeling_vitdet import VitDetAttention, add_deco
 from .basis import EdgeFunctions
 from .configuration_karat_vit import checked_layers, height_and_width, patches_of
 from .karat_heads import KARAT_IMPLEMENTATIONS, STARTS, KArAtHeads, OperatorConfig
-from .karat_operator import KArAtOperator, freeze_untrained
+from .karat_operator import KArAtOperator
 from .modeling_karat_vit import KArAtMixin
 
 
@@ -146,7 +146,6 @@ class KArAtBackbone(KArAtMixin):
         self.family.check(self.config)
         self._install()
         super().post_init()
-        freeze_untrained(self)
 
     def _install(self) -> None:
         karat = self.config.karat
@@ -207,8 +206,6 @@ class KArAtBackbone(KArAtMixin):
                 f"The checkpoint lacks {len(missing)} weights of {cls.__name__}, the first of them {missing[0]!r}. "
                 "`karatize` puts KArAt heads into a model that has none."
             )
-        # Transformers makes every float parameter trainable again.
-        freeze_untrained(model)
         return (model, info) if output_loading_info else model
 
 

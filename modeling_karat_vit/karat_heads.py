@@ -47,16 +47,7 @@ class OperatorConfig(KArAtViTConfig):
 
     @classmethod
     def of(cls, heads: int, karat_heads: int | None, head_size: int, prefix_tokens: int, grid, operator: dict):
-        """
-        Args:
-            heads, karat_heads: number of heads, and how many of them are KArAt (`None`: all).
-            head_size: d.
-            prefix_tokens, grid: special tokens, and patches as (rows, columns).
-            operator: values of `OPERATOR_FIELDS`.
-
-        Raises:
-            ValueError: a setting is unknown or out of range.
-        """
+        """Make it. With `karat_heads=None` all are KArAt's; a `ValueError` names what in `operator` is no setting."""
         unknown = sorted(set(operator) - set(OPERATOR_FIELDS))
         if unknown:
             raise ValueError(
@@ -208,14 +199,9 @@ def biased_karat_attention(operator, query, key, value, scaling, bias, keep, wit
     Memory beyond the inputs: the biased scores and the map of as many images as `_CHUNK` floats hold, in the backward
     pass, too, which computes them again. (The kernels and the paths without bias form no map of the whole batch.)
 
-    Args:
-        query, key, value: (B, h, N, d).
-        bias: added to the scores, broadcastable to (B, h, N, N), or `None`.
-        keep: boolean, broadcastable to (B, h, N, N).
-        with_maps: return the activated maps of the reference arithmetic, which holds them for the whole batch.
-
-    Returns:
-        Output (B, h, N, d) in the dtype of `query`; the maps (B, h, N, N) or `None`.
+    Queries, keys and values are (B, h, N, d), `bias` (or `None`) and the boolean `keep` broadcastable to (B, h, N, N).
+    Returns the output, (B, h, N, d), in the dtype of `query`, and `with_maps` the activated maps, (B, h, N, N), of the
+    whole batch, otherwise `None`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     with no_autocast(query.device.type):

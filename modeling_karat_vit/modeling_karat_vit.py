@@ -291,6 +291,17 @@ class KArAtMixin(_Mixed):
     # The losses take no `num_items_in_batch`: Trainer has to divide by the accumulation steps itself.
     accepts_loss_kwargs = False
 
+    def post_init(self):
+        super().post_init()
+        freeze_untrained(self)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load as Transformers does, which makes every float parameter trainable again."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        freeze_untrained(model)
+        return (model, info) if output_loading_info else model
+
     def karat_parameter_names(self) -> set[str]:
         """Names of the parameters that KArAt adds to the model."""
         prefixes = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, self.karat_modules))
@@ -329,10 +340,6 @@ class KArAtViTPreTrainedModel(KArAtMixin, ViTPreTrainedModel):
         elif isinstance(module, KArAtViTLayer):
             module.reset_rate(self.config)
 
-    def post_init(self):
-        super().post_init()
-        freeze_untrained(self)
-
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Resolve a name: `None` is the fastest way for KArAt heads, Transformers' names are about softmax heads."""
         if requested_attention is None:
@@ -359,7 +366,6 @@ class KArAtViTPreTrainedModel(KArAtMixin, ViTPreTrainedModel):
         *model_args,
         config=None,
         drop_distillation_token: bool = False,
-        output_loading_info: bool = False,
         **kwargs,
     ):
         """
@@ -397,12 +403,7 @@ class KArAtViTPreTrainedModel(KArAtMixin, ViTPreTrainedModel):
                 config = KArAtViTConfig.from_dict(source, **{key: kwargs.pop(key) for key in fields})
             kwargs["state_dict"] = load_deit_state_dict(pretrained_model_name_or_path, **hub)
             pretrained_model_name_or_path = None
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
-        # Transformers makes every float parameter trainable again.
-        freeze_untrained(model)
-        return (model, info) if output_loading_info else model
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @torch.no_grad()
     def resize(self, image_size: int | tuple[int, int] | list[int]):
@@ -513,11 +514,7 @@ class KArAtViTModel(KArAtViTPreTrainedModel):
             grids = (self.config.patch_grid(), self.config.patch_grid(pixel_values.shape[2:]))
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states,
-                masks,
-                operator=self.operator,
-                implementation=implementation,
-                grids=grids,
+                hidden_states, masks, operator=self.operator, implementation=implementation, grids=grids
             )
         sequence_output = self.layernorm(hidden_states)
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
@@ -767,16 +764,16 @@ def _attention_masks(attention_mask, hidden_states, heads: int, implementation: 
         keep = attention_mask > torch.finfo(attention_mask.dtype).min / 2
     else:
         keep = attention_mask.bool()
-    if keep.dim() == 4 and keep.shape[1] == 1 and keep.shape[2] == 1:
+    if keep.shape[1:3] == (1, 1):
         keep = keep[:, 0, 0].expand(batch, tokens)
-    if keep.dim() == 4 and implementation != "eager" and not torch.compiler.is_compiling():
-        logger.warning_once("A mask per query cannot be factored: KArAt heads run 'eager' under it.")
     if implementation == "eager":
         return AttentionMasks(keep)
     name = _softmax_name(implementation)
-    if keep.dim() == 4 and name.startswith(("flash", "flex")):
-        raise ValueError(f"A mask per query needs `attn_implementation='sdpa'` or 'eager', not {name!r}.")
     if keep.dim() == 4:
+        if not torch.compiler.is_compiling():
+            logger.warning_once("A mask per query cannot be factored: KArAt heads run 'eager' under it.")
+        if name.startswith(("flash", "flex")):
+            raise ValueError(f"A mask per query needs `attn_implementation='sdpa'` or 'eager', not {name!r}.")
         lowest = torch.finfo(hidden_states.dtype).min
         softmax = torch.zeros_like(keep, dtype=hidden_states.dtype).masked_fill(~keep, lowest)
     elif name == "sdpa" and torch._C._are_functorch_transforms_active():

@@ -42,15 +42,8 @@ def portable_karat_attention(operator, query, key, value, scaling, tensors, keep
 
     Memory beyond the inputs: O(chunk * h * N^2), with the chunk chosen so that this is a fixed budget.
 
-    Args:
-        operator: a `KArAtOperator`.
-        query, key, value: (B, h, N, d).
-        scaling: factor of the scores.
-        tensors: the parameters, from `operator.tensors()`.
-        keep: boolean mask of the keys, (B or 1, 1, 1, N), or `None`.
-
-    Returns:
-        Output (B, h, N, d) in the dtype of `query`.
+    Queries, keys and values are (B, h, N, d), `tensors` the operator's, `keep` a mask of the keys, (B or 1, 1, 1, N),
+    boolean, or `None`; the output is (B, h, N, d), in the dtype of `query`.
     """
     names = list(tensors)
     factored = operator.mode == "phi1_w2" and not operator.config.project_l1
@@ -87,8 +80,10 @@ def _budget(device: torch.device) -> int:
 
 def floats_per_score(step) -> int:
     """Count the floats that evaluating a step keeps per score."""
-    if (lean := lean_features_of(step)) is not None:
-        return lean.floats_per_score
+    if step.family == "fourier":
+        return 4 * step.grid_size
+    if step.family == "spline":
+        return 3 * (step.grid_size + step.order)
     if step.family == "rational":
         return 4 * step.out_features * (step.numerator.shape[1] + 2)
     return 8 * step.out_features
@@ -160,11 +155,6 @@ class LeanFeatures:
     def __init__(self, step):
         self.step = step
 
-    @property
-    def floats_per_score(self) -> int:
-        """Floats that evaluating the step keeps per score."""
-        raise NotImplementedError
-
     def of_basis(self, x: torch.Tensor, out: list[torch.Tensor] | None) -> tuple[list, list]:
         """Compute the L_k(x) and D_j(x) of the basis; the L_k are in the first tensors of `out`, or in new ones."""
         raise NotImplementedError
@@ -210,20 +200,12 @@ class LeanFeatures:
 class LeanFourier(LeanFeatures):
     """Harmonics by recurrence from one sine and one cosine: 2 cos(x) cos(mx) - cos((m-1)x) = cos((m+1)x)."""
 
-    @property
-    def floats_per_score(self) -> int:
-        return 4 * self.step.grid_size
-
     def of_basis(self, x, out):
         # With the factors in `stack`, each further harmonic is one pass over the inputs.
         grid_size = self.step.grid_size
         out = out or [None] * (2 * grid_size)
         cos_out, sin_out = out[:grid_size], out[grid_size:]
-        if grid_size > 1 and cos_out[1] is not None and _is_plain(x):
-            cos, sin = [cos_out[0]], [sin_out[0]]
-            _cos_and_sin(x, cos[0], sin[0], scratch=cos_out[1])
-        else:
-            cos, sin = [torch.cos(x, out=cos_out[0])], [torch.sin(x, out=sin_out[0])]
+        cos, sin = [torch.cos(x, out=cos_out[0])], [torch.sin(x, out=sin_out[0])]
         first = cos[0]
         for m in range(1, grid_size):
             if m == 1:
@@ -249,10 +231,6 @@ class LeanFourier(LeanFeatures):
 
 class LeanSplines(LeanFeatures):
     """The splines themselves, and those of one degree less, which span their derivatives."""
-
-    @property
-    def floats_per_score(self) -> int:
-        return 3 * (self.step.grid_size + self.step.order)
 
     def of_basis(self, x, out):
         order = self.step.order
@@ -341,16 +319,8 @@ def weights_of(matrices: torch.Tensor, keep: torch.Tensor | None) -> torch.Tenso
 
 def weighted_sum_backward_x(derivatives, slopes, dy, out, product):
     """
-    Compute dx^T = sum_j D_j^T * (dy C'_j)^T.
-
-    Args:
-        derivatives: J of (M, Q, T), which span the derivatives of the features.
-        slopes: their weights, (M, P, J * Q).
-        dy: gradient of y^T, (M, P, T).
-        out, product: (M, Q, T), where the result and the products go.
-
-    Returns:
-        `out`
+    Compute dx^T = sum_j D_j^T * (dy C'_j)^T in `out`, (M, Q, T), of the size of which `product` is scratch memory: J
+    derivatives (M, Q, T), their weights `slopes`, (M, P, J * Q), and the gradient `dy` of y^T, (M, P, T).
     """
     if not derivatives:  # constant functions
         return out.zero_()
@@ -576,51 +546,6 @@ def _transposed_scores(query, key, scaling: float, keep: torch.Tensor | None, ou
 def _zero_rows(value: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """Values of keys that nobody may see, as zeros; `keep` is (..., 1, N)."""
     return value if keep is None else value.masked_fill(~keep.mT, 0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------- sines
-
-
-# sqrt(2) cos(theta/2) and sqrt(2) sin(theta/2) / theta as polynomials in theta^2, for |theta| <= pi, at the Chebyshev
-# nodes: to 7e-8 and 3e-9. As tensors, because `addcmul` takes no numbers.
-_HALF_COS, _HALF_SIN = (
-    torch.tensor(numbers, dtype=torch.float32, device="cpu").unbind()
-    for numbers in (
-        [1.4142134961897637, -0.1767763593776916, 3.6825747375371556e-3, -3.061253773005056e-5, 1.279026598713708e-7],
-        [0.7071067781541845, -0.0294627671634163, 3.682722800671e-4, -2.188609695470143e-6, 7.1957421799024675e-9],
-    )
-)
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
-
-
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether `x` is what `_cos_and_sin` is for: in fp32 on a CPU, and no fake tensor."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and type(x) is torch.Tensor
-
-
-def _cos_and_sin(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: torch.Tensor) -> None:
-    """
-    cos(x) and sin(x) in fp32, into `cos` and `sin`: seventeen passes of simple arithmetic, which take three fifths of
-    the time of `torch.cos` and `torch.sin`. To 6e-7 up to 1e4, to 3e-5 up to 1e7; beyond, they are bounded.
-    """
-    # theta = x - 2 pi n. The first part of 2 pi has so few bits that its product with n is exact.
-    turns = torch.mul(x, 0.5 / math.pi, out=cos).round_()
-    theta = torch.sub(x, turns, alpha=6.28125, out=sin).sub_(turns, alpha=2 * math.pi - 6.28125)
-    theta.clamp_(-math.pi, math.pi)
-    square = torch.mul(theta, theta, out=scratch)
-    half_sin = _horner(square, _HALF_SIN, out=cos).mul_(theta)
-    half_cos = _horner(square, _HALF_COS, out=sin)
-    half_cos.mul_(half_sin)  # 2 sin(theta/2) cos(theta/2), in `sin`
-    torch.addcmul(_ONE, half_sin, half_sin, value=-1, out=cos)  # 1 - 2 sin(theta/2)^2
-
-
-def _horner(x: torch.Tensor, coefficients: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-    """c_0 + c_1 x + ... into `out`."""
-    *lower, last = coefficients
-    torch.add(lower[-1], x, alpha=last.item(), out=out)
-    for coefficient in reversed(lower[:-1]):
-        torch.addcmul(coefficient, out, x, out=out)
-    return out
 
 
 def _placed(features: list[torch.Tensor], out: list[torch.Tensor] | None) -> list[torch.Tensor]:

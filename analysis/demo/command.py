@@ -28,13 +28,8 @@ EXAMPLES = 48
 
 def find_examples(paths: list[str] | None, checkpoints: list[Checkpoint], folder: Path) -> list[str]:
     """
-    Write example images as PNG files.
-
-    Args:
-        paths: files, and folders of which up to `EXAMPLES` are drawn; `None` for held-out images of the data set of a
-            run, where it is on this machine.
-        checkpoints: the models.
-        folder: where to write the files.
+    Write example images as PNG files into a folder: those at `paths`, of which folders give up to `EXAMPLES`, or
+    held-out ones of the data set of a run, where it is on this machine.
 
     Raises:
         InputError: see `find_images`; where no paths are given there are no examples instead, and it is said why.

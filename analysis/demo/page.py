@@ -77,14 +77,10 @@ class Part:
 
 def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
     """
-    Build the page, which is not yet served.
+    Build the page, which is not yet served, of one model or several side by side, and image files as examples.
 
     It keeps nothing about its visitors: each request brings its image and its settings along, so that nobody is ever
     shown what is another's.
-
-    Args:
-        viewers: one model, or several side by side.
-        examples: image files to offer.
     """
     blocks = max(viewer.checkpoint.blocks for viewer in viewers)
     heads = max(viewer.checkpoint.heads for viewer in viewers)
@@ -253,13 +249,8 @@ def serve(page: gr.Blocks, host: str | None, port: int | None, share: bool) -> N
     """
     Serve the page until Ctrl-C, and print its address.
 
-    Args:
-        page: from `build`.
-        host, port: where to listen; `None` for Gradio's defaults, which its environment variables may set.
-        share: whether to make a public address, too.
-
-    Raises:
-        InputError: the address cannot be listened at.
+    `host` and `port` are where to listen, `None` for Gradio's defaults, which its environment variables may set, and
+    `share` makes a public address, too. Raises an `InputError` where the address cannot be listened at.
     """
     page = launch(page, host, port, share)
     print(f"The page is at {page.local_url}. Ctrl-C stops it.", flush=True)

@@ -66,16 +66,12 @@ Made by `python -m analysis demo --push-to-space` of KArAt-ViT, which also updat
 
 def files(viewers: list[Viewer], examples: list[str]) -> dict[str, Path | bytes]:
     """
-    Gather the files of the Space: paths in it, and for each a file here or its content.
-
-    Args:
-        viewers: the models: those from folders go into the Space, those from the Hub are loaded from there.
-        examples: image files to offer.
+    Gather the files of the Space: paths in it, and for each a file here or its content. Models from folders go into it,
+    those from the Hub are loaded from there.
     """
     result: dict[str, Path | bytes] = {"LICENSE": PROJECT / "LICENSE"}
-    for package in CODE:
-        sources = sorted((PROJECT / package).rglob("*.py"))
-        result |= {path.relative_to(PROJECT).as_posix(): path for path in sources}
+    sources = (path for package in CODE for path in sorted((PROJECT / package).rglob("*.py")))
+    result |= {path.relative_to(PROJECT).as_posix(): path for path in sources}
     words, on_hub, names = ["demo"], [], []
     for flag, viewer in zip(("--model", "--compare"), viewers):
         source = viewer.checkpoint.source

@@ -38,8 +38,7 @@ class Seen:
     An image as one model sees it.
 
     Args:
-        pixels: as the model takes them, (1, 3, height, width).
-        picture: the same for people, (height, width, 3), from 0 to 1.
+        pixels, picture: as the model takes it, (1, 3, height, width), and for people, (height, width, 3), from 0 to 1.
         guesses: the best `TOP` labels with their probabilities, best first; empty where there is no classifier.
         maps: of every block, what [CLS] sees.
         notes: what is worth knowing of how the image was read, in sentences.
@@ -71,8 +70,10 @@ class Viewer:
         self.checkpoint, self.name = checkpoint, name
         processor = processor_of(checkpoint)
         self._classify = pipeline("image-classification", model=checkpoint.model, image_processor=processor)
-        self._seen = functools.lru_cache(REMEMBERED)(self._look)
-        self._functions = functools.lru_cache(REMEMBERED)(self._learned)
+        self._seen = functools.lru_cache(REMEMBERED)(lambda path: self._see(*read_image(path)))
+        self._functions = functools.lru_cache(REMEMBERED)(
+            lambda path, block, head: functions.compute(checkpoint, self._seen(path).pixels, block, [head])[0]
+        )
         try:
             self._see(Image.new("RGB", (64, 64), "grey"), [])
         except (ValueError, RuntimeError) as error:
@@ -186,12 +187,6 @@ class Viewer:
             maps=maps,
             notes=notes,
         )
-
-    def _look(self, path: str) -> Seen:
-        return self._see(*read_image(path))
-
-    def _learned(self, path: str, block: int, head: int) -> functions.Functions:
-        return functions.compute(self.checkpoint, self._seen(path).pixels, block, [head])[0]
 
     def _label(self, label: str, rank: int, guesses: list[dict]) -> str:
         """Tell classes of one name apart, as two of ImageNet's do: they would be shown as one."""

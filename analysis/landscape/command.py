@@ -76,13 +76,6 @@ def plane_of_run(checkpoint: Checkpoint, found: list[Moment], normalise: str = "
     return plane
 
 
-def _epsilon(plane: Plane) -> float:
-    """Choose the default, a small part of what is drawn."""
-    if plane.kind == "random":
-        return 0.1
-    return 1.0 if plane.normalise == "none" else 0.01
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, compare=True)
     parser.add_argument(
@@ -157,12 +150,15 @@ def run(args: argparse.Namespace) -> None:
         "grid": args.grid,
         "radius": args.radius,
     }
-    for prefix, checkpoint, objective, plane in zip(prefixes, checkpoints, objectives, planes):
+    models = list(zip(prefixes, checkpoints, objectives, planes))
+    for prefix, checkpoint, objective, plane in models:
         settings[f"weights of --{prefix}"] = digest(sorted(checkpoint.model.state_dict().items()))
         settings[f"path of --{prefix}"] = plane.digest
         settings[f"images for --{prefix}"] = digest([("", objective.pixels), ("", objective.labels)])
     if (earlier := output.folder / "landscape.points.jsonl").exists():
         print(f"{earlier} is of an earlier version: its points are computed anew, into {POINTS}. Delete it.")
+    # A small part of what is drawn.
+    epsilon = args.epsilon or (0.1 if planes[0].kind == "random" else 1.0 if planes[0].normalise == "none" else 0.01)
     with Points(output.folder / POINTS, settings, args.overwrite) as store:
         if store:
             print(f"{len(store):,} numbers are in {store.path}: going on from there.")
@@ -173,28 +169,24 @@ def run(args: argparse.Namespace) -> None:
                 objective,
                 plane,
                 grid,
-                args.epsilon or _epsilon(plane),
+                epsilon,
                 stopping=stopping,
                 devices=devices,
                 store=store,
                 prefix=prefix,
             )
-            for prefix, checkpoint, objective, plane in zip(prefixes, checkpoints, objectives, planes)
+            for prefix, checkpoint, objective, plane in models
         ]
     with style.context():
         width = style.COLUMN if len(data) == 1 else style.PAGE
         output.figure("landscape", draw_all(data, style.figure(width, 2.9), args.log))
         output.figure("landscape_3d", draw_all(data, style.figure(width, 2.9), args.log, surface=True))
     output.arrays("landscape.npz", **{k: v for prefix, each in zip(prefixes, data) for k, v in _arrays(prefix, each)})
-    numbers = {
-        prefix: numbers_of(checkpoint.source, each) for prefix, checkpoint, each in zip(prefixes, checkpoints, data)
-    }
-    output.text(
-        "landscape.json",
-        json.dumps({"images": len(found), "settings": settings} | numbers, indent=2, allow_nan=False) + "\n",
-    )
-    for each in data:
+    numbers = {"images": len(found), "settings": settings}
+    for prefix, checkpoint, each in zip(prefixes, checkpoints, data):
+        numbers[prefix] = numbers_of(checkpoint.source, each)
         _tell(each)
+    output.text("landscape.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     output.report()
 
 
@@ -249,7 +241,6 @@ def _arrays(prefix: str, data: Landscape) -> Iterator[tuple[str, np.ndarray]]:
 
 def numbers_of(source: str, data: Landscape) -> dict:
     """Make the entry of one model in landscape.json."""
-    explained = None if data.plane.explained is None else data.plane.explained.tolist()
     return {
         "source": source,
         "loss": _finite(data.trained_loss),
@@ -258,7 +249,7 @@ def numbers_of(source: str, data: Landscape) -> dict:
         "epsilon": data.epsilon,
         "highest_loss_within": _finite(data.highest),
         "epsilon_sharpness_percent": _finite(data.epsilon_sharpness),
-        "explained_variance": explained,
+        "explained_variance": None if data.plane.explained is None else data.plane.explained.tolist(),
     }
 
 
@@ -272,8 +263,7 @@ def _tell(data: Landscape) -> None:
         f"{data.name}: loss {data.trained_loss:.4g}, epsilon-sharpness {data.epsilon_sharpness:.4g} % in the plane "
         f"(epsilon {data.epsilon:g})"
     )
-    if data.hessian is not None:
-        found = data.hessian
+    if (found := data.hessian) is not None:
         how = "" if found.converged else ", NOT converged: raise --hessian-iterations"
         print(
             f"{data.name}: largest eigenvalue of the Hessian {found.value:.4g} (residual {found.residual:.2g} after "

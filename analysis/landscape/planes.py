@@ -79,8 +79,6 @@ def random_plane(model: nn.Module, seed: int = 0, normalise: str = "filter") -> 
     Draw two Gaussian directions, normalised as `normalised` does.
 
     Args:
-        model: the trained model.
-        seed: of the directions.
         normalise: `"filter"` or `"tensor"`; without, the directions would have no scale.
     """
     if normalise == "none":
@@ -180,7 +178,6 @@ def normalised(directions: torch.Tensor, model: nn.Module, how: str) -> torch.Te
 
     Args:
         directions: (2, P).
-        model: of the weights.
         how: `"tensor"`: the parts are the parameters. `"filter"`: they are what feeds one unit: a filter of a
             convolution, a row of a linear layer, a token of an embedding, and of KArAt's operator the functions (or
             row of W) that make up one output of one head. `"none"`: nothing is done.

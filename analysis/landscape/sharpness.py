@@ -50,7 +50,6 @@ def largest_eigenvalue(
     model: nn.Module,
     objective: Objective,
     stopping: Stopping = Stopping(),
-    seed: int = 0,
     title: str = "Hessian",
 ) -> Eigenvalue:
     """
@@ -62,15 +61,13 @@ def largest_eigenvalue(
     Args:
         model: at its trained weights, in evaluation mode, differentiable twice: KArAt heads by `eager`, since the
             derivatives of `karat_portable` and `karat_triton` are written out and have no derivatives themselves.
-        objective: of the loss.
         stopping: of each power iteration.
-        seed: of the vector it begins with.
 
     Memory: beside the model four vectors of its size, and what a backward pass through its backward pass keeps for one
     batch.
     """
     weights = list(trainable(model).values())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     start = torch.cat([torch.empty(p.shape, dtype=p.dtype).normal_(generator=generator).flatten() for p in weights])
     start = start.to(weights[0].device)
     with memory_errors(), tqdm(total=stopping.iterations, desc=title, unit="product", leave=False, delay=1) as bar:

@@ -16,9 +16,8 @@ class Points(UserDict):
     was stopped goes on from there.
 
     Args:
-        path: of the file.
         settings: what the numbers depend on.
-        replace: whether a file of other settings is begun anew.
+        replace: begin a file of other settings anew.
 
     Raises:
         InputError: the file is of other settings and not to be replaced, is none of these, or another process has it.

@@ -191,7 +191,6 @@ def evaluate(
     Args:
         model: at its trained weights; it is left alone.
         directions: (2, P).
-        objective: of the loss.
         points: coordinates by key.
         store: gets `{"loss": ..., "accuracy": ...}` by key. Loss may be infinite or NaN far from the trained weights.
         devices: one for each process. A single one is used by this process. On the CPU each computes in one thread,

@@ -222,26 +222,6 @@ def test_harmonics_by_recurrence_are_accurate(grid):
         assert (derivative - expected).norm() < 1e-5 * grid * expected.norm()
 
 
-@pytest.mark.parametrize("strength", [1.0, 30.0, 1e3])
-def test_sines_in_fp32_on_a_cpu(strength):
-    """Those of the portable path, where it has memory to write to; whole turns and their halves included."""
-    x = strength * torch.randn(20001, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = torch.cat([x, math.pi / 2 * torch.arange(-9, 10), torch.zeros(1)]).float()
-    _, step, _ = make_step({"basis_type": "fourier", "grid_size": 2})
-    out = [torch.full_like(x, math.nan) for _ in range(4)]
-    cos, _, sin, _ = lean_features_of(step).features(x, out)
-    assert cos is out[0] and sin is out[2]
-    assert (cos.double() - x.double().cos()).abs().max() < 1e-6
-    assert (sin.double() - x.double().sin()).abs().max() < 1e-6
-    # Scores are small at the start of training.
-    small = x.abs() < 1e-3
-    assert (sin.double() - x.double().sin())[small].abs().max() < 1e-9
-    # Beyond any use they are no longer right, but as small as ever.
-    x = torch.tensor([1e8, -1e12, 1e30])
-    cos, _, sin, _ = lean_features_of(step).features(x, [torch.empty_like(x) for _ in range(4)])
-    assert cos.abs().max() < 1.00001 and sin.abs().max() < 1.00001
-
-
 @cases
 @ways
 def test_strong_scores_stay_finite(case, phi):
