@@ -7,6 +7,7 @@ Loss and accuracy of several runs together, over their epochs: training loss (da
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -78,30 +79,24 @@ def read(source: str, name: str | None = None) -> Curves:
     return Curves(name=name or folder.name, epochs=epochs, metrics=metrics, rows=rows)
 
 
-def draw_loss(curves: list[Curves], axes: Axes) -> Axes:
-    """Draw held-out loss solid, training loss dashed."""
+def draw(curves: list[Curves], axes: Axes, metric: str) -> Axes:
+    """Draw `"loss"`, held-out solid and of training dashed, or `"accuracy"`, held-out, in per cent."""
     for each, colour in zip(curves, _colours(curves)):
-        axes.plot(each.epochs, each.metrics["train_loss"], "--", color=colour, linewidth=0.9)
-        axes.plot(each.epochs, each.metrics["eval_loss"], "-", color=colour, label=each.name, **_marker(each))
+        held_out = each.metrics[f"eval_{metric}"] * (1 if metric == "loss" else 100)
+        if metric == "loss":
+            axes.plot(each.epochs, each.metrics["train_loss"], "--", color=colour, linewidth=0.9)
+        marker: dict[str, Any] = {"marker": "o", "markersize": 2} if len(each.epochs) < 30 else {}
+        axes.plot(each.epochs, held_out, "-", color=colour, label=each.name, **marker)
     axes.locator_params(axis="x", integer=True)
-    axes.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    return axes
-
-
-def draw_accuracy(curves: list[Curves], axes: Axes) -> Axes:
-    """Draw held-out accuracy in per cent."""
-    for each, colour in zip(curves, _colours(curves)):
-        axes.plot(each.epochs, 100 * each.metrics["eval_accuracy"], "-", color=colour, label=each.name, **_marker(each))
-    axes.locator_params(axis="x", integer=True)
-    axes.set(xlabel="epoch", ylabel=f"{METRICS['eval_accuracy']} in %")
+    label = "loss" if metric == "loss" else f"{METRICS['eval_accuracy']} in %"
+    axes.set(xlabel="epoch", ylabel=label, ylim=(0 if metric == "loss" else None, None))
     return axes
 
 
 def draw_all(curves: list[Curves], figure: Figure) -> Figure:
     """Draw loss and accuracy side by side, one legend."""
-    loss, accuracy = figure.subplots(1, 2)
-    draw_loss(curves, loss)
-    draw_accuracy(curves, accuracy)
+    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+        draw(curves, axes, metric)
     handles = [Line2D([], [], color=colour, label=_described(each)) for each, colour in zip(curves, _colours(curves))]
     handles += [Line2D([], [], color=style.INK, label="held out")]
     if any(np.isfinite(each.metrics["train_loss"]).any() for each in curves):
@@ -117,10 +112,6 @@ def _described(each: Curves) -> str:
 
 def _colours(curves: list[Curves]) -> list[str]:
     return [style.PALETTE[index % len(style.PALETTE)] for index in range(len(curves))]
-
-
-def _marker(each: Curves) -> dict:
-    return {"marker": "o", "markersize": 2} if len(each.epochs) < 30 else {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, logging
@@ -76,7 +77,7 @@ def timed(name: str, size: Size, device: str, folder: Path, processes: int, dtyp
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(CONFIGURATION / PRESETS[name], num_labels=10, **size.model)
-    precision = {} if dtype == "float32" else {"bf16" if dtype == "bfloat16" else "fp16": True}
+    precision: dict[str, Any] = {} if dtype == "float32" else {"bf16" if dtype == "bfloat16" else "fp16": True}
     args = RunArguments(
         output_dir=str(folder),
         use_cpu=device == "cpu",

@@ -17,13 +17,8 @@ from .table import RESULTS, read
 
 PICTURE = Path(__file__).parents[1] / "docs" / "performance.png"
 NAMES = {"karat_triton": "fused", "karat_portable": "portable", "eager": "reference", "naive": "einsums"}
-WAVELETS = {
-    "mexican_hat": "Mexican hat",
-    "morlet": "Morlet",
-    "dog": "DOG",
-    "meyer": "Meyer",
-    "shannon": "Shannon",
-}
+BASES = {"fourier G=1": "G1", "fourier G=3": "G3", "mexican_hat": "Mexican hat", "morlet": "Morlet", "dog": "DOG"}
+BASES |= {"meyer": "Meyer", "shannon": "Shannon"}
 TIME, MEMORY = "#0072b2", "#e69f00"  # Okabe and Ito's, which the colour-blind can tell apart.
 
 
@@ -36,7 +31,7 @@ def latest(path: Path) -> list[dict]:
 
 def label(row: dict) -> str:
     tokens = "" if row["tokens"] == "197" else f", {int(row['tokens']):,} tokens"
-    basis = WAVELETS.get(row["basis"], row["basis"].replace("fourier G=", "G"))
+    basis = BASES.get(row["basis"], row["basis"])
     return f"{row['model'].capitalize()} {basis}, {NAMES[row['provider']]}, batch {row['batch']}{tokens}"
 
 

@@ -296,9 +296,11 @@ class KArAtMixin(_Mixed):
         freeze_untrained(self)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """Load as Transformers does, which makes every float parameter trainable again."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
         freeze_untrained(model)
         return (model, info) if output_loading_info else model
 

@@ -476,7 +476,6 @@ class _Maps:
         self.memory = self.take(math.prod(shape), query)
         memory = self.memory[: math.prod(shape)].view(shape)
         self.scores, self.features = memory[:count], memory[count:].view(most, features, *shape[2:])
-        self.size: int | None = None
 
     @classmethod
     def take(cls, floats: int, like: torch.Tensor) -> torch.Tensor:
@@ -506,10 +505,8 @@ class _Maps:
 
     def of(self, maps: int) -> tuple[tuple, torch.Tensor, list]:
         """Cut it for M maps: `count` of (M, N, N); (M, features * N, N), and its views (M, N, N)."""
-        if maps != self.size:
-            self.size, features = maps, self.features[:maps]
-            self.views = self.scores[:, :maps].unbind(0), features.flatten(1, 2), list(features.unbind(1))
-        return self.views
+        features = self.features[:maps]
+        return self.scores[:, :maps].unbind(0), features.flatten(1, 2), list(features.unbind(1))
 
 
 def _masks(chunks: _Chunks, keep: torch.Tensor | None, query: torch.Tensor):
@@ -535,11 +532,7 @@ def _transposed_scores(query, key, scaling: float, keep: torch.Tensor | None, ou
     Scores of M maps in `out`, (M, N, N), with keys as rows and queries as columns, 0 for keys that nobody may see;
     `keep` is (M, 1, N).
     """
-    query, key = query.to(out.dtype), key.to(out.dtype)
-    if out.device.type == "cpu":
-        torch.baddbmm(out, key, query.mT, beta=0, alpha=scaling, out=out)
-    else:  # Not on every device does zero times what lies there give zero.
-        torch.bmm(key, (query * scaling).mT, out=out)
+    torch.bmm(key.to(out.dtype), (query.to(out.dtype) * scaling).mT, out=out)
     return out if keep is None else out.masked_fill_(~keep.mT, 0.0)
 
 

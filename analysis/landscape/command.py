@@ -40,7 +40,6 @@ from ..output import Output, figure_names
 from .figures import draw_all
 from .objective import labelled
 from .planes import NORMALISE, Plane, digest, extent, file_reader, path_plane, random_plane, reader_of
-from .sharpness import Stopping
 from .store import Points
 from .surface import Landscape, compute
 
@@ -162,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     with Points(output.folder / POINTS, settings, args.overwrite) as store:
         if store:
             print(f"{len(store):,} numbers are in {store.path}: going on from there.")
-        stopping = None if args.no_hessian else Stopping(args.hessian_tolerance, args.hessian_iterations)
+        stopping = None if args.no_hessian else (args.hessian_tolerance, args.hessian_iterations)
         data = [
             compute(
                 checkpoint,

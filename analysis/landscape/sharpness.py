@@ -12,20 +12,6 @@ from .objective import Objective, memory_errors
 from .planes import trainable
 
 
-@dataclass(frozen=True)
-class Stopping:
-    """
-    The end of a power iteration.
-
-    Args:
-        tolerance: of the residual, relative to the largest magnitude.
-        iterations: at most so many.
-    """
-
-    tolerance: float = 0.01
-    iterations: int = 100
-
-
 @dataclass(kw_only=True)
 class Eigenvalue:
     """
@@ -49,7 +35,8 @@ class Eigenvalue:
 def largest_eigenvalue(
     model: nn.Module,
     objective: Objective,
-    stopping: Stopping = Stopping(),
+    tolerance: float = 0.01,
+    iterations: int = 100,
     title: str = "Hessian",
 ) -> Eigenvalue:
     """
@@ -61,7 +48,8 @@ def largest_eigenvalue(
     Args:
         model: at its trained weights, in evaluation mode, differentiable twice: KArAt heads by `eager`, since the
             derivatives of `karat_portable` and `karat_triton` are written out and have no derivatives themselves.
-        stopping: of each power iteration.
+        tolerance: of the residual of each power iteration, relative to the largest magnitude.
+        iterations: of each, at most so many.
 
     Memory: beside the model four vectors of its size, and what a backward pass through its backward pass keeps for one
     batch.
@@ -70,19 +58,19 @@ def largest_eigenvalue(
     generator = torch.Generator().manual_seed(0)
     start = torch.cat([torch.empty(p.shape, dtype=p.dtype).normal_(generator=generator).flatten() for p in weights])
     start = start.to(weights[0].device)
-    with memory_errors(), tqdm(total=stopping.iterations, desc=title, unit="product", leave=False, delay=1) as bar:
+    with memory_errors(), tqdm(total=iterations, desc=title, unit="product", leave=False, delay=1) as bar:
 
         def apply(vector: torch.Tensor) -> torch.Tensor:
             bar.update()
             return hessian_product(model, objective, vector)
 
-        value, residual, iterations, converged = _power(apply, start, 0.0, stopping)
+        value, residual, done, converged = _power(apply, start, 0.0, tolerance, iterations)
         dominant = value
         if dominant < 0:
-            bar.total += stopping.iterations
-            value, residual, more, converged = _power(apply, start, dominant, stopping)
-            iterations += more
-    return Eigenvalue(value=value, dominant=dominant, residual=residual, iterations=iterations, converged=converged)
+            bar.total += iterations
+            value, residual, more, converged = _power(apply, start, dominant, tolerance, iterations)
+            done += more
+    return Eigenvalue(value=value, dominant=dominant, residual=residual, iterations=done, converged=converged)
 
 
 def hessian_product(model: nn.Module, objective: Objective, vector: torch.Tensor) -> torch.Tensor:
@@ -102,7 +90,7 @@ def hessian_product(model: nn.Module, objective: Objective, vector: torch.Tensor
 
 
 def _power(
-    apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, shift: float, stopping: Stopping
+    apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, shift: float, tolerance: float, iterations: int
 ) -> tuple[float, float, int, bool]:
     """Iterate with H - shift: eigenvalue of H, residual, products, whether it converged."""
     vector, done = start / start.norm(), 0
@@ -110,8 +98,8 @@ def _power(
         product, done = apply(vector), done + 1
         value = (vector @ product).item()
         residual = (product - value * vector).norm().item()
-        converged = residual <= stopping.tolerance * max(abs(value), abs(shift))
-        if converged or done == stopping.iterations:
+        converged = residual <= tolerance * max(abs(value), abs(shift))
+        if converged or done == iterations:
             return value, residual, done, converged
         product -= shift * vector
         vector = product / product.norm()

@@ -28,7 +28,7 @@ from image_classification.runs import checkpoints
 from ..models import Checkpoint, use_default_attention
 from .objective import Objective, memory_errors
 from .planes import Plane, flatten, trainable
-from .sharpness import Eigenvalue, Stopping, largest_eigenvalue
+from .sharpness import Eigenvalue, largest_eigenvalue
 
 
 Coordinates = dict[str, tuple[float, float]]
@@ -86,7 +86,7 @@ def compute(
     grid: tuple[np.ndarray, np.ndarray],
     epsilon: float,
     *,
-    stopping: Stopping | None,
+    stopping: tuple[float, int] | None,
     devices: list[torch.device] | None = None,
     store: MutableMapping[str, dict] | None = None,
     prefix: str = "model",
@@ -100,7 +100,7 @@ def compute(
         plane: through its weights.
         grid: coordinates along both directions, (C,), (R,).
         epsilon: of the epsilon-sharpness, in the units of the grid.
-        stopping: of the power iteration for the Hessian; `None` leaves it out.
+        stopping: tolerance and iterations of `largest_eigenvalue`; `None` leaves the Hessian out.
         devices: one for each process that computes; default the model's, by this process.
         store: keeps each number as soon as it is there, and is asked for it first (`Points` is a file).
         prefix: of its keys.
@@ -119,12 +119,12 @@ def compute(
     evaluate(model, plane.directions, objective, points, store, devices, f"Loss of {checkpoint.name}")
     hessian = None
     if stopping is not None:
-        key = f"{prefix}/hessian {stopping.tolerance!r} {stopping.iterations}"
+        key = f"{prefix}/hessian {stopping[0]!r} {stopping[1]}"
         if key not in store:
             # The kernels and the portable path have no second derivatives.
             model.set_attn_implementation("eager")
             title = f"Hessian of {checkpoint.name}"
-            store[key] = dataclasses.asdict(largest_eigenvalue(model.to(devices[0]), objective, stopping, title=title))
+            store[key] = dataclasses.asdict(largest_eigenvalue(model.to(devices[0]), objective, *stopping, title=title))
         hessian = Eigenvalue(**store[key])
 
     def values(name: str) -> np.ndarray:

@@ -7,7 +7,6 @@ from torch import nn
 
 from analysis.landscape import planes, sharpness
 from analysis.landscape.objective import Objective
-from analysis.landscape.sharpness import Stopping
 from analysis.landscape.surface import Surface
 from analysis.models import load_checkpoint
 
@@ -22,7 +21,7 @@ def test_the_largest_eigenvalue_of_a_known_hessian(eigenvalues, largest, dominan
     model = Weights((3,), (1,))
     before = state_of(model)
     hessian = symmetric(*eigenvalues)
-    found = sharpness.largest_eigenvalue(model, Quadratic(model, hessian), Stopping(tolerance=1e-6))
+    found = sharpness.largest_eigenvalue(model, Quadratic(model, hessian), tolerance=1e-6)
     assert found.converged
     assert found.value == pytest.approx(largest, abs=1e-5)
     assert found.dominant == pytest.approx(dominant, abs=1e-5)
@@ -35,7 +34,7 @@ def test_the_largest_eigenvalue_of_a_known_hessian(eigenvalues, largest, dominan
 def test_an_eigenvalue_that_has_not_converged_says_so():
     model = Weights((4,))
     objective = Quadratic(model, symmetric(9, 8.9, 1, 1))
-    found = sharpness.largest_eigenvalue(model, objective, Stopping(tolerance=1e-9, iterations=4))
+    found = sharpness.largest_eigenvalue(model, objective, tolerance=1e-9, iterations=4)
     assert (found.converged, found.iterations, objective.calls) == (False, 4, 4)
     # An eigenvalue lies within the residual all the same.
     assert min(abs(found.value - each) for each in (9, 8.9, 1)) <= found.residual

@@ -6,7 +6,6 @@ import torch
 
 from analysis.landscape import planes, surface
 from analysis.landscape.objective import Objective
-from analysis.landscape.sharpness import Stopping
 from analysis.models import load_checkpoint
 
 from .conftest import CPU, Quadratic, Weights, made, same, state_of, symmetric
@@ -55,7 +54,7 @@ def test_the_model_is_left_as_it_is_also_after_an_error(karat, two_threads):
     grid = np.array([-1.0, 0.0, 1.0]), np.array([-1.0, 0.0, 1.0])
     objective = Objective(torch.randn(4, 3, 12, 12), torch.tensor([0, 1, 2, 0]))
     store = {}
-    data = surface.compute(checkpoint, objective, plane, grid, 0.1, stopping=Stopping(iterations=2), store=store)
+    data = surface.compute(checkpoint, objective, plane, grid, 0.1, stopping=(0.01, 2), store=store)
     assert data.highest >= data.trained_loss == data.loss[1, 1]
     assert data.highest == max([data.trained_loss] + [store[key]["loss"] for key in store if "square" in key])
     assert sum("square" in key for key in store) == 24
