@@ -79,11 +79,12 @@ def largest(number: int) -> int:
 
 
 def rows_at_end(loader: DataLoader, processes: int) -> int:
-    """Images in the last batch of an epoch over all processes, where that is smaller than the others; else 0."""
+    """Images in the last batch of an epoch over all processes, where some are repeated to fill it; else 0."""
     for sampler in samplers_of(loader):
         if isinstance(sampler, BatchSampler) and not isinstance(sampler, BatchSamplerShard):
             images: Any = sampler.sampler
-            return 0 if sampler.drop_last else len(images) % (sampler.batch_size * processes)
+            full = sampler.batch_size * processes
+            return 0 if processes == 1 or sampler.drop_last else len(images) % full
     return 0
 
 

@@ -130,24 +130,18 @@ class RecordedStep:
                 self.model.train()  # Maybe after an evaluation.
                 self._compute(images, labels, last)
 
-    def record(
-        self, images: torch.Tensor, labels: torch.Tensor, smaller: int = 0, listen=contextlib.nullcontext
-    ) -> None:
+    def record(self, images: torch.Tensor, labels: torch.Tensor, listen=contextlib.nullcontext) -> None:
         """
         Make the graphs, for batches like this one. Nothing that a checkpoint holds changes.
 
         Args:
             images, labels: any batch.
-            smaller: images of a batch to come that goes launch by launch, whose kernels are compiled now, too; or 0.
             listen: context of a backward pass, for whoever wants to hear of it.
         """
         self.images, self.labels = images.clone(), labels.clone()
         generator = torch.cuda.get_rng_state(images.device)
         self.model.train()
         self._make_momentum()
-        if smaller:
-            self._differentiate(self.images[:smaller], self.labels[:smaller])
-            self._drop_gradients()
         for part in self.parts:
             part.compile(options=COMPILED)
         try:

@@ -183,9 +183,7 @@ class ImageClassificationTrainer(Trainer):
         if self.augment is not None:
             some = list(map(self.augment, some))
         images = sum(len(batch["labels"]) for batch in some) * self.args.world_size
-        # Of several processes, some repeat images to fill their batch.
-        repeats = self.args.world_size > 1 and self._rows_at_end
-        if some and repeats and self.accelerator.gradient_state.end_of_dataloader:
+        if some and self._rows_at_end and self.accelerator.gradient_state.end_of_dataloader:
             images += self._rows_at_end - len(some[-1]["labels"]) * self.args.world_size
             some[-1] = parallel.without_repeated(some[-1], self._rows_at_end, self.args.process_index)
         return some, images
@@ -275,7 +273,7 @@ class ImageClassificationTrainer(Trainer):
         batches, handler, state = iter(train_dataloader), self.callback_handler, self.state
         these = {name: told[name] for name in ("model", "trial", "ignore_keys_for_eval", "start_time")}
         log_save_evaluate = functools.partial(self._maybe_log_save_evaluate, self._tr_loss, epoch=epoch, **these)
-        done, smaller = skipped, self._smaller_batch(steps_in_epoch)
+        done = skipped
         while done < steps_in_epoch:
             some = min(self.args.gradient_accumulation_steps, steps_in_epoch - done)
             some, images = self.take_batches(batches, some)
@@ -284,7 +282,7 @@ class ImageClassificationTrainer(Trainer):
             if 0 < done == skipped:
                 self._load_rng_state(checkpoint)
             self.control = handler.on_step_begin(self.args, state, self.control)
-            self._take_recorded_step(some, images, smaller)
+            self._take_recorded_step(some, images)
             done += len(some)
             state.global_step += 1
             state.epoch = epoch + done / steps_in_epoch
@@ -296,19 +294,12 @@ class ImageClassificationTrainer(Trainer):
         self.control = handler.on_epoch_end(self.args, state, self.control)
         log_save_evaluate(grad_norm=self.recorded.norm, learning_rate=self._catch_up_with_device())
 
-    def _smaller_batch(self, batches: int) -> int:
-        """Images of this process in the last of an epoch's `batches`, if it is smaller and the run gets there; or 0."""
-        size = self._train_batch_size
-        if not self._rows_at_end or self.state.max_steps * self.args.gradient_accumulation_steps < batches:
-            return 0
-        return max(1, min(self._rows_at_end - self.args.process_index * size, size)) % size
-
-    def _take_recorded_step(self, batches: list[dict[str, torch.Tensor]], images: int, smaller: int) -> None:
+    def _take_recorded_step(self, batches: list[dict[str, torch.Tensor]], images: int) -> None:
         step, guard, labels = self.recorded, self._guard, batches[0]["labels"]
         assert step is not None and guard is not None
         if step.graphs is None and self.args.device.type == "cuda" and len(labels) == self._train_batch_size:
             with self._apart():
-                step.record(batches[0]["pixel_values"], labels, smaller, guard.listening)
+                step.record(batches[0]["pixel_values"], labels, guard.listening)
         with contextlib.nullcontext() if guard.heard else guard.listening():
             step.run(batches, images * labels[0].numel())
         self.throughput.images += images

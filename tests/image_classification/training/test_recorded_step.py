@@ -269,39 +269,6 @@ def test_a_batch_of_no_images_of_its_own_is_not_replayed():
     assert step.position_now() == 1 and torch.equal(step.labels, targets)
 
 
-def test_kernels_of_a_smaller_batch_are_compiled_before_recording(monkeypatch):
-    """Launch by launch, as it will go; nothing of it stays."""
-    for name, instead in {"get_rng_state": lambda device: None, "set_rng_state": lambda state, device: None}.items():
-        monkeypatch.setattr(torch.cuda, name, instead)
-    model, seen = make_model("karat"), []
-    step, before = make_step(model), copy.deepcopy(model.state_dict())
-    model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(outputs.logits)))
-    monkeypatch.setattr(step, "_capture", lambda work: (seen.append("graph"), None))
-    step.record(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), smaller=3)
-    assert seen == [3, 4, 4, "graph"]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(weight.grad is None for weight in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "images, settings, smaller",
-    [
-        (10, {}, 2),
-        (12, {}, 0),
-        (10, {"dataloader_drop_last": True}, 0),
-        (10, {"max_steps": 2}, 0),  # It is the third that is smaller.
-        (10, {"max_steps": 3}, 2),
-        (10, {"gradient_accumulation_steps": 2, "max_steps": 2}, 2),
-    ],
-)
-def test_the_smaller_batch_is_known_beforehand(images, settings, smaller, tmp_path, monkeypatch):
-    trainer, found = make_trainer(tmp_path, True, monkeypatch, images=images, save_strategy="no", **settings), []
-    take = trainer._take_recorded_step
-    monkeypatch.setattr(trainer, "_take_recorded_step", lambda *told: (found.append(told[-1]), take(*told)))
-    trainer.train()
-    assert set(found) == {smaller}
-
-
 @pytest.mark.parametrize("kind", ["softmax", "karat"])
 def test_parts_are_found_within_what_wraps_a_model(kind):
     """As PEFT does."""
