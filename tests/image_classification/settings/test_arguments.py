@@ -210,6 +210,7 @@ def test_recipe_values_are_read_as_flags_would_be(recipe):
     path = recipe("base_fn: nn.SiLU\ngrid_range: [-2, 2]\nmodular_mode: null\nproject_l1: yes\nimage_size: 32\n")
     model = parse_settings([path, *MODEL]).model
     assert (model.base_fn, model.grid_range, model.modular_mode) == ("silu", [-2.0, 2.0], "none")
+    assert model.given()["modular_mode"] is None and "spline_order" not in model.given()
     assert (model.project_l1, model.image_size) == (True, [32])
 
 
