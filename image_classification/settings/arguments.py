@@ -3,11 +3,12 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -48,15 +49,10 @@ EVAL_BATCH = 256
 
 @dataclass(frozen=True)
 class Range:
-    """
-    What a number, or each number of a list, may be. What is not finite is in no range.
+    """What a number, or each of a list, may be: finite, and between the bounds, themselves out if `above`, `below`."""
 
-    Args:
-        low, high: the bounds, which are in it unless `above`, `below`.
-    """
-
-    low: float = -(2.0**53)  # What lies beyond is no number that anyone means, and overflows somewhere.
-    high: float = 2.0**53
+    low: float = -1e15  # What lies beyond is no number that anyone means, and overflows somewhere.
+    high: float = 1e15
     above: bool = False
     below: bool = False
 
@@ -65,24 +61,13 @@ class Range:
         return low and (number < self.high if self.below else number <= self.high)
 
     def __str__(self) -> str:
-        if self.high == Range.high:
-            low = f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
-            return f"{low}, below {self.high:.0e}"
-        bounds = ("more than " if self.above else "", "less than " if self.below else "")
-        if not any(bounds):
-            return f"between {self.low:.12g} and {self.high:.12g}"
-        return f"{bounds[0] or 'at least '}{self.low:g} and {bounds[1] or 'at most '}{self.high:g}"
+        low = f"{'more than' if self.above else 'at least'} {self.low:.12g}"
+        return f"{low} and {'less than' if self.below else 'at most'} {self.high:.12g}"
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """
-    How many numbers a list has.
-
-    Args:
-        counts: one of these.
-        rising: the first is not larger than the second.
-    """
+    """How many numbers a list has: one of `counts`; where `rising`, the first is not larger than the second."""
 
     counts: tuple[int, ...]
     rising: bool = False
@@ -99,28 +84,27 @@ NOT_NEGATIVE, POSITIVE, COUNT = Range(0), Range(0, above=True), Range(1)
 SHARE, POSITIVE_SHARE, DROPPED = Range(0, 1), Range(0, 1, above=True), Range(0, 1, below=True)
 SIDE, WIDTH, DEGREE = Range(1, 2**14), Range(1, 2**16), Range(0, 64)
 SEED, PROCESSES = Range(0, 2**32 - 1), Range(0, 1024)
+Share = Annotated[float, SHARE]
+PositiveShare = Annotated[float, POSITIVE_SHARE]
+Dropped = Annotated[float, DROPPED]
+NotNegative = Annotated[float, NOT_NEGATIVE]
+Positive = Annotated[float, POSITIVE]
+Count = Annotated[int, COUNT]
+Width = Annotated[int, WIDTH]
+Degree = Annotated[int, DEGREE]
 # Of the numbers that `TrainingArguments` declares, and whose range it does not check.
-THEIR_RANGES = {
-    "adam_beta1": DROPPED,
-    "adam_beta2": DROPPED,
-    "data_seed": SEED,
-    "dataloader_prefetch_factor": COUNT,
-    "ddp_bucket_cap_mb": COUNT,
-    "ddp_timeout": Range(1, 2**31 - 1),
-    "eval_accumulation_steps": COUNT,
-    "eval_delay": NOT_NEGATIVE,
-    "eval_steps": NOT_NEGATIVE,
-    "gradient_accumulation_steps": COUNT,
-    "label_smoothing_factor": SHARE,
-    "local_rank": Range(-1),
-    "logging_steps": NOT_NEGATIVE,
-    "max_steps": Range(-1),
-    "neftune_noise_alpha": NOT_NEGATIVE,
-    "save_steps": POSITIVE,
-    "seed": SEED,
-    "torch_empty_cache_steps": COUNT,
-    "warmup_steps": NOT_NEGATIVE,
+_THEIRS = {
+    Range(-1): "local_rank max_steps",
+    NOT_NEGATIVE: "eval_delay eval_steps logging_steps neftune_noise_alpha warmup_steps",
+    POSITIVE: "save_steps",
+    COUNT: "dataloader_prefetch_factor ddp_bucket_cap_mb eval_accumulation_steps gradient_accumulation_steps "
+    "torch_empty_cache_steps",
+    Range(1, 2**31 - 1): "ddp_timeout",
+    SHARE: "label_smoothing_factor",
+    DROPPED: "adam_beta1 adam_beta2",
+    SEED: "data_seed seed",
 }
+THEIR_RANGES = {name: limit for limit, names in _THEIRS.items() for name in names.split()}
 
 
 def cores_to_use() -> int:
@@ -136,7 +120,7 @@ def _setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=told)
 
 
-_optional = functools.partial(_setting, None)
+_optional, _switch = functools.partial(_setting, None), functools.partial(_setting, False)
 
 
 @dataclass
@@ -154,20 +138,15 @@ class ModelArguments:
         "--model; another --image_size resamples a ViT's positions and operator; another set of classes gets a new "
         "head."
     )
-    karatize: str | None = _optional(
+    karatize: Literal["residual", "replace"] | None = _optional(
         "Put KArAt heads into a pre-trained model (ViT, DeiT, DINOv2, BEiT, CLIP, SigLIP, Swin), which --model or "
         "--finetune names: residual (adds them to softmax, and starts as the model was; the default) or replace (in "
         "place of softmax, fitted to it on training images). In the last two blocks unless --karat_layers says which.",
         nargs="?",
         const="residual",
-        choices=["residual", "replace"],
     )
-    calibration_images: Annotated[int, COUNT] = field(
-        default=64, metadata={"help": "With --karatize replace: training images that the operators are fitted on."}
-    )
-    drop_distillation_token: bool = _setting(
-        False, "Start from a distilled DeiT without its distillation token and head."
-    )
+    calibration_images: Count = _setting(64, "With --karatize replace: training images that operators are fitted on.")
+    drop_distillation_token: bool = _switch("Start from a distilled DeiT without its distillation token and head.")
     teacher_attention: str | None = _optional(
         "Attend with the maps of this trained model, a checkpoint folder or Hub name: attention transfer to a softmax "
         "--model of the same blocks, heads and patches. Queries and keys are frozen, the rest is trained; whoever uses "
@@ -179,29 +158,19 @@ class ModelArguments:
     )
     image_size: Annotated[list[int] | None, SIDE, SIDES] = _optional("Image side in pixels, or height and width.")
     patch_size: Annotated[list[int] | None, SIDE, SIDES] = _optional("Patch side in pixels, or height and width.")
-    hidden_size: Annotated[int | None, WIDTH] = _optional("Width of the model.")
+    hidden_size: Width | None = _optional("Width of the model.")
     num_hidden_layers: Annotated[int | None, Range(1, 1024)] = _optional("Number of blocks.")
     num_attention_heads: Annotated[int | None, Range(1, 1024)] = _optional("Heads in each block.")
     intermediate_size: Annotated[int | None, Range(1, 2**18)] = _optional("Width of the MLPs.")
-    hidden_dropout_prob: Annotated[float | None, DROPPED] = _optional("Dropout after attention and MLP.")
-    attention_probs_dropout_prob: Annotated[float | None, DROPPED] = _optional(
-        "Dropout of attention weights; softmax heads only."
-    )
-    drop_path_rate: Annotated[float | None, DROPPED] = _optional(
-        "Stochastic depth: rate of the last block; blocks before it less."
-    )
-    initializer_range: Annotated[float | None, POSITIVE] = _optional(
-        "Standard deviation of the initial weights (ViT's own, not the learnable functions')."
-    )
+    hidden_dropout_prob: Dropped | None = _optional("Dropout after attention and MLP.")
+    attention_probs_dropout_prob: Dropped | None = _optional("Dropout of attention weights; softmax heads only.")
+    drop_path_rate: Dropped | None = _optional("Stochastic depth: rate of the last block; blocks before it less.")
+    initializer_range: Positive | None = _optional("Standard deviation of the initial weights; not of the functions'.")
     basis_type: str | None = _optional("Basis of the learnable functions: fourier, spline, wavelet, rational.")
     wavelet_type: str | None = _optional("mexican_hat, morlet, dog, meyer or shannon.")
-    grid_size: Annotated[int | None, Range(1, 1024)] = _optional(
-        "G: harmonics of the Fourier basis, or intervals of the spline's grid."
-    )
-    spline_order: Annotated[int | None, DEGREE] = _optional("Degree of the B-splines.")
-    grid_range: Annotated[list[float] | None, Range(), INTERVAL] = _optional(
-        "The two scores between which the splines' grid lies."
-    )
+    grid_size: Annotated[int | None, Range(1, 1024)] = _optional("G: harmonics of Fourier, or the splines' intervals.")
+    spline_order: Degree | None = _optional("Degree of the B-splines.")
+    grid_range: Annotated[list[float] | None, Range(), INTERVAL] = _optional("Scores between which the grid lies.")
     rational_order: Annotated[list[int] | None, DEGREE, TWO] = _optional("Degrees of numerator and denominator.")
     base_fn: str | None = _optional("Base function: zero, or the name of an activation (silu, gelu, ...).")
     karat_rank: Annotated[int | None, Range(1, 2**14)] = _optional("r, the width between the operator's two steps.")
@@ -231,15 +200,7 @@ class ModelArguments:
 
 
 # Fields of `ModelArguments` that are no fields of a model configuration.
-NOT_OF_THE_CONFIG = (
-    "model",
-    "finetune",
-    "karatize",
-    "calibration_images",
-    "drop_distillation_token",
-    "teacher_attention",
-    "attn_implementation",
-)
+NOT_OF_THE_CONFIG = (*itertools.takewhile(lambda name: name != "image_size", ModelArguments.__dataclass_fields__),)
 
 
 @dataclass
@@ -263,91 +224,61 @@ class DataArguments:
     validation_split: str | None = _optional("Split to evaluate on; unset: validation, valid, val or test.")
     image_column: str | None = _optional("Column of the images; unset: the one that holds images.")
     label_column: str | None = _optional("Column of the labels; unset: the one that holds class labels.")
-    validation_fraction: Annotated[float, SHARE] = _setting(
-        0.1, "Where there is no split to evaluate on: the part of the training split that is held out."
-    )
-    streaming: bool = _setting(
-        False,
+    validation_fraction: Share = _setting(0.1, "Part of the training split to hold out where there is no other split.")
+    streaming: bool = _switch(
         "Read the images from the Hub, or from a local folder, one after the other while training: for "
-        "data sets larger than the disk.",
+        "data sets larger than the disk."
     )
-    shuffle_buffer: Annotated[int, COUNT] = _setting(
-        4096, "With streaming: images, undecoded in memory, among which the next one is drawn."
-    )
-    max_train_samples: Annotated[int | None, COUNT] = _optional(
-        "Train on this many images, drawn with the seed (of a stream: the first)."
-    )
-    max_eval_samples: Annotated[int | None, COUNT] = _optional(
-        "Evaluate on this many images, drawn with the seed (of a stream: the first)."
-    )
-    check_images: str = _setting(
+    shuffle_buffer: Count = _setting(4096, "With streaming: undecoded images among which the next one is drawn.")
+    max_train_samples: Count | None = _optional("Train on this many images, drawn with the seed (a stream's first).")
+    max_eval_samples: Count | None = _optional("Evaluate on this many images, drawn with the seed (a stream's first).")
+    check_images: Literal["auto", "all", "none"] = _setting(
         "auto",
-        "Decode every image before training starts: all, none, or auto (up to 20,000 images; of larger "
-        "sets each image is checked when it is first read).",
-        choices=["auto", "all", "none"],
+        "Decode every image before training: all, none, or auto (up to 20,000; of larger sets each when first read).",
     )
-    skip_bad_images: bool = _setting(
-        False,
-        "Leave out images that cannot be read, name and count them; every image is decoded once before "
-        "training starts.",
+    skip_bad_images: bool = _switch(
+        "Leave out images that cannot be read, named and counted, after decoding every one."
     )
     image_mean: Annotated[list[float] | None, SHARE, CHANNELS] = _optional(
         "Mean of each channel, pixels from 0 to 1; unset: of the --finetune checkpoint, else ImageNet's."
     )
-    image_std: Annotated[list[float] | None, POSITIVE, CHANNELS] = _optional(
-        "Standard deviation of each channel; unset as for the mean."
-    )
-    eval_crop_ratio: Annotated[float | None, POSITIVE_SHARE] = _optional(
+    image_std: Annotated[list[float] | None, POSITIVE, CHANNELS] = _optional("Standard deviations; unset as the mean.")
+    eval_crop_ratio: PositiveShare | None = _optional(
         "Evaluation resizes the shorter side to image size / ratio, bicubic, and crops the centre; 1 keeps it whole. "
         "Unset: of the checkpoint, else 0.9."
     )
     train_crop_scale: Annotated[list[float], POSITIVE_SHARE, INTERVAL] = _setting(
         [0.08, 1.0], "Training crops a random part of this size, as a share of the image, and resizes it."
     )
-    train_crop_ratio: Annotated[list[float], POSITIVE, INTERVAL] = _setting(
-        [3 / 4, 4 / 3], "Aspect ratios of the random crops."
-    )
-    train_interpolation: str = _setting(
-        "bicubic", "Interpolation of the training crops.", choices=["bicubic", "bilinear", "nearest"]
-    )
-    horizontal_flip: Annotated[float, SHARE] = _setting(0.5, "Probability of a horizontal flip in training.")
-    color_jitter: Annotated[float, NOT_NEGATIVE] = _setting(
-        0.4, "Strength of the random changes of brightness, contrast and saturation; not beside auto_augment."
-    )
+    train_crop_ratio: Annotated[list[float], POSITIVE, INTERVAL] = _setting([3 / 4, 4 / 3], "Their aspect ratios.")
+    train_interpolation: Literal["bicubic", "bilinear", "nearest"] = _setting("bicubic", "How crops are interpolated.")
+    horizontal_flip: Share = _setting(0.5, "Probability of a horizontal flip in training.")
+    color_jitter: NotNegative = _setting(0.4, "Random brightness, contrast and saturation; not beside auto_augment.")
     auto_augment: str | None = _optional(
-        "RandAugment, AutoAugment or AugMix by timm's string, as rand-m15-n2-mstd1.0-inc1; none: none."
+        "RandAugment, AutoAugment or AugMix as timm's rand-m15-n2-mstd1.0-inc1; none: none."
     )
-    random_erasing: Annotated[float, SHARE] = _setting(0.0, "Probability of erasing a part of a training image.")
-    random_erasing_mode: str = _setting(
-        "pixel",
-        "Erase with: const (the mean colour), rand (one random colour) or pixel (noise).",
-        choices=["const", "rand", "pixel"],
+    random_erasing: Share = _setting(0.0, "Probability of erasing a part of a training image.")
+    random_erasing_mode: Literal["const", "rand", "pixel"] = _setting(
+        "pixel", "Erase with: const (the mean colour), rand (one random colour) or pixel (noise)."
     )
     random_erasing_count: Annotated[int, Range(1, 1024)] = _setting(1, "Erase up to this many parts.")
-    mixup: Annotated[float, NOT_NEGATIVE] = _setting(0.0, "Alpha of mixup; 0: none.")
-    cutmix: Annotated[float, NOT_NEGATIVE] = _setting(0.0, "Alpha of CutMix; 0: none.")
+    mixup: NotNegative = _setting(0.0, "Alpha of mixup; 0: none.")
+    cutmix: NotNegative = _setting(0.0, "Alpha of CutMix; 0: none.")
     cutmix_minmax: Annotated[list[float] | None, SHARE, INTERVAL] = _optional(
         "Smallest and largest side of CutMix's part, as shares of the image; in place of its alpha."
     )
-    mixup_prob: Annotated[float, SHARE] = _setting(1.0, "Probability that a batch is mixed at all.")
-    mixup_switch_prob: Annotated[float, SHARE] = _setting(
-        0.5, "Where mixup and CutMix are both on: probability that a mixed batch has CutMix."
-    )
-    mixup_mode: str = _setting(
-        "batch", "Mix alike in a whole batch, a pair or each image.", choices=["batch", "pair", "elem"]
-    )
-    repeated_aug: bool = _setting(
-        False, "Three augmented copies of each image in a batch, from a third of the images per epoch."
-    )
+    mixup_prob: Share = _setting(1.0, "Probability that a batch is mixed at all.")
+    mixup_switch_prob: Share = _setting(0.5, "Where both are on: probability that a mixed batch has CutMix.")
+    mixup_mode: Literal["batch", "pair", "elem"] = _setting("batch", "Mix alike in a batch, a pair or each image.")
+    repeated_aug: bool = _switch("Three augmented copies of an image in a batch, of a third of the images per epoch.")
 
-    augment_on: str = _setting(
+    augment_on: Literal["auto", "workers", "device"] = _setting(
         "auto",
         "Where training images are augmented: workers (processes on the CPU), device (the one that trains, "
         "a batch at a time; the workers only read, crop and resize, if they are needed at all), or auto (device on "
         "an NVIDIA GPU with Triton, if it knows the operations).",
-        choices=["auto", "workers", "device"],
     )
-    resident_share: Annotated[float, SHARE] = _setting(
+    resident_share: Share = _setting(
         0.25,
         "Where the device augments: training images are decoded once, and stay, if they fit into this "
         "share of its memory, or of the host's free memory; and so do those to evaluate on, in what is left of "
@@ -365,20 +296,20 @@ class RunArguments(TrainingArguments):
 
     _argument_group_name = "training (ours, and all of Transformers' TrainingArguments)"
 
-    base_lr: Annotated[float | None, NOT_NEGATIVE] = _optional(
+    base_lr: NotNegative | None = _optional(
         f"Learning rate for {REFERENCE_BATCH} images a step: the rate that runs is base_lr * global batch / "
         f"{REFERENCE_BATCH}. 5e-4 unless learning_rate is given, which runs as it is."
     )
     scale_lr: bool = _setting(True, "Scale base_lr (and attn_lr beside it) with the batch.")
-    learning_rate: Annotated[float | None, NOT_NEGATIVE] = _optional("Learning rate as it runs, in place of base_lr.")
-    attn_lr: Annotated[float | None, NOT_NEGATIVE] = _optional(
+    learning_rate: NotNegative | None = _optional("Learning rate as it runs, in place of base_lr.")
+    attn_lr: NotNegative | None = _optional(
         "Learning rate of the KArAt parameters; scaled with the batch exactly when base_lr is. Unset: as all others."
     )
-    attn_weight_decay: Annotated[float | None, NOT_NEGATIVE] = _optional(
+    attn_weight_decay: NotNegative | None = _optional(
         "Weight decay of the KArAt parameters, of every one. Unset: weight_decay, as DeiT's code decays whatever is a "
         "matrix or more."
     )
-    layer_decay: Annotated[float | None, POSITIVE_SHARE] = _optional(
+    layer_decay: PositiveShare | None = _optional(
         "Each block learns at this times the rate of the block above it, the embeddings likewise below the first "
         "block, the last block at this times the head's; an operator that all blocks share goes with the last."
     )
@@ -388,25 +319,16 @@ class RunArguments(TrainingArguments):
         "tanh, down to min_lr; step (times decay_rate every decay_epochs) or multistep (at decay_milestones); or "
         "constant. `--lr_scheduler_type` takes Transformers' own instead.",
     )
-    warmup_epochs: Annotated[float | None, NOT_NEGATIVE] = _setting(
-        5.0, "Epochs in which the rate rises linearly from warmup_lr."
-    )
-    warmup_lr: Annotated[float, NOT_NEGATIVE] = _setting(1e-6, "Learning rate at the start of the warm-up.")
-    min_lr: Annotated[float, NOT_NEGATIVE] = _setting(1e-5, "Lowest learning rate of cosine, linear, poly and tanh.")
-    cooldown_epochs: Annotated[float, NOT_NEGATIVE] = _setting(
-        0.0, "Epochs at min_lr at the end; num_train_epochs counts them."
-    )
-    decay_epochs: Annotated[float, POSITIVE] = _setting(30.0, "Epochs between the drops of the step schedule.")
-    decay_milestones: Annotated[list[float], NOT_NEGATIVE] = _setting(
-        [30.0, 60.0], "Epochs at which the multistep schedule drops."
-    )
-    decay_rate: Annotated[float, NOT_NEGATIVE] = _setting(0.1, "Factor of each drop; the power of poly.")
-    momentum: Annotated[float, DROPPED] = _setting(0.9, "Momentum of SGD (Nesterov's) and RMSprop.")
+    warmup_epochs: NotNegative | None = _setting(5.0, "Epochs in which the rate rises linearly from warmup_lr.")
+    warmup_lr: NotNegative = _setting(1e-6, "Learning rate at the start of the warm-up.")
+    min_lr: NotNegative = _setting(1e-5, "Lowest learning rate of cosine, linear, poly and tanh.")
+    cooldown_epochs: NotNegative = _setting(0.0, "Epochs at min_lr at the end; num_train_epochs counts them.")
+    decay_epochs: Positive = _setting(30.0, "Epochs between the drops of the step schedule.")
+    decay_milestones: Annotated[list[float], NOT_NEGATIVE] = _setting([30.0, 60.0], "Epochs of the multistep's drops.")
+    decay_rate: NotNegative = _setting(0.1, "Factor of each drop; the power of poly.")
+    momentum: Dropped = _setting(0.9, "Momentum of SGD (Nesterov's) and RMSprop.")
 
-    optim: str = _setting(
-        "adamw_torch_fused",
-        "Optimiser: one of Transformers', or one of timm's as timm_NAME (timm_lamb, timm_lion, ...).",
-    )
+    optim: str = _setting("adamw_torch_fused", "Optimiser: Transformers', or timm's as timm_NAME (timm_lamb, ...).")
     timm_optimizer: str | None = field(default=None, init=False)
     report_to: list[str] | None = _optional(
         "Trackers: tensorboard, wandb, or another of Transformers'; none: none. They need a run_name. Unset: wandb if "
@@ -418,12 +340,11 @@ class RunArguments(TrainingArguments):
         "for TensorBoard. Unset: a new one; the same command in the same output_dir goes on with it."
     )
 
-    model_ema: bool = _setting(
-        False,
+    model_ema: bool = _switch(
         "Keep an exponential moving average of the weights, evaluate it beside them (eval_ema_*), save it "
-        "in every checkpoint, and end with the better of the two.",
+        "in every checkpoint, and end with the better of the two."
     )
-    model_ema_decay: Annotated[float, SHARE] = _setting(0.99992, "Decay of the average at each step.")
+    model_ema_decay: Share = _setting(0.99992, "Decay of the average at each step.")
     model_ema_device: str | None = _optional("Keep the average there, such as cpu; unset: beside the weights.")
 
     record_step: bool | None = _optional(
@@ -431,35 +352,30 @@ class RunArguments(TrainingArguments):
         "compiled, so that the GPU does not wait for Python. Unset: wherever that can be; the log says which and why."
     )
 
-    per_device_train_batch_size: Annotated[int, COUNT] = _setting(64, "Images per device and step.")
-    per_device_eval_batch_size: Annotated[int | None, COUNT] = _optional(
+    per_device_train_batch_size: Count = _setting(64, "Images per device and step.")
+    per_device_eval_batch_size: Count | None = _optional(
         f"Images per device in evaluation; unset: as in training, and on a GPU {EVAL_BATCH} at least."
     )
-    num_train_epochs: Annotated[float, POSITIVE] = _setting(100.0, "Passes over the training images.")
-    weight_decay: Annotated[float, NOT_NEGATIVE] = _setting(0.05, "Weight decay, of matrices only.")
-    adam_epsilon: Annotated[float, NOT_NEGATIVE] = _setting(1e-6, "Epsilon of AdamW.")
-    max_grad_norm: Annotated[float, NOT_NEGATIVE] = _setting(1.0, "Clip the gradient's norm at this; 0: never.")
-    eval_strategy: str = _setting("epoch", "When to evaluate: epoch, steps, no.", choices=["no", "steps", "epoch"])
-    save_strategy: str = _setting(
-        "epoch", "When to save a checkpoint: epoch, steps, no.", choices=["no", "steps", "epoch", "best"]
-    )
-    logging_strategy: str = _setting("epoch", "When to log the training loss.", choices=["no", "steps", "epoch"])
+    num_train_epochs: Positive = _setting(100.0, "Passes over the training images.")
+    weight_decay: NotNegative = _setting(0.05, "Weight decay, of matrices only.")
+    adam_epsilon: NotNegative = _setting(1e-6, "Epsilon of AdamW.")
+    max_grad_norm: NotNegative = _setting(1.0, "Clip the gradient's norm at this; 0: never.")
+    eval_strategy: Literal["no", "steps", "epoch"] = _setting("epoch", "When to evaluate: epoch, steps, no.")
+    save_strategy: Literal["no", "steps", "epoch", "best"] = _setting("epoch", "When to save: epoch, steps, no, best.")
+    logging_strategy: Literal["no", "steps", "epoch"] = _setting("epoch", "When to log the training loss.")
     save_total_limit: Annotated[int | None, NOT_NEGATIVE] = _setting(
         2, "Keep this many checkpoint-* folders of the run: the newest, and always the best (0: all)."
     )
-    metric_for_best_model: str | None = _setting(
-        "accuracy", "By which metric of the evaluation a checkpoint is the best."
-    )
+    metric_for_best_model: str | None = _setting("accuracy", "The evaluation's metric by which a checkpoint is best.")
     do_train: bool = _setting(True, "false only evaluates the checkpoint to resume from.")
     resume_from_checkpoint: str | None = _optional(
         "Go on from this checkpoint-* folder, or from the last one of a run's folder, or of a repository of the Hub. "
         "The same command in the same output_dir resumes by itself."
     )
-    push_to_hub: bool = _setting(
-        False,
+    push_to_hub: bool = _switch(
         "Push model, code, image processor, card, recipe and curves to the Hugging Face Hub, in the "
         "background of training and at its end. A push that fails does not stop the run, and the same command "
-        "pushes what is missing.",
+        "pushes what is missing."
     )
     hub_model_id: str | None = _optional("Repository to push to, USER/NAME or NAME; unset: the name of output_dir.")
     hub_strategy: str = _setting(
@@ -474,36 +390,26 @@ class RunArguments(TrainingArguments):
         "Token to push with; unset: that of `hf auth login`, or of HF_TOKEN, which keep it out of the command line."
     )
     hub_revision: str | None = _optional("Branch to push to; it is made if it does not exist. Unset: main.")
-    hub_always_push: bool = _setting(
-        False, "Push every save, also those that wait for one before; else only the newest waits."
-    )
-    hub_overwrite: bool = _setting(
-        False, "Push where somebody else wrote, too; the repository's history keeps what is replaced."
-    )
+    hub_always_push: bool = _switch("Push every save, also those that wait for one before; else only the newest waits.")
+    hub_overwrite: bool = _switch("Push where somebody else wrote, too; the history keeps what is replaced.")
 
     dataloader_num_workers: Annotated[int | None, PROCESSES] = _optional(
         "Processes that read and augment images, for each process that trains; 0: none apart. Unset: one for each CPU "
         f"core but one, {MOST_WORKERS} at most."
     )
-    dataloader_persistent_workers: bool | None = _optional(
-        "Keep the data workers from one epoch to the next. Unset: yes, where there are any."
-    )
+    dataloader_persistent_workers: bool | None = _optional("Keep data workers over epochs. Unset: if there are any.")
     cpu_threads: Annotated[int | None, Range(1, 1024)] = _optional(
         "Threads of PyTorch on the CPU; unset: PyTorch's choice. Tiny models gain nothing from a second one."
     )
-    ddp_find_unused_parameters: bool | None = _setting(
-        False, "Look for parameters without gradients at every step; these models have none."
-    )
-    remove_unused_columns: bool = _setting(False, "Not used: no column is unused.")
-    logging_nan_inf_filter: bool = _setting(False, "Not used: a loss of NaN stops the run.")
+    ddp_find_unused_parameters: bool | None = _setting(False, "Look for parameters without gradients.")
+    remove_unused_columns: bool = _switch("Not used: no column is unused.")
+    logging_nan_inf_filter: bool = _switch("Not used: a loss of NaN stops the run.")
 
     def __post_init__(self):
-        scaled = self.learning_rate is None
-        if scaled:
+        if scaled := self.learning_rate is None:
             self.base_lr = 5e-4 if self.base_lr is None else self.base_lr
             self.learning_rate = self.base_lr
-        own_eval_batch = self.per_device_eval_batch_size is None
-        if own_eval_batch:
+        if own_eval_batch := self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = max(1, min(cores_to_use() - 1, MOST_WORKERS))
@@ -523,8 +429,9 @@ class RunArguments(TrainingArguments):
             raise InputError("`dataloader_multiprocessing_context` is of data workers: `dataloader_num_workers` is 0.")
         if self.fsdp and self.world_size == 1:
             raise InputError("`fsdp` shards a model over several processes: start them with `accelerate launch`.")
-        if self.model_ema_device is not None:
-            self._try_ema_device()
+        if (device := self.model_ema_device) is not None:
+            with refusing(f"`model_ema_device` is {device!r}, expected a device that is here, as cpu", whole=False):
+                torch.zeros(1, device=device)
         if self.torch_compile:
             self._try_compiling()
         if getattr(self, CHECKPOINTING) is not None:
@@ -537,11 +444,6 @@ class RunArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # PyTorch warns at every epoch.
         if scaled:
             self.learning_rate = self.base_lr * self.rate_factor
-
-    def _try_ema_device(self) -> None:
-        expected = "expected a device that is here, as cpu"
-        with refusing(f"`model_ema_device` is {self.model_ema_device!r}, {expected}", whole=False):
-            torch.zeros(1, device=self.model_ema_device)
 
     def _try_activation_checkpointing(self) -> None:
         given = getattr(self, CHECKPOINTING)
@@ -567,26 +469,20 @@ class RunArguments(TrainingArguments):
             torch.compile(lambda number: number + 1, **how)(torch.zeros(1, device=self.device))
 
     def _set_trackers(self) -> None:
-        from transformers.integrations import (
-            get_available_reporting_integrations,
-            is_tensorboard_available,
-            is_wandb_available,
-        )
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+        from transformers.integrations import integration_utils as theirs
 
-        available = {"wandb": is_wandb_available, "tensorboard": is_tensorboard_available}
+        known, here = theirs.INTEGRATION_TO_CALLBACK, theirs.get_available_reporting_integrations()
         if self.report_to is None:
             # As in the official code Weights & Biases; its commands name a run and must run without it, too.
-            self.report_to = [name for name, is_available in available.items() if is_available()][:1]
+            self.report_to = [name for name in ("wandb", "tensorboard") if name in here][:1]
         asked = [name for name in self.report_to if name != "none"]
         for name in asked:
-            if name not in (*INTEGRATION_TO_CALLBACK, "all"):
-                hint, known = did_you_mean(name, INTEGRATION_TO_CALLBACK), ", ".join(INTEGRATION_TO_CALLBACK)
-                raise InputError(f"`report_to` is {name!r}{hint}, expected one of {known}, all, none.")
+            if name not in (*known, "all"):
+                hint = did_you_mean(name, known)
+                raise InputError(f"`report_to` is {name!r}{hint}, expected one of {', '.join(known)}, all, none.")
         self.report_to = asked if asked and self.run_name is not None else ["none"]
-        others = {"none", "all", "flyte", *get_available_reporting_integrations()}
         for name in self.report_to:
-            if not (available[name]() if name in available else name in others):
+            if name not in ("none", "all", "flyte", *here):
                 raise InputError(
                     f"`run_name` {self.run_name!r} is to be reported to {name}, which is not installed: pip install "
                     f"{name}. Or name another tracker with `report_to` (tensorboard, wandb), or leave out `run_name`, "
@@ -596,11 +492,8 @@ class RunArguments(TrainingArguments):
     @property
     def optimizer_name(self) -> str:
         """As `optim` names it."""
-        return (
-            f"{official_flags.TIMM}{self.timm_optimizer}"
-            if self.timm_optimizer
-            else str(getattr(self.optim, "value", self.optim))
-        )
+        ours = self.timm_optimizer and f"{official_flags.TIMM}{self.timm_optimizer}"
+        return ours or str(getattr(self.optim, "value", self.optim))
 
     @property
     def global_batch_size(self) -> int:
@@ -637,41 +530,24 @@ class RunArguments(TrainingArguments):
 
 @dataclass
 class Settings:
-    """
-    What a run was asked for.
-
-    Args:
-        model, data, training: the settings.
-        record: all of them by name, as given, before anything is derived from them.
-        recipe: the YAML file, if any.
-        reported: what the paper reports for this recipe, in percent: `top1`, `top5`.
-    """
+    """What a run was asked for."""
 
     model: ModelArguments
     data: DataArguments
     training: RunArguments
-    record: dict[str, Any]
+    record: dict[str, Any]  # All of them by name, as given, before anything is derived from them.
     recipe: Path | None = None
-    reported: dict[str, float] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)  # By the paper, in percent: `top1`, `top5`.
 
 
-def fields_of_settings() -> list[tuple[type, str]]:
-    return [
-        (group, item.name)
-        for group in (ModelArguments, DataArguments, RunArguments)
+def default_record(*groups: type) -> dict[str, Any]:
+    """The settings of a run that was given none; those of some of the dataclasses."""
+    return {
+        item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        for group in groups or (ModelArguments, DataArguments, RunArguments)
         for item in dataclasses.fields(group)
         if item.init
-    ]
-
-
-def default_record() -> dict[str, Any]:
-    """The settings of a run that was given none."""
-    return {name: default_of(group, name) for group, name in fields_of_settings()}
-
-
-def default_of(group: type, name: str) -> Any:
-    item = {item.name: item for item in dataclasses.fields(group)}[name]
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    }
 
 
 def to_json(record: dict[str, Any]) -> dict[str, Any]:

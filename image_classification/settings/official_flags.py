@@ -7,7 +7,7 @@ docs/official-command-line.md and the tests read it. Spellings with `-` and `_` 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import not_
 from typing import Any
@@ -19,17 +19,8 @@ from ..errors import InputError, did_you_mean
 BASES = {name: name for name in ("fourier", "spline", "wavelet", "rational")} | {"bspline": "spline"}
 WAVELETS = {"mexicanhat": "mexican_hat", "ricker": "mexican_hat", "derivativeofgaussian": "dog"}
 # `torch.nn` modules by the name of Transformers' activation that computes the same.
-BASE_FUNCTIONS = {
-    "ZeroModule": "zero",
-    "Identity": "linear",
-    "SiLU": "silu",
-    "GELU": "gelu",
-    "ReLU": "relu",
-    "ReLU6": "relu6",
-    "LeakyReLU": "leaky_relu",
-    "Mish": "mish",
-    "Sigmoid": "sigmoid",
-    "Tanh": "tanh",
+BASE_FUNCTIONS = {"ZeroModule": "zero", "Identity": "linear", "LeakyReLU": "leaky_relu"} | {
+    name: name.lower() for name in ("SiLU", "GELU", "ReLU", "ReLU6", "Mish", "Sigmoid", "Tanh")
 }
 OPTIMIZERS = {name: name for name in ("sgd", "adagrad", "adafactor", "rmsprop")} | {"adamw": "adamw_torch"}
 
@@ -69,19 +60,14 @@ def check_timm_optimizer(value: str) -> str:
     try:
         from timm.optim import get_optimizer_info, list_optimizers
     except ImportError as error:
-        raise InputError(
-            f"The optimiser {value} is none of {', '.join(OPTIMIZERS)}; timm's need timm, which is not installed: pip "
-            "install timm."
-        ) from error
+        raise InputError(f"The optimiser {value} needs timm, which is not installed: pip install timm.") from error
     name = value.removeprefix(TIMM)
     # Second-order optimisers need a second backward pass.
     usable = map(str, list_optimizers(exclude_filters=["bnb*"]))
     known = [optimizer for optimizer in usable if not get_optimizer_info(optimizer).second_order]
     if name not in known:
-        raise InputError(
-            f"There is no optimiser {value}{did_you_mean(name, known)}. timm has {', '.join(known)}; `--optim` takes "
-            "those as timm_NAME, and every optimiser of Transformers."
-        )
+        hint = f"{did_you_mean(name, known)}. timm has {', '.join(known)}"
+        raise InputError(f"There is no optimiser {value}{hint}; `--optim` takes those as timm_NAME, and Transformers'.")
     return name
 
 
@@ -105,17 +91,14 @@ def device(value: str) -> bool:
     if value == "cpu":
         return True
     if value != "cuda":
-        raise InputError(
-            f"--device {value}: expected cpu or cuda. CUDA_VISIBLE_DEVICES chooses among several GPUs, and "
-            "`accelerate launch` uses all of them."
-        )
+        raise InputError(f"--device {value}: expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs.")
     if not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA device here. Leave the flag out, or give --device cpu.")
     return False
 
 
 def positive(value: int) -> int:
-    """The number of KArAt heads, of which there must be any."""
+    """Counts KArAt heads."""
     if value < 1:
         raise InputError(f"--num_attention {value}: expected the number of KArAt heads, 1 or more.")
     return value
@@ -136,20 +119,12 @@ def _constant(value: Any) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True)
 class OfficialFlag:
-    """
-    Args:
-        flag: as the official code spells it.
-        setting: ours; several where the flag sets several, none where what it asks for is always so.
-        convert: from the flag's value (`True` for a switch) to our setting's; for several settings, one value each.
-        kind: type of the flag's value, `None` for a switch.
-        nargs: of argparse.
-        note: what the flag does, where the setting's own help does not say it.
-    """
+    """A flag as the official code spells it; `note` is what it does, where our setting's help does not say it."""
 
     flag: str
-    setting: str | tuple[str, ...] = ()
-    convert: Callable[[Any], Any] | None = None
-    kind: type | None = str
+    setting: str | tuple[str, ...] = ()  # None where what the flag asks for is always so.
+    convert: Callable[[Any], Any] | None = None  # From the flag's value (`True` for a switch) to the setting's.
+    kind: type | None = str  # Of the flag's value, where it is no setting's name; `None` for a switch.
     nargs: str | int | None = None
     note: str = ""
 
@@ -162,9 +137,14 @@ class OfficialFlag:
         return name_of(self.flag)
 
 
+def _same(*flags: str) -> list[OfficialFlag]:
+    """Flags that are called as our settings are."""
+    return [OfficialFlag(flag, name_of(flag)) for flag in flags]
+
+
 OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     # Model
-    OfficialFlag("--model", "model"),
+    *_same("--model", "--modular_mode", "--grid_range", "--rational_order", "--project_l1"),
     OfficialFlag("--input-size", "image_size", lambda value: [value], int, note="side of the square image"),
     OfficialFlag("--drop", "hidden_dropout_prob", None, float),
     OfficialFlag("--drop-path", "drop_path_rate", None, float),
@@ -172,74 +152,57 @@ OFFICIAL_FLAGS: tuple[OfficialFlag, ...] = (
     OfficialFlag("--wavelet_type", "wavelet_type", wavelet_type),
     OfficialFlag("--grid", "grid_size", None, int),
     OfficialFlag("--order", "spline_order", None, int),
-    OfficialFlag("--grid_range", "grid_range", None, float, "+"),
-    OfficialFlag("--rational_order", "rational_order", None, int, "+"),
     OfficialFlag("--base_fn", "base_fn", base_fn, note="`ZeroModule` or `nn.SiLU`, ...: looked up, never evaluated"),
     OfficialFlag("--hidden_dim", "karat_rank", None, int),
     OfficialFlag("--depth", "karat_depth", None, int, note="without `--modular_attn`, every step is learnable"),
     OfficialFlag("--modular_attn", "modular_mode", _constant("phi1_w2"), None, note="`phi1_w2` without a mode"),
-    OfficialFlag("--modular_mode", "modular_mode"),
     OfficialFlag("--blockwise", "sharing", _constant("blockwise"), None),
     OfficialFlag("--universal", "sharing", _constant("universal"), None),
     OfficialFlag("--mixed_head", "num_karat_heads", _constant(0), None, note="1, 3, 6 heads for Tiny, Small, Base"),
     OfficialFlag("--num_attention", "num_karat_heads", positive, int, note="needs `--mixed_head`"),
-    OfficialFlag("--project_l1", "project_l1", None, None),
     OfficialFlag("--basis_not_trainable", "train_basis", not_, None),
     OfficialFlag("--base_not_trainable", "train_base", not_, None),
     # Data
-    OfficialFlag("--data-set", "data_set"),
-    OfficialFlag("--data-path", "data_path"),
+    *_same("--data-set", "--data-path", "--eval-crop-ratio", "--color-jitter", "--train-interpolation"),
+    *_same(
+        "--mixup",
+        "--cutmix",
+        "--cutmix-minmax",
+        "--mixup-prob",
+        "--mixup-switch-prob",
+        "--mixup-mode",
+        "--repeated-aug",
+    ),
     OfficialFlag("--num_workers", "dataloader_num_workers", None, int),
     OfficialFlag("--pin-mem", "dataloader_pin_memory", None, None),
     OfficialFlag("--no-pin-mem", "dataloader_pin_memory", not_, None),
-    OfficialFlag("--eval-crop-ratio", "eval_crop_ratio", None, float),
-    OfficialFlag("--color-jitter", "color_jitter", None, float),
-    OfficialFlag("--train-interpolation", "train_interpolation"),
     OfficialFlag("--aa", "auto_augment", note="`rand-m15-n2-mstd1.0-inc1`, ... or `none`"),
     OfficialFlag("--reprob", "random_erasing", None, float),
     OfficialFlag("--remode", "random_erasing_mode"),
     OfficialFlag("--recount", "random_erasing_count", None, int),
-    OfficialFlag("--mixup", "mixup", None, float),
-    OfficialFlag("--cutmix", "cutmix", None, float),
-    OfficialFlag("--cutmix-minmax", "cutmix_minmax", None, float, "+"),
-    OfficialFlag("--mixup-prob", "mixup_prob", None, float),
-    OfficialFlag("--mixup-switch-prob", "mixup_switch_prob", None, float),
-    OfficialFlag("--mixup-mode", "mixup_mode"),
-    OfficialFlag("--repeated-aug", "repeated_aug", None, None),
     OfficialFlag("--no-repeated-aug", "repeated_aug", not_, None),
     # Optimisation
+    *_same("--momentum", "--weight-decay", "--attn_lr"),
+    *_same("--warmup-epochs", "--warmup-lr", "--min-lr", "--decay-epochs", "--decay-rate", "--cooldown-epochs"),
+    *_same("--model-ema", "--model-ema-decay"),
     OfficialFlag("--batch-size", "per_device_train_batch_size", None, int),
     OfficialFlag("--epochs", "num_train_epochs", None, float),
     OfficialFlag("--opt", "optim", optimizer, note="any of timm's"),
     OfficialFlag("--opt-eps", "adam_epsilon", None, float),
     OfficialFlag("--opt-betas", ("adam_beta1", "adam_beta2"), None, float, 2),
-    OfficialFlag("--momentum", "momentum", None, float),
-    OfficialFlag("--weight-decay", "weight_decay", None, float),
     OfficialFlag("--clip-grad", "max_grad_norm", None, float),
     OfficialFlag("--lr", "base_lr", None, float, note="per 512 images of the global batch"),
     OfficialFlag("--unscale-lr", "scale_lr", not_, None, note="`--lr` as it is, whatever the batch"),
-    OfficialFlag("--attn_lr", "attn_lr", None, float),
     OfficialFlag("--sched", "sched", scheduler),
-    OfficialFlag("--warmup-epochs", "warmup_epochs", None, float),
-    OfficialFlag("--warmup-lr", "warmup_lr", None, float),
-    OfficialFlag("--min-lr", "min_lr", None, float),
-    OfficialFlag("--decay-epochs", "decay_epochs", None, float),
-    OfficialFlag("--decay-rate", "decay_rate", None, float),
-    OfficialFlag("--cooldown-epochs", "cooldown_epochs", None, float),
     OfficialFlag("--smoothing", "label_smoothing_factor", None, float),
-    OfficialFlag("--model-ema", "model_ema", None, None),
     OfficialFlag("--no-model-ema", "model_ema", not_, None),
-    OfficialFlag("--model-ema-decay", "model_ema_decay", None, float),
     OfficialFlag("--model-ema-force-cpu", "model_ema_device", _constant("cpu"), None),
     # Run
-    OfficialFlag("--output_dir", "output_dir"),
+    *_same("--output_dir", "--seed", "--finetune", "--run_id"),
     OfficialFlag("--device", "use_cpu", device),
-    OfficialFlag("--seed", "seed", None, int),
     OfficialFlag("--resume", "resume_from_checkpoint"),
-    OfficialFlag("--finetune", "finetune"),
     OfficialFlag("--eval", "do_train", _constant(False), None, note="evaluate the checkpoint of `--resume`"),
     OfficialFlag("--run_name", "run_name", note="reported to Weights & Biases or TensorBoard, if installed"),
-    OfficialFlag("--run_id", "run_id"),
     OfficialFlag("--dist-eval", kind=None, note="as it is: evaluation always uses all processes"),
 )
 
@@ -259,14 +222,7 @@ class Given:
 
 
 def translate(name: str, spelling: str, value: Any) -> list[Given]:
-    """
-    Translate one official flag.
-
-    Args:
-        name: key of `BY_NAME`.
-        spelling: as the user wrote it.
-        value: as argparse read it; `True` for a switch.
-    """
+    """Translate one official flag, a key of `BY_NAME`, with its value as argparse read it (`True` for a switch)."""
     flag = BY_NAME[name]
     if len(flag.settings) == 1:
         value = [flag.convert(value) if flag.convert else value]
@@ -282,14 +238,9 @@ def combine(given: list[Given]) -> list[Given]:
     """
     names = {name_of(item.spelling) for item in given}
     if "num_attention" in names and "mixed_head" not in names:
-        raise InputError(
-            "--num_attention counts the KArAt heads of mixed attention: add --mixed_head, or leave it out."
-        )
-    refined = set()
-    if "modular_mode" in names:
-        refined.add("modular_attn")
-    if "num_attention" in names:
-        refined.add("mixed_head")
+        raise InputError("--num_attention counts the KArAt heads of mixed attention: add --mixed_head.")
+    pairs = (("modular_mode", "modular_attn"), ("num_attention", "mixed_head"))
+    refined = {refined for by, refined in pairs if by in names}
     combined = [item for item in given if name_of(item.spelling) not in refined]
     if "depth" in names and not names & {"modular_attn", "modular_mode"}:
         combined.append(Given("--depth without --modular_attn", "modular_mode", "none"))
@@ -328,18 +279,10 @@ OTHERS = {
 }
 
 
-def hint_of_others(flag: str) -> str:
-    """` (here: ...)` for a flag that Transformers' example or timm's script has, or nothing."""
-    known = OTHERS.get(name_of(flag))
-    return f" (here: {known})" if known else ""
-
-
-def suggest(flag: str, native: set[str]) -> str:
-    """A hint for a flag that does not exist."""
-    flag = flag.partition("=")[0]
-    return hint_of_others(flag) or did_you_mean(
-        flag, [f"--{name}" for name in native] + [known.flag for known in OFFICIAL_FLAGS]
-    )
+def suggest(flag: str, known: Iterable[str]) -> str:
+    """A hint for a flag or setting that does not exist: what another script's is here, or what is spelt alike."""
+    other = OTHERS.get(name_of(flag))
+    return f" (here: {other})" if other else did_you_mean(flag, known)
 
 
 def markdown_table() -> str:

@@ -8,9 +8,10 @@ names both spellings; so is a key or flag that does not exist. Nothing is abbrev
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -32,29 +33,19 @@ from .arguments import (
     Range,
     RunArguments,
     Settings,
-    default_of,
     default_record,
-    fields_of_settings,
 )
 from .official_flags import OFFICIAL_FLAGS, Given, name_of
 
 
-class _Record(argparse._StoreAction):
-    """Store, and keep the spelling."""
+class _Record(argparse.Action):
+    """Keeps the spelling beside the value."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if option_string is None:
             setattr(namespace, self.dest, values)
         else:
             namespace.given.append((option_string, self.dest, self.const if self.nargs == 0 else values))
-
-
-class _RecordTrue(argparse._StoreTrueAction):
-    __call__ = _Record.__call__
-
-
-class _RecordFalse(argparse._StoreFalseAction):
-    __call__ = _Record.__call__
 
 
 class _Help(argparse.HelpFormatter):
@@ -93,9 +84,8 @@ class Parser(HfArgumentParser):
             ),
         )
         self.register("action", None, _Record)
-        self.register("action", "store", _Record)
-        self.register("action", "store_true", _RecordTrue)
-        self.register("action", "store_false", _RecordFalse)
+        self.register("action", "store_true", functools.partial(_Record, nargs=0, const=True))
+        self.register("action", "store_false", functools.partial(_Record, nargs=0, const=False))
         self.add_argument("recipe", nargs="?", help="YAML file of settings, such as configuration/digits.yaml.")
         for group in (ModelArguments, DataArguments, RunArguments):
             self._add_dataclass_arguments(group)
@@ -126,11 +116,9 @@ class Parser(HfArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
-            hints = [
-                f"{word}{official_flags.suggest(word, set(self.settings))}"
-                for word in message.split(":", 1)[1].split()
-                if word.startswith("--")
-            ]
+            known = [f"--{name}" for name in self.settings] + [flag.flag for flag in OFFICIAL_FLAGS]
+            words = [word.partition("=")[0] for word in message.split(":", 1)[1].split() if word.startswith("--")]
+            hints = [word + official_flags.suggest(word, known) for word in words]
             message = f"unknown flag {', '.join(hints)}; --help lists all" if hints else message
         super().error(message)
 
@@ -176,10 +164,7 @@ EXPECTED = {"truth": "true or false", "int": "a whole number (int)", "float": "a
 
 def parse_settings(argv: list[str]) -> Settings:
     """
-    Read the command line and the recipe it names.
-
-    Args:
-        argv: the words after the script's name.
+    Read the command line (the words after the script's name) and the recipe it names.
 
     Raises:
         InputError: a setting is contradicted, misspelt, of the wrong type, or none of the choices.
@@ -202,19 +187,17 @@ def parse_settings(argv: list[str]) -> Settings:
         from_recipe.pop("output_dir", None)
     given = _without_counterparts(from_recipe, flags) | flags
     # What is given excludes the default of its counterpart.
-    if "lr_scheduler_type" in given:
-        given["sched"] = None
-    if "warmup_steps" in given:
-        given["warmup_epochs"] = None
+    given |= {"sched": None} if "lr_scheduler_type" in given else {}
+    given |= {"warmup_epochs": None} if "warmup_steps" in given else {}
     record = default_record() | given
     _check(record)
-    settings: dict[type, dict[str, Any]] = {ModelArguments: {}, DataArguments: {}, RunArguments: {}}
-    for owner, name in fields_of_settings():
-        settings[owner][name] = record[name]
-    model, data = ModelArguments(**settings[ModelArguments]), DataArguments(**settings[DataArguments])
+
+    def made(group: type) -> Any:
+        return group(**{name: record[name] for name in default_record(group)})
+
     with refusing("The settings of training cannot be used"):  # By Transformers, accelerate or DeepSpeed.
-        training = RunArguments(**settings[RunArguments])
-    return Settings(model, data, training, record, Path(recipe) if recipe else None, reported)
+        groups = made(ModelArguments), made(DataArguments), made(RunArguments)
+    return Settings(*groups, record, Path(recipe) if recipe else None, reported)
 
 
 # Settings whose value is a mapping: in a recipe as such, on the command line in JSON.
@@ -246,10 +229,8 @@ def _from_flags(spelt: list[tuple[str, str, Any]]) -> dict[str, Any]:
     # Of one flag given twice, the last one wins.
     last = {name_of(spelling): (spelling, *rest) for spelling, *rest in spelt}
     for spelling, name, value in last.values():
-        official = name.startswith("official.")
-        name = name.removeprefix("official.")
-        if official:
-            given += official_flags.translate(name, spelling, value)
+        if name.startswith("official."):
+            given += official_flags.translate(name.removeprefix("official."), spelling, value)
         else:
             given.append(Given(spelling, name, _normalised(name, value)))
     given = official_flags.combine(given)
@@ -269,23 +250,18 @@ def _refuse_two_ways(spelt: dict[str, str], source: str = "") -> None:
     """Raise an `InputError` where one source sets one thing by two settings."""
     for name, other in EXCLUSIVE:
         if name in spelt and other in spelt:
-            raise InputError(
-                f"{source}{spelt[name]} and {spelt[other]} are two ways to set one thing (`{name}`, `{other}`). Give "
-                "one of them."
-            )
+            raise InputError(f"{source}{spelt[name]} and {spelt[other]} set one thing (`{name}`, `{other}`): give one.")
 
 
 def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, float]]:
     """
-    The settings of a recipe, over those of the recipes that it `extends`; and the figures that the paper reports for
-    it, in percent.
+    The settings of a recipe, over those that it `extends`; and the figures that the paper reports for it, in percent.
     """
     if path.resolve() in above:
         raise InputError(f"{path} extends itself, by way of {', '.join(str(other) for other in above)}.")
-    if path.suffix not in (".yaml", ".yml") and above:
-        raise InputError(f"{above[-1]} extends {path}, which is no .yaml file.")
     if path.suffix not in (".yaml", ".yml"):
-        raise InputError(f"{path}: a recipe is a .yaml file. Flags begin with --.")
+        by = f"{above[-1]} extends it" if above else "flags begin with --"
+        raise InputError(f"{path}: a recipe is a .yaml file; {by}.")
     if not path.is_file():
         if above:
             raise InputError(f"{above[-1]} extends {path}, which does not exist. Paths are relative to the recipe.")
@@ -298,9 +274,7 @@ def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tu
         raise InputError(f"{path}: `extends` is {extended!r}, expected the path of a recipe, or a list of them.")
     numbers = isinstance(reported, dict) and all(type(value) in (int, float) for value in reported.values())
     if not numbers or not set(reported) <= REPORTED or not all(value in Range(0, 100) for value in reported.values()):
-        raise InputError(
-            f"{path}: `reported` is {reported!r}, expected numbers in percent, as top1: 76.69, top5: 98.57."
-        )
+        raise InputError(f"{path}: `reported` is {reported!r}, expected percentages, as top1: 76.69, top5: 98.57.")
     inherited: dict[str, Any] = {}
     for other in [extended] if isinstance(extended, str) else extended:
         inherited |= _from_recipe(parser, path.parent / other, (*above, path.resolve()))[0]
@@ -311,7 +285,7 @@ def _from_recipe(parser: Parser, path: Path, above: tuple[Path, ...] = ()) -> tu
             if official is not None and official.settings:
                 hint = f": it is an official flag. Recipes use our name, `{'`, `'.join(official.settings)}`"
             else:
-                hint = official_flags.hint_of_others(key) or did_you_mean(key, parser.settings)
+                hint = official_flags.suggest(key, parser.settings)
             raise InputError(f"{path}: unknown setting `{key}`{hint}.")
         if value is None and key == "modular_mode":
             value = "none"
@@ -334,14 +308,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        if node is None:
+        if (node := loader.get_single_node()) is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"{path}: expected lines of `setting: value`, found a {node.id}.")
         keys = [str(key.value) for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise InputError(f"{path}: {', '.join(twice)} is given twice.")
         loader.flatten_mapping(node)
         return {str(key.value): _as_written(loader, value) for key, value in node.value}
@@ -372,18 +344,14 @@ def _limits() -> dict[str, tuple[Range | Numbers, ...]]:
     limits: dict[str, tuple[Range | Numbers, ...]] = {name: (item,) for name, item in THEIR_RANGES.items()}
     for group in (ModelArguments, DataArguments, RunArguments):
         for name, hint in get_type_hints(group, include_extras=True).items():
-            if said := getattr(hint, "__metadata__", ()):
-                limits[name] = said
+            for part in (hint, *get_args(hint)):  # `Share | None` says it of its first part.
+                if said := getattr(part, "__metadata__", ()):
+                    limits[name] = said
     return limits
 
 
 def _check(record: dict[str, Any]) -> None:
-    """
-    What neither the model's configuration nor Transformers checks, before anything is derived from it.
-
-    Args:
-        record: all settings by name.
-    """
+    """What neither the model's configuration nor Transformers checks, before anything is derived from it."""
     limits = _limits()
     for name, value in record.items():
         if value == "" and name not in ("auto_augment", "debug"):
@@ -392,8 +360,9 @@ def _check(record: dict[str, Any]) -> None:
         for limit in limits.get(name, (Range(),)) if numbers or value == [] else ():
             if not all(number in limit for number in (numbers if isinstance(limit, Range) else [value])):
                 raise InputError(f"`{name}` is {value}, expected {limit}.")
+    defaults = default_record(RunArguments)
     for name, why in NOT_HERE.items():
-        if record.get(name) not in (None, default_of(RunArguments, name)):
+        if record.get(name) not in (None, defaults.get(name)):
             raise InputError(f"`{name}` does not work here: {why}. Leave it out.")
     for name in MAPPINGS:
         _check_mapping(name, record.get(name))
