@@ -23,27 +23,18 @@ _OURS = {"__main__", "analysis", "image_classification", "modeling_karat_vit", "
 
 
 class InputError(ValueError):
-    """
-    A setting, file or folder that cannot be used. The message names it, what was expected and what to do.
+    """A setting, file or folder that cannot be used. The message names it, what was expected and what to do."""
 
-    `said` is set where another process says the same.
-    """
-
-    said = False
+    said = False  # Whether another process says the same.
 
 
 def run_command(program: str, command: Callable[[], int | None], debug: bool = False) -> int:
     """
-    Run a command, and tell its failure, if it fails, in one line on standard error.
-
-    Args:
-        program: what the line begins with.
-        command: returns its exit status; `None` is 0.
-        debug: print the tracebacks.
+    Run a command, and tell its failure, if it fails, in one line on standard error that begins with `program`.
 
     Returns:
-        The command's exit status; 2 after an `InputError`; 130 after Ctrl-C; 1 after a failure that nobody foresaw,
-        whose traceback is in a file that the line names.
+        The command's exit status (0 for `None`); 2 after an `InputError`; 130 after Ctrl-C; 1 after a failure that
+        nobody foresaw, whose traceback is in a file that the line names, or with `debug` on standard error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -96,20 +87,14 @@ def reason_of(error: BaseException, whole: bool = False) -> str:
 
 @contextlib.contextmanager
 def refusing(what: str, hint: str = "", whole: bool = True) -> Iterator[None]:
-    """
-    Make an `InputError` of whatever a library raises.
-
-    Args:
-        what: the setting or file, and what is wrong with it; the reason follows.
-        hint: what follows the reason.
-        whole: as `reason_of` has it.
-    """
+    """Make an `InputError` of whatever a library raises: `what`, the reason (as `reason_of` has it), and a `hint`."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what}: {reason_of(error, whole)}{hint}") from error
+        reason = reason_of(error, whole)
+        raise InputError(f"{what}: {reason.rstrip('.') if hint else reason}{hint}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -155,12 +140,13 @@ def _unforeseen(error: Exception) -> str:
 
 def _file_of(error: BaseException) -> str | None:
     """The file that the system names; or else the file (or if there is none, the folder) in our innermost frames."""
-    for link in _chain(error):
+    links = list(reversed(chain(error)))
+    for link in links:
         if isinstance(link, OSError) and isinstance(link.filename, (str, bytes)):
             return os.fsdecode(link.filename)
     frames = [
         frame
-        for link in _chain(error)
+        for link in links
         for frame, _ in reversed(list(traceback.walk_tb(link.__traceback__)))
         if frame.f_globals.get("__name__", "").partition(".")[0] in _OURS
     ]
@@ -173,10 +159,10 @@ def _file_of(error: BaseException) -> str | None:
     return next((path for test in (os.path.isfile, os.path.isdir) for path in named if test(path)), None)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came from, the innermost first."""
+def chain(error: BaseException | None) -> list[BaseException]:
+    """An error and those that it came from, the innermost last."""
     links = []
     while error is not None and error not in links:
         links.append(error)
         error = error.__cause__ or error.__context__
-    return reversed(links)
+    return links

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
-from .errors import InputError, reason_of
+from .errors import InputError, chain, reason_of
 
 
 LAST_CHECKPOINT = "last-checkpoint"
@@ -32,26 +32,16 @@ _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 
 @dataclass
 class Trouble:
-    """
-    What went wrong, for people.
+    """What went wrong, for people."""
 
-    Args:
-        reason: why, with what to do where that is known.
-        passing: whether another try may succeed.
-        reached: whether it was the Hub that said no (and not a network that led nowhere).
-    """
-
-    reason: str
-    passing: bool
-    reached: bool = True
+    reason: str  # With what to do where that is known.
+    passing: bool  # Whether another try may succeed.
+    reached: bool = True  # Whether it was the Hub that said no (and not a network that led nowhere).
 
 
 def explain(error: BaseException) -> Trouble:
     """Any error of `huggingface_hub`, in words."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    for link in chain:
+    for link in chain(error):
         if isinstance(link, InputError):
             return Trouble(str(link), passing=False)
         if isinstance(link, LocalTokenNotFoundError):
@@ -111,14 +101,8 @@ def patience(seconds: float) -> Iterator[None]:
 
 def download_file(name: str, file: str) -> Path | None:
     """
-    A file of a repository; `None` if it has none of that name, or `HF_HUB_OFFLINE` is set and the cache has none.
-
-    Args:
-        name: `USER/NAME`.
-        file: its path in the repository.
-
-    Raises:
-        InputError: there is no such repository, or the Hub cannot be asked.
+    A file of a repository `USER/NAME`; `None` if it has none of that path, or `HF_HUB_OFFLINE` is set and the cache has
+    none. Raises `InputError` where there is no such repository, or the Hub cannot be asked.
     """
     try:
         return Path(hf_hub_download(name, file))
@@ -132,21 +116,14 @@ def download_file(name: str, file: str) -> Path | None:
 
 def download_checkpoint(name: str, token: str | None = None) -> Path:
     """
-    The last checkpoint that a run has pushed, as a folder here.
-
-    Args:
-        name: `USER/NAME`.
-        token: default that of `hf auth login`, or of the environment.
-
-    Raises:
-        InputError: there is none, or the Hub cannot be asked.
+    The last checkpoint that a run has pushed to `USER/NAME`, as a folder here. Raises `InputError` where there is none,
+    or the Hub cannot be asked. The token is by default that of `hf auth login`, or of the environment.
     """
     with understood("resume_from_checkpoint", name), patience(PATIENCE):
         files = HfApi(token=token).list_repo_files(name)
         folders = {path.split("/")[0] for path in files if "/" in path}
         steps = {int(match[1]): match[0] for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder))}
-        chosen = LAST_CHECKPOINT if LAST_CHECKPOINT in folders else steps[max(steps)] if steps else None
-        if chosen is None:
+        if (chosen := LAST_CHECKPOINT if LAST_CHECKPOINT in folders else steps[max(steps)] if steps else None) is None:
             raise InputError(
                 f"`resume_from_checkpoint`: {name} on the Hub holds no checkpoint, only the model. A run pushes its "
                 "checkpoints with `--hub_strategy checkpoint`; to start from the weights, give --finetune."
@@ -160,16 +137,7 @@ def is_name(given: str) -> bool:
 
 
 def find_token(given: str | None) -> str:
-    """
-    The token to write with.
-
-    Raises:
-        InputError: there is none.
-    """
-    token = given or get_token()
-    if not token:
-        raise InputError(
-            "`push_to_hub` needs an account of the Hub: log in with `hf auth login`, or set the environment variable "
-            "HF_TOKEN."
-        )
-    return token
+    """The token to write with. Raises `InputError` where there is none."""
+    if token := given or get_token():
+        return token
+    raise InputError("`push_to_hub` needs an account of the Hub: log in with `hf auth login`, or set HF_TOKEN.")
