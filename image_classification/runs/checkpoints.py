@@ -8,6 +8,7 @@ damages it later (a full disk, a copy that broke off, a failing disk) is seen in
 """
 
 import contextlib
+import itertools
 import json
 import pickle
 import re
@@ -63,15 +64,13 @@ def is_checkpoint(folder: Path) -> bool:
 
 def damage(folder: Path) -> str | None:
     """
-    What is wrong with a checkpoint, in words: a file is missing, too short, or of other content than was written.
-
-    Returns:
-        `None` if nothing is, or if the checkpoint has no `SHA256SUMS` because something else wrote it.
+    What is wrong with a checkpoint, in words: a file is missing, too short, or of other content than was written;
+    `None` if nothing is, or if it has no `SHA256SUMS` because something else wrote it.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        missing = STATE if not (folder / STATE).is_file() else WEIGHTS
+        missing = WEIGHTS if (folder / STATE).is_file() else STATE
         return None if is_checkpoint(folder) else f"{missing} is missing"
     except (OSError, UnicodeDecodeError):
         return f"{SUMS} cannot be read"
@@ -104,16 +103,11 @@ def check_progress(folder: Path) -> None:
     if not all("eval_loss" not in entry or "epoch" in entry for entry in state.log_history):
         raise InputError(f"{folder / STATE} is damaged: `log_history` has evaluations without their `epoch`.")
     if (folder / PROGRESS).is_file():
-        fields: dict[str, type | tuple[type, ...]] = {
-            "logged_loss": number,
-            "last_logged_step": int,
-            "seconds": number,
-            "epoch_ended": bool,
-        }
+        fields = {"logged_loss": number, "last_logged_step": int, "seconds": number, "epoch_ended": bool}
         _check_fields(folder / PROGRESS, fields, {"losses": number, "due": str})
 
 
-def _check_fields(path: Path, fields: dict[str, type | tuple[type, ...]], lists: dict) -> None:
+def _check_fields(path: Path, fields: dict[str, Any], lists: dict[str, Any]) -> None:
     """Of JSON: the types of fields, and of what is in lists."""
     content = read_json(path)
     for name, kind in (fields | lists).items():
@@ -124,16 +118,10 @@ def _check_fields(path: Path, fields: dict[str, type | tuple[type, ...]], lists:
 
 
 def newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
-    """
-    The checkpoint to go on from.
-
-    Returns:
-        The undamaged checkpoint of the highest step, if any; and the damaged ones after it, with what is wrong.
-    """
+    """The undamaged checkpoint of the highest step, if any, and the damaged ones after it, with what is wrong."""
     damaged: dict[Path, str] = {}
     for folder in reversed(_numbered(run).values()):
-        wrong = damage(folder)
-        if wrong is None:
+        if (wrong := damage(folder)) is None:
             return folder, damaged
         damaged[folder] = wrong
     return None, damaged
@@ -141,11 +129,8 @@ def newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that it is neither taken for one nor counted, and return its new place."""
-    number = 0
-    while (aside := folder.with_name(f"{folder.name}.damaged" + (f".{number}" if number else ""))).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
+    names = itertools.chain([f"{folder.name}.damaged"], (f"{folder.name}.damaged.{n}" for n in itertools.count(1)))
+    return folder.rename(next(aside for name in names if not (aside := folder.with_name(name)).exists()))
 
 
 def tidy(run: Path) -> None:
@@ -189,44 +174,26 @@ def publish(folder: Path) -> None:
 
 
 def rotate(run: Path, limit: int | None, last: Path, best: Path | None) -> None:
-    """
-    Delete the oldest checkpoints beyond `limit`; never the `last` one, from which the run goes on, nor the `best`.
-
-    Args:
-        run: the run's folder.
-        limit: how many to keep, those two included; `None` keeps all.
-    """
+    """Delete a run's oldest checkpoints beyond `limit`, of which the `last`, to go on from, and the `best` are two."""
     if limit is None:
         return
     keep = {last, best} - {None}
-    for folder in reversed(checkpoints(run).values()):
-        if folder in keep:
-            continue
-        if len(keep) < limit:
-            keep.add(folder)
-        else:
-            # Under another name first: killed meanwhile, half a checkpoint would be left.
-            abandon(folder)
-            shutil.rmtree(folder.rename(part_of(folder)))
+    others = [folder for folder in reversed(checkpoints(run).values()) if folder not in keep]
+    for folder in others[max(0, limit - len(keep)) :]:
+        # Under another name first: killed meanwhile, half a checkpoint would be left.
+        abandon(folder)
+        shutil.rmtree(folder.rename(part_of(folder)))
 
 
 def best(run: Path, log: list[dict[str, float]], metric: str, greater_is_better: bool) -> Path | None:
     """The checkpoint of the best evaluation (the first, of equals), by the Trainer's log; `None` without any."""
-    scores = {entry["step"]: entry[metric] for entry in log if metric in entry}
-    sign = 1 if greater_is_better else -1
-    return max(
-        ((sign * scores[step], -step, folder) for step, folder in checkpoints(run).items() if step in scores),
-        default=(None, None, None),
-    )[2]
+    scores = {entry["step"]: entry[metric] * (1 if greater_is_better else -1) for entry in log if metric in entry}
+    there = {step: folder for step, folder in checkpoints(run).items() if step in scores}
+    return there[max(there, key=lambda step: (scores[step], -step))] if there else None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """
-    The files of a checkpoint's weights, of which there are one or several.
-
-    Raises:
-        InputError: the list of the files is damaged, or one is missing.
-    """
+    """The files of a checkpoint's weights. Raises `InputError` where their list is damaged, or one is missing."""
     there = [folder / name for pair in WEIGHT_FILES for name in pair if (folder / name).exists()]
     if not there or there[0].suffix != ".json":
         return there[:1] or [folder / WEIGHTS]
@@ -242,10 +209,8 @@ def weight_files(folder: Path) -> list[Path]:
             raise InputError(f"{listed} names {file.name}, which is not there: put back a copy of it.")
     held = [(name, file.name) for file in files for name in read_header(file)]
     if sorted(held) != sorted(index["weight_map"].items()):
-        raise InputError(
-            f"{listed} is damaged, or a file beside it is: it does not list the weights that the files "
-            "hold, each once. Put back copies of them."
-        )
+        what = "it does not list the weights that the files hold, each once"
+        raise InputError(f"{listed} is damaged, or a file beside it is: {what}. Put back copies of them.")
     return files
 
 
@@ -257,9 +222,7 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
         ):
-            raise InputError(
-                f"{path} holds no weights by their names. It is damaged, or no checkpoint of Transformers."
-            )
+            raise InputError(f"{path} holds no weights by name: it is damaged, or no checkpoint of Transformers.")
         kinds = ((name, "F" if tensor.is_floating_point() else str(tensor.dtype)) for name, tensor in tensors.items())
         return {name: (kind, list(tensors[name].shape)) for name, kind in kinds}
     with reading(path), safe_open(path, framework="pt") as file:
@@ -307,14 +270,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_weights(expected: dict[str, torch.Size], found: dict[str, torch.Tensor], where: Path) -> None:
-    """
-    Raise an `InputError` unless a checkpoint has exactly the weights of the model.
-
-    Args:
-        expected: shapes by name.
-        found: tensors by name.
-        where: the checkpoint, or its file.
-    """
+    """Raise an `InputError` unless a checkpoint, or its file `where`, has exactly the weights of these shapes."""
     both = expected.keys() & found.keys()
     for names, what in (
         (expected.keys() - found.keys(), "lacks weights that the model has"),

@@ -38,20 +38,12 @@ _BATCH, _BATCH_PARTS = "global_batch_size", ("per_device_train_batch_size", "gra
 
 @dataclass(frozen=True)
 class Request:
-    """
-    What a training command asks of its output folder.
-
-    Args:
-        folder: to write to.
-        settings: as the record keeps them.
-        resume: what to go on from, where that is given: a checkpoint, a run's folder, or a repository of the Hub.
-        token: for the Hub.
-    """
+    """What a training command asks of its output folder."""
 
     folder: Path
-    settings: dict[str, Any]
-    resume: str | None = None
-    token: str | None = None
+    settings: dict[str, Any]  # As the record keeps them.
+    resume: str | None = None  # What to go on from: a checkpoint, a run's folder, or a repository of the Hub.
+    token: str | None = None  # For the Hub.
 
     @classmethod
     def of(cls, record: dict[str, Any], args: RunArguments) -> "Request":
@@ -62,30 +54,20 @@ class Request:
 
 @dataclass
 class Plan:
-    """
-    Args:
-        checkpoint: folder to resume from, or `None` to start anew.
-        finished: what a finished run recorded, if this command has nothing left to do.
-        message: what to tell the user.
-        anew: the folder has another run's record, and nothing that was trained.
-        identity: of the run: a new one's own, else that of its folder or, under the same settings, of its checkpoint.
-    """
+    """What a training command does with its output folder, and what it tells the user."""
 
-    checkpoint: str | None = None
-    finished: dict[str, Any] | None = None
+    checkpoint: str | None = None  # To resume from.
+    finished: dict[str, Any] | None = None  # What a finished run recorded, if nothing is left to do.
     message: str | None = None
-    anew: bool = False
+    anew: bool = False  # The folder has another run's record, and nothing that was trained.
+    # A new run's own, else that of its folder or, under the same settings, of its checkpoint.
     identity: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
 
 def plan(request: Request, lock: "FolderLock | None" = None) -> Plan:
     """
     Decide what a training command does with its output folder. Damaged checkpoints of the folder's run are renamed,
-    where an undamaged one is left to go on from.
-
-    Args:
-        request: the command's.
-        lock: taken on the folder first.
+    where an undamaged one is left to go on from. The lock is taken on the folder first.
 
     Raises:
         InputError: the folder holds something else, there is nothing to resume, or another process has the folder.
@@ -108,9 +90,7 @@ def _plan(request: Request) -> Plan:
     record = read_record(folder)
     if entries and record is None:
         shown = ", ".join(entries[:4]) + more(entries, 4)
-        raise InputError(
-            f"`output_dir` {folder} is not empty ({shown}), and it holds no run of this script. {ELSEWHERE}"
-        )
+        raise InputError(f"`output_dir` {folder} is not empty ({shown}), and holds no run of this script. {ELSEWHERE}")
     if record is not None:
         checkpoints.tidy(folder)
     # Of a command that was refused, or stopped before its first checkpoint.
@@ -119,11 +99,9 @@ def _plan(request: Request) -> Plan:
         checkpoint, damaged = _given(request.resume, request.token)
         anew = empty and checkpoint.resolve().parent != folder.resolve()
         if entries and checkpoint.resolve().parent != folder.resolve() and not anew:
-            raise InputError(
-                f"`output_dir` {folder} holds a run already, and {checkpoint} is of another one. {ELSEWHERE}"
-            )
-        own = [] if anew else entries
-        return Plan(str(checkpoint), message=f"Resuming from {checkpoint}.{_told(damaged, own)}", anew=anew)
+            raise InputError(f"`output_dir` {folder} holds a run already, and {checkpoint} is of another. {ELSEWHERE}")
+        told = _told(damaged, own=bool(entries) and not anew)
+        return Plan(str(checkpoint), message=f"Resuming from {checkpoint}.{told}", anew=anew)
     if record is None:
         return Plan()
     different = differences(record["settings"], request.settings)
@@ -143,7 +121,7 @@ def _plan(request: Request) -> Plan:
     newest, damaged = _newest(folder)
     if newest is None:
         return Plan(message=f"{folder} holds this run, stopped before its first checkpoint: it starts again.")
-    message = f"{folder} holds this run, not finished: it goes on from {newest.name}.{_told(damaged, entries)}"
+    message = f"{folder} holds this run, not finished: it goes on from {newest.name}.{_told(damaged, own=True)}"
     return Plan(str(newest), message=message)
 
 
@@ -173,10 +151,8 @@ def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
         path = hub.download_checkpoint(given, token)
     if checkpoints.is_checkpoint(path):
         if wrong := checkpoints.damage(path):
-            raise InputError(
-                f"`resume_from_checkpoint` is {given}, which is damaged: {wrong}. Give another checkpoint-* folder, or "
-                "the run's folder, whose newest undamaged one is taken."
-            )
+            hint = "Give another checkpoint-* folder, or the run's, whose newest undamaged one is taken."
+            raise InputError(f"`resume_from_checkpoint` is {given}, which is damaged: {wrong}. {hint}")
         return path, {}
     checkpoint, damaged = _newest(path)
     if checkpoint is None:
@@ -191,14 +167,11 @@ def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
 def _newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
     checkpoint, damaged = checkpoints.newest(run)
     if checkpoint is None and damaged:
-        raise InputError(
-            f"Every checkpoint of {run} is damaged: {_described(damaged)}. Put back a copy of one of them, or move the "
-            "folder away to start again."
-        )
+        raise InputError(f"Every checkpoint of {run} is damaged: {_described(damaged)}. Put back one, or move it away.")
     return checkpoint, damaged
 
 
-def _told(damaged: dict[Path, str], own: list[str]) -> str:
+def _told(damaged: dict[Path, str], own: bool) -> str:
     """What is said about damaged checkpoints; those of the output folder are set aside."""
     if not damaged:
         return ""
@@ -230,10 +203,8 @@ class FolderLock:
 
     def take(self, output_dir: str | Path) -> None:
         """
-        Lock a folder, before anything is read of it or written to it; it is made if it does not exist.
-
-        Raises:
-            InputError: another process has it, or it cannot be written to.
+        Lock a folder, made if it does not exist, before anything is read of it or written to it. Raises `InputError`
+        where another process has it, or it cannot be written to.
         """
         folder = Path(output_dir).absolute()
         with checkpoints.writing("The lock file", folder, ELSEWHERE):
@@ -245,10 +216,7 @@ class FolderLock:
             try:
                 lock.acquire()
             except Timeout as error:
-                raise InputError(
-                    f"Another process is training in {output_dir}. Wait for it or stop it, or choose another "
-                    "--output_dir."
-                ) from error
+                raise InputError(f"Another process is training in {output_dir}. Wait, or choose another.") from error
         self._lock = lock
 
     def __exit__(self, *_) -> None:
@@ -286,40 +254,24 @@ def _has_figures(finished: dict[str, Any] | None) -> bool:
     if finished is None:
         return True
     metrics, images = finished.get("metrics"), finished.get("eval_images")
-    return (
-        isinstance(metrics, dict)
-        and "eval_accuracy" in metrics
-        and all(type(value) in (int, float) for value in [*metrics.values(), images])
-    )
+    numbers = [*metrics.values(), images] if isinstance(metrics, dict) and "eval_accuracy" in metrics else [None]
+    return all(type(number) in (int, float) for number in numbers)
 
 
 def write_record(
-    request: Request,
-    finished: dict[str, Any] | None = None,
-    identity: str | None = None,
-    start: float | None = None,
+    request: Request, finished: dict[str, Any] | None = None, identity: str | None = None, start: float | None = None
 ) -> None:
     """
-    Write the record, in one step, so that a run killed meanwhile keeps the old one.
-
-    Args:
-        request: whose folder and settings.
-        finished: what a finished run records.
-        identity: of the run; unset, what is recorded already stays.
-        start: the `sum_of_weights` that it began with; what is recorded already stays.
-
+    Write the record, in one step, so that a run killed meanwhile keeps the old one: what a finished run records, its
+    identity (unset, what is recorded already stays), and the `sum_of_weights` that it began with (if none is recorded).
     Of a run of another identity, nothing stays.
     """
     folder = request.folder
     before = read_record(folder) or {}
     if identity not in (None, before.get("id")):
         before = {}
-    record = {
-        "id": identity or before.get("id"),
-        "settings": request.settings,
-        "finished": finished,
-        "start": before.get("start", start),
-    }
+    record = {"id": identity or before.get("id"), "settings": request.settings, "finished": finished}
+    record["start"] = before.get("start", start)
     with checkpoints.writing(RECORD, folder, f"{checkpoints.MEND}, or choose another --output_dir."):
         with written_whole(folder / RECORD) as part:
             part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -337,9 +289,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     ]
     said = "; ".join(different[:4]) + more(different, 4)
     if _BATCH in known and before[_BATCH] != now[_BATCH]:
-        said += (
-            " (images in a step over all processes: --per_device_train_batch_size keeps it the same on another number)"
-        )
+        said += " (images in a step of all processes: --per_device_train_batch_size keeps it the same for others)"
     return said
 
 

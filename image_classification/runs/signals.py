@@ -21,14 +21,7 @@ _SAME = 1.0
 
 
 class Stopped(Exception):
-    """
-    The run was asked to stop, and has saved a checkpoint.
-
-    Args:
-        number: the signal.
-        checkpoint: the folder from which the run goes on.
-        step, epoch: how far it is.
-    """
+    """The run was asked to stop by a signal, and has saved the checkpoint from which it goes on."""
 
     def __init__(self, number: int, checkpoint: Path, step: int, epoch: float):
         super().__init__(f"Stopped by {NAMES[number]} at step {step} (epoch {epoch:.4g})")
@@ -43,10 +36,7 @@ class Stopped(Exception):
 class StopSignals:
     """
     While this context is open, the first SIGINT or SIGTERM is kept in `received` (0 before), and a second one ends the
-    process at once.
-
-    Args:
-        speak: whether this process says so.
+    process at once. With `speak`, this process says so.
     """
 
     def __init__(self, speak: bool):
@@ -69,9 +59,7 @@ class StopSignals:
             return  # A forked data worker: it ends when the run does.
         if not self.received:
             self.received, self.at = number, time.monotonic()
-            self._say(
-                f"\n{NAMES[number]}: a checkpoint is saved when this step is done. A second time stops at once.\n"
-            )
+            self._say(f"\n{NAMES[number]}: a checkpoint is saved when this step is done. Twice stops at once.\n")
         elif time.monotonic() - self.at > _SAME:
             self._say("\nStopped at once. The same command goes on from the last checkpoint.\n")
             signal.signal(number, signal.SIG_DFL)
@@ -82,7 +70,7 @@ class StopSignals:
             os.write(2, text.encode())  # Not `print`: the signal may have come in the middle of one.
 
 
-def outlive_signals() -> None:
+def outlive_signals(_worker: int | None = None) -> None:
     """
     For data workers: terminals and schedulers signal them too, while the run still needs them for its last step. Only
     the process that started them ends them.
@@ -115,10 +103,7 @@ def without_token(words: list[str]) -> list[str]:
     shown, hide = [], False
     for word in words:
         name, equals, _ = word.partition("=")
-        if hide:
-            word = "TOKEN"
-        elif equals and name.replace("-", "_") == "__hub_token":
-            word = f"{name}=TOKEN"
-        hide = not hide and word.replace("-", "_") == "__hub_token"
-        shown.append(word)
+        is_flag = not hide and name.replace("-", "_") == "__hub_token"
+        shown.append("TOKEN" if hide else f"{name}=TOKEN" if is_flag and equals else word)
+        hide = is_flag and not equals
     return shown
