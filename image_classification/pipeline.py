@@ -22,18 +22,11 @@ from .settings.arguments import DataArguments, RunArguments
 
 @dataclass
 class InputPipeline:
-    """
-    The two data sets of a Trainer, and what its device does with a batch of training.
+    """The two data sets of a Trainer, and what its device does with a batch of training."""
 
-    Args:
-        train: `None` where nothing is trained.
-        held_out: the images to evaluate on.
-        augment: makes a training batch of what was moved to the device; `None`: it is one.
-    """
-
-    train: ImageSource | None
+    train: ImageSource | None  # `None` where nothing is trained.
     held_out: ImageSource
-    augment: DeviceAugmentation | None = None
+    augment: DeviceAugmentation | None = None  # Makes a training batch of what was moved to the device.
 
 
 def load_images(args: DataArguments, run: RunArguments, train: bool = True) -> ImageData:
@@ -45,18 +38,7 @@ def load_images(args: DataArguments, run: RunArguments, train: bool = True) -> I
 def build_pipeline(
     args: DataArguments, run: RunArguments, size: tuple[int, int], data: ImageData, processor: BaseImageProcessor
 ) -> InputPipeline:
-    """
-    The pipeline of a run.
-
-    Args:
-        args, run: the settings of data and of training.
-        size: height and width of the model's images.
-        data: what is read.
-        processor: of the evaluation.
-
-    Raises:
-        InputError: as `build_augmentation` and the transforms have it.
-    """
+    """The pipeline of a run, with the evaluation's processor. Raises `InputError` as augmentation and transforms do."""
     if data.train is None:
         return InputPipeline(None, _held_out(args, run, size, data, processor))
     check_cutmix(args, size)

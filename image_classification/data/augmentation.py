@@ -60,13 +60,10 @@ def seed_generators(*key: int) -> None:
 
 def auto_augment(args: DataArguments, size: tuple[int, int], mean) -> list:
     """
-    The transform of `args.auto_augment`, PIL to PIL, as timm's training transforms have it; none without it.
-
-    Raises:
-        InputError: timm is not installed, or does not know the policy.
+    The transform of `args.auto_augment`, PIL to PIL, as timm's training transforms have it; none without it. Raises
+    `InputError` where timm is not installed, or does not know the policy.
     """
-    policy = args.auto_augment
-    if policy is None:
+    if (policy := args.auto_augment) is None:
         return []
     data = _timm_data()
     parameters = {
@@ -128,9 +125,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 class Mix:
     """
-    `collate`, then mixup or CutMix by timm: labels become probabilities (B, classes). Label smoothing is
-    the loss's.
-
+    `collate`, then mixup or CutMix by timm: labels become probabilities (B, classes); label smoothing is the loss's.
     The last image of a batch of odd size has no partner and stays as it is.
     """
 
@@ -173,10 +168,7 @@ def check_cutmix(args: DataArguments, size: tuple[int, int]) -> None:
     for side in size:
         low, high = (int(side * share) for share in args.cutmix_minmax)
         if low >= high:
-            raise InputError(
-                f"`cutmix_minmax` is {args.cutmix_minmax}: of a side of {side} pixels these are {low} and {high}. "
-                "Expected a larger second number, as in 0.2 0.8."
-            )
+            raise InputError(f"`cutmix_minmax`: of {side} pixels these are {low} and {high}. Expected a larger second.")
 
 
 def make_collate(args: DataArguments, classes: int):
@@ -215,6 +207,4 @@ def _timm_data():
 
         return timm.data
     except ImportError as error:
-        raise InputError(
-            "RandAugment, random erasing, mixup and CutMix are timm's, which is not installed: pip install timm."
-        ) from error
+        raise InputError("RandAugment, erasing and mixing are timm's, not installed: pip install timm.") from error

@@ -30,11 +30,8 @@ NAMES = ("string", "large_string")
 
 def image_and_label(split: Dataset | IterableDataset, image: str, label: str, where: str) -> Dataset | IterableDataset:
     """
-    The images of a split, undecoded, and the labels, as the columns `image` and `label`.
-
-    Raises:
-        InputError: a column is missing, or (of a stream: as far as that is known before it is read) of another type,
-            or some rows lack it.
+    The images of a split, undecoded, and the labels, as the columns `image` and `label`. Raises `InputError` where one
+    is missing, or (of a stream: as far as that is known before it is read) of another type, or some rows lack it.
     """
     for column in (image, label):
         if column not in split.features:
@@ -44,9 +41,7 @@ def image_and_label(split: Dataset | IterableDataset, image: str, label: str, wh
     split = split.rename_columns(renamed) if renamed else split
     kind = split.features["label"]
     if not isinstance(kind, ClassLabel) and not getattr(kind, "dtype", "").startswith(("int", "uint", *NAMES)):
-        raise InputError(
-            f"{where}: the label column {label!r} holds {kind_of(kind)}, expected classes, integers or names."
-        )
+        raise InputError(f"{where}: the labels, {label!r}, are {kind_of(kind)}, expected classes, integers or names.")
     if not isinstance(split, Dataset):
         if not isinstance(kind, ClassLabel):
             raise InputError(
@@ -94,8 +89,7 @@ def class_names(splits: dict[str, Any], name: str) -> list[str]:
             )
         return [str(index) for index in range(most + 1)]
     names = sorted(set(values[0]))
-    unknown = sorted(set(values[-1]) - set(names))
-    if unknown:
+    if unknown := sorted(set(values[-1]) - set(names)):
         raise InputError(f"{name}: the class {unknown[0]!r} of the validation split is not in the training split.")
     return names
 
@@ -131,10 +125,8 @@ def hold_out(train: Dataset, fraction: float, seed: int, name: str) -> tuple[dic
 
 def check_images(splits: dict[str, Dataset], mode: str, notes: list[str], skip: bool) -> dict[str, set[int]]:
     """
-    Decode every image once, so that a broken one is found before the training and not hours into it.
-
-    Returns:
-        With `skip`, the broken images of the splits that have any, by index; each is named in the log.
+    Decode every image once, so that a broken one is found before the training and not hours into it. With `skip`,
+    returns the broken images of the splits that have any, by index, each named in the log.
     """
     total = sum(len(split) for split in splits.values())
     if mode == "none" or (mode == "auto" and total > CHECK_UP_TO):
@@ -147,8 +139,7 @@ def check_images(splits: dict[str, Dataset], mode: str, notes: list[str], skip: 
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
         for role, split in splits.items():
-            check = functools.partial(_check_one, split, role)
-            for index, error in enumerate(pool.map(check, range(len(split)))):
+            for index, error in enumerate(pool.map(functools.partial(_check_one, split, role), range(len(split)))):
                 bar.update()
                 if error is None:
                     continue

@@ -35,18 +35,12 @@ def source_of(dataset: Any) -> ImageSource:
 
 class ImageDataset(ImageSource):
     """
-    Images of one split, decoded and transformed as they are read.
+    Images of one split (columns `image`, undecoded, and `label`), decoded by `read`, which calls an image by a name,
+    and transformed as they are read; `collate` makes a batch of rows.
 
-    Args:
-        split: columns `image` (undecoded) and `label`.
-        transform: of an image, as `read` returns it.
-        name: of the split, for errors.
-        seed: of the random numbers of the transform. They depend on it, the epoch and the index, and on nothing else:
-            not on the number of workers or processes, nor on what was read before. `None` in evaluation, which has
-            none.
-        repeated: the images are sampled by `RepeatedAugmentation`.
-        read: decodes an image, which errors call by a name.
-        collate: makes a batch of rows.
+    Random numbers of the transform depend on the `seed`, the epoch and the index, and on nothing else: not on the
+    number of workers or processes, nor on what was read before. It is `None` in evaluation, which has none. With
+    `repeated`, the images are sampled by `RepeatedAugmentation`.
     """
 
     def __init__(

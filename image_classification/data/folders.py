@@ -12,12 +12,7 @@ from ..errors import InputError
 
 
 def visible(folder: str | Path) -> list[os.DirEntry]:
-    """
-    What a folder holds, by name.
-
-    Raises:
-        InputError: it cannot be read, or has a name that is not in UTF-8.
-    """
+    """What a folder holds, by name. Raises `InputError` where it cannot be read, or has a name that is not in UTF-8."""
     try:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
@@ -34,13 +29,10 @@ def visible(folder: str | Path) -> list[os.DirEntry]:
 
 class Walk:
     """
-    The files below some folders.
+    The files below some folders, whose names end in one of the suffixes (in lower case): first `enter` each of them,
+    then `follow` the links that were found on the way.
 
-    First `enter` each of them, then `follow` the links that were found on the way.
-
-    Args:
-        base: which has them in it; a link to it, or to what has it in it, leads back up and counts for nothing.
-        suffixes: of the files that count, in lower case.
+    The folders are in `base`; a link to it, or to what has it in it, leads back up and counts for nothing.
     """
 
     def __init__(self, base: Path, suffixes: Iterable[str]):
@@ -68,12 +60,7 @@ class Walk:
                     files.append(entry.path)
 
     def follow(self, elsewhere: Iterable[str] = ()) -> None:
-        """
-        Enter the folders to which links lead, unless they were entered before.
-
-        Args:
-            elsewhere: real folders that others have entered.
-        """
+        """Enter the folders to which links lead, unless they were entered before, here or by others, `elsewhere`."""
         self.entered |= (others := set(elsewhere) - self.entered)
         while self._links:
             root, path = self._links.pop(0)

@@ -28,11 +28,7 @@ LONGEST = 1000
 
 def decode(item: dict[str, Any], where: str) -> Image.Image:
     """
-    Decode one image.
-
-    Args:
-        item: `{"path": ..., "bytes": ...}`, as `datasets` keeps an image that is not decoded.
-        where: what errors call an image without a path.
+    Decode one image, `{"path": ..., "bytes": ...}` as `datasets` keeps it; errors call one without a path `where`.
 
     Raises:
         InputError: the file is missing, no image, truncated, too large, far longer than wide, or of more than 8 bits a
@@ -43,7 +39,7 @@ def decode(item: dict[str, Any], where: str) -> Image.Image:
 
 def read_image(path: str | Path) -> Image.Image:
     """`decode` the image in a file."""
-    return _read({"path": str(path)}, str(path), quick=False)
+    return decode({"path": str(path)}, str(path))
 
 
 def check_image(path: str | Path) -> None:
@@ -53,30 +49,19 @@ def check_image(path: str | Path) -> None:
 
 def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """
-    An image as its EXIF data say that it is to be held, in RGB.
-
-    Args:
-        image: any that was read.
-        name: what errors call it.
-
-    Raises:
-        InputError: it has more than 8 bits a channel, or cannot be converted.
+    An image as its EXIF data say that it is to be held, in RGB. Raises `InputError`, which calls it by `name`, where it
+    has more than 8 bits a channel, or cannot be converted.
     """
     if not has_eight_bits(image):
         finite = bool(np.isfinite(np.asarray(image)).all())
         kind = f"has pixels of mode {image.mode}" if finite else "has pixels that are NaN or infinite"
         raise InputError(f"The image {name} {kind}. Expected 8 bits a channel: convert it first.")
     if max(image.size) > LONGEST * min(image.size):
-        raise InputError(
-            f"The image {name} has {image.width} x {image.height} pixels: one side is more than {LONGEST} times the "
-            "other. Crop or remove it."
-        )
+        raise InputError(f"The image {name} has one side more than {LONGEST} times the other: crop or remove it.")
     try:
         return to_upright_rgb(image)
     except Exception as error:  # Damaged EXIF data, or colours that Pillow does not convert, such as CIE Lab.
-        raise InputError(
-            f"The image {name} cannot be read as upright RGB ({reason_of(error)}): convert it first."
-        ) from error
+        raise InputError(f"The image {name} cannot be made upright RGB ({reason_of(error)}): convert it.") from error
 
 
 def _read(item: dict[str, Any], where: str, quick: bool) -> Image.Image:

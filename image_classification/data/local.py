@@ -26,16 +26,9 @@ VALIDATION_NAMES = ("validation", "valid", "val", "test")
 def read_folder(path: Path, train: bool, streaming: bool) -> dict[str, Dataset | IterableDataset]:
     """
     The splits of an image folder, by class folders or by metadata, of a folder of parquet or arrow files, or of one
-    that `save_to_disk` wrote. Where nothing is trained, class folders alone are a validation split.
-
-    Args:
-        path: the folder.
-        train: whether a training split is needed.
-        streaming: of parquet and arrow files, make streams that know their number of images. Of all else only the
-            paths of images are in memory in any case.
-
-    Raises:
-        InputError: there is no such folder, or it holds no data set, or what cannot be read.
+    that `save_to_disk` wrote. Where nothing is trained, class folders alone are a validation split. With `streaming`,
+    parquet and arrow files become streams that know their number of images; of all else only the paths of images are
+    in memory in any case. Raises `InputError` where there is no such folder, or it holds no data set that can be read.
     """
     if path.is_file():
         raise InputError(f"`data_path` is the file {path}, expected a folder of data.")
@@ -102,10 +95,8 @@ def _files_by_split(path: Path, files: list[Path]) -> dict[str, list[Path]]:
         if split is None and (word := re.match(r"[A-Za-z]+(?=[-_.])", file.name)):
             split = word[0]  # SVHN's extra-00000-of-00002.parquet
         if split is None:
-            raise InputError(
-                f"{file}: no split in its name. Expected train*, and validation*, val* or test*, as in "
-                "train-00000-of-00001.parquet."
-            )
+            names = "train*, and validation*, val* or test*, as in train-00000-of-00001.parquet"
+            raise InputError(f"{file}: no split in its name. Expected {names}.")
         by_split.setdefault(split, []).append(file)
     return by_split
 
@@ -140,16 +131,11 @@ def _image_folder(roles: dict[str, Path]) -> DatasetDict:
             raise InputError(f"{path} holds no class folders: expected {role}/CLASS/*.jpg.")
         walk.follow(set().union(*(entered for other, entered in own.items() if other != role)))
         files = {folder.name: sorted(found) for folder, found in walk.files.items()}
-        empty = [name for name, found in files.items() if not found]
-        if empty:
-            raise InputError(
-                f"{path / empty[0]} holds no images"
-                + (f" (nor do {len(empty) - 1} other class folders)" if len(empty) > 1 else "")
-                + ". Remove the folder, or fill it."
-            )
+        if empty := [name for name, found in files.items() if not found]:
+            others = f" (nor do {len(empty) - 1} other class folders)" * (len(empty) > 1)
+            raise InputError(f"{path / empty[0]} holds no images{others}. Remove the folder, or fill it.")
         names = sorted(files) if names is None else names
-        unknown = sorted(set(files) - set(names))
-        if unknown:
+        if unknown := sorted(set(files) - set(names)):
             raise InputError(
                 f"{path} has the class {unknown[0]!r}, which {next(iter(roles.values()))} does not have: the splits "
                 "must share their class folders."

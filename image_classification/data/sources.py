@@ -28,12 +28,7 @@ DIGITS_HELD_OUT, DIGITS_SEED = 0.2, 0
 
 @dataclass(frozen=True)
 class HubDataset:
-    """
-    Args:
-        name, config: of the Hub repository.
-        validation: the split to evaluate on, if it has that.
-        image, label: its columns; `None` is read from the features.
-    """
+    """A repository of the Hub, and its configuration, split to evaluate on and columns (`None`: by the features)."""
 
     name: str
     config: str | None
@@ -56,34 +51,24 @@ KNOWN_SETS = ("digits", *HUB_DATASETS)
 
 @dataclass
 class ImageData:
-    """
-    Args:
-        name: what the data set is called in logs and the model card.
-        train, validation: splits with the columns `image` (undecoded: bytes or path) and `label`. `train` is `None`
-            where only evaluation was asked for.
-        labels: names of the classes, by index.
-        hub_name: its Hub repository, if that is where it comes from.
-        notes: what was decided while reading, for the log and the card.
-        split: the data set's name of the split that is evaluated on; `None` where a part of the training split is.
-    """
+    """Images to train and to evaluate on: splits with the columns `image` (undecoded: bytes or path) and `label`."""
 
-    name: str
-    train: Dataset | StreamedSplit | None
+    name: str  # In logs and the model card.
+    train: Dataset | StreamedSplit | None  # `None` where only evaluation was asked for.
     validation: Dataset | StreamedSplit
-    labels: list[str]
-    hub_name: str | None
-    notes: list[str]
-    split: str | None = None
+    labels: list[str]  # Names of the classes, by index.
+    hub_name: str | None  # The repository, if it comes from the Hub.
+    notes: list[str]  # What was decided while reading, for the log and the card.
+    split: str | None = None  # The data set's name of what is evaluated on; `None` where it is held out of training.
 
 
 def load_data(
     args: DataArguments, seed: int, train: bool = True, images: int | None = None, processes: int = 1
 ) -> ImageData:
     """
-    Read the data set that the arguments name.
+    Read the data set that the arguments name; with `streaming`, its splits are `StreamedSplit`s.
 
     Args:
-        args: the data arguments. With `streaming`, the splits are `StreamedSplit`s.
         seed: of the split (where one is made) and of `max_train_samples`, `max_eval_samples`.
         train: whether a training split is needed.
         images: how many the run trains on, if its length is given in steps; for a stream of unknown length.
@@ -100,10 +85,7 @@ def load_data(
         _refuse_settings(args)
     if known == "digits":
         if args.data_path is not None:
-            raise InputError(
-                f"The digits are embedded and read no `data_path` ({args.data_path}). For data of your own leave out "
-                "`data_set: digits`."
-            )
+            raise InputError(f"The digits are embedded: with `data_path` {args.data_path}, leave out `data_set`.")
         name, splits = "handwritten digits (scikit-learn)", _digits()
     elif args.data_path is not None:
         path = Path(args.data_path)
@@ -181,8 +163,7 @@ def known_set(args: DataArguments) -> str | None:
     if args.data_set is None:
         return None
     by_lower = {name.lower(): name for name in KNOWN_SETS}
-    known = by_lower.get(args.data_set.lower().replace("-", ""))
-    if known is None:
+    if (known := by_lower.get(args.data_set.lower().replace("-", ""))) is None:
         raise InputError(
             f"Unknown data set {args.data_set!r}{did_you_mean(args.data_set, KNOWN_SETS)}. Known: "
             f"{', '.join(KNOWN_SETS)}. Others: --dataset_name of the Hub, or --data_path."
@@ -237,7 +218,7 @@ def from_hub(name: str, config: str | None, streaming: bool = False) -> DatasetD
 def choose_splits(
     args: DataArguments, hub: HubDataset | None, splits: dict, name: str, train_needed: bool
 ) -> tuple[str | None, str | None]:
-    """Return the names of the splits to train and to evaluate on; `None` for one that there is not."""
+    """The names of the splits to train and to evaluate on; `None` for one that there is not."""
 
     def wanted(setting: str, given: str | None, candidates: tuple[str, ...]) -> str | None:
         if given is not None and given not in splits:
@@ -249,9 +230,7 @@ def choose_splits(
     known = (hub.validation,) if hub and hub.validation in splits else ()
     validation = wanted("validation_split", args.validation_split, known + VALIDATION_NAMES)
     if train is None and validation is None:
-        raise InputError(
-            f"{name} has the splits {', '.join(splits)}: name them with --train_split, --validation_split."
-        )
+        raise InputError(f"Name the splits of {name} ({', '.join(splits)}) with --train_split, --validation_split.")
     if train_needed and train is None:
         raise InputError(f"{name} has no training split. Its splits: {', '.join(splits)}. See --train_split.")
     if train is not None and train == validation and train_needed:
@@ -263,18 +242,12 @@ def find_columns(
     args: DataArguments, hub: HubDataset | None, split: Dataset | IterableDataset, name: str
 ) -> tuple[str, str]:
     """Return the columns of images and of labels: those that are named, or else the only ones that can be them."""
-    features = split.features
-    if features is None:
-        raise InputError(
-            f"The columns of {name} are not known before it is read: streaming takes parquet or arrow files, or a Hub "
-            "repository of them."
-        )
+    if (features := split.features) is None:
+        raise InputError(f"The columns of {name} are not known before it is read: stream parquet or arrow files.")
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
     if not labels:
-        plain = [
-            column for column, kind in features.items() if getattr(kind, "dtype", "") in ("int64", "int32", *NAMES)
-        ]
+        plain = [name for name, kind in features.items() if getattr(kind, "dtype", "") in ("int64", "int32", *NAMES)]
         labels = [column for column in plain if "label" in column.lower()] or plain
 
     def one(setting: str, given: str | None, of_hub: str | None, found: list[str], kind: str) -> str:

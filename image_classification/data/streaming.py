@@ -34,13 +34,8 @@ PARTS = 64  # Of a table of image files, as which they are shuffled and shared.
 
 class StreamedSplit:
     """
-    A split that is read from its beginning to its end.
-
-    Args:
-        dataset: columns `image` (undecoded) and `label`.
-        length: images that are used of it.
-        where: what errors call it.
-        classes: how many there are.
+    A split that is read from its beginning to its end: columns `image` (undecoded) and `label`, of which `length` rows
+    are used; errors call it `where`.
     """
 
     def __init__(self, dataset: IterableDataset, length: int, where: str, classes: int):
@@ -58,10 +53,8 @@ class StreamedSplit:
     def rows(self, seed: int | None = None, buffer: int = 1, process: int = 0, processes: int = 1) -> Iterator[dict]:
         """
         The rows of one of several processes: whole files where their number is a multiple of the processes', else each
-        process reads all and takes every so many-th.
-
-        Args:
-            seed: of the order: of the files, and of the images within `buffer`. `None`: as they come.
+        process reads all and takes every so many-th. The seed is of the order of the files, and of the images within
+        `buffer`; `None`: as they come.
         """
         stream = self.dataset if seed is None else self.dataset.shuffle(seed=seed, buffer_size=buffer)
         if processes > 1:
@@ -69,9 +62,8 @@ class StreamedSplit:
         stream = iter(stream)
         while True:
             with reading(self.where):
-                row = next(stream, None)
-            if row is None:
-                return
+                if (row := next(stream, None)) is None:
+                    return
             if row["label"] is None or not 0 <= row["label"] < self.classes:
                 raise InputError(
                     f"{self.where}: an image has the label {row['label']}, expected 0 to {self.classes - 1} (a split "
@@ -162,13 +154,7 @@ def read_ahead(rows: Iterator, count: int) -> Iterator:
 
 
 class StreamedImageDataset(ImageDataset):
-    """
-    `ImageDataset` of a streamed split: its items are the sampler's rows.
-
-    Args:
-        buffer: images within which training is shuffled.
-        how: `read` and `collate`, as `ImageDataset` has them.
-    """
+    """`ImageDataset` of a streamed split, whose items are the sampler's rows, shuffled in training within `buffer`."""
 
     is_divided = True
 
@@ -197,13 +183,11 @@ def stream(
     notes: list[str],
 ) -> StreamedSplit:
     """
-    A stream of a split, or of the beginning of it.
+    A stream of a split (columns `image`, undecoded, and `label`; a `Dataset` is a table of the paths of image files),
+    or of the beginning of it.
 
     Args:
-        split: columns `image` (undecoded) and `label`; a `Dataset` is a table of the paths of image files.
         role: `train` or `validation`.
-        where: what errors call it.
-        classes: how many there are.
         limit: to so many images.
         images: on which the run trains, for a training split that does not say how many it has.
         notes: gets what was decided.

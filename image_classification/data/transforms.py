@@ -36,9 +36,8 @@ def build_image_processor(
     it is installed, else Pillow's; they differ by rounding where an image is resized).
 
     Args:
-        args: the data arguments; what they leave unset is the checkpoint's.
         image_size: the model's, in pixels or as (height, width).
-        checkpoint: the processor that came with the weights, if any.
+        checkpoint: the processor that came with the weights, if any, for what the data arguments leave unset.
         model_type: the model's. Beside one that Transformers loads without any code of ours lies a class of its own.
 
     Returns:
@@ -51,24 +50,20 @@ def build_image_processor(
     has_karat = model_type.startswith("karat_")
     as_theirs = checkpoint is not None and serves(checkpoint, args, (height, width))
     if as_theirs and not has_karat:
-        kept: Any = copy.deepcopy(checkpoint)
-        kept.do_convert_rgb = True
-        return kept
+        theirs: Any = copy.deepcopy(checkpoint)
+        theirs.do_convert_rgb = True
+        return theirs
     as_it_is = checkpoint is not None and not checkpoint.do_normalize
     mean = args.image_mean or ([0.0] * 3 if as_it_is else getattr(checkpoint, "image_mean", None)) or IMAGENET_MEAN
     std = args.image_std or ([1.0] * 3 if as_it_is else getattr(checkpoint, "image_std", None)) or IMAGENET_STD
     ratio = args.eval_crop_ratio or _crop_ratio_of(checkpoint) or 0.9
     geometry: dict[str, Any] = {"size": {"height": height, "width": width}, "do_resize": True, "do_center_crop": False}
     if as_theirs:
-        geometry = {
-            name: getattr(checkpoint, name, None) for name in ("size", "do_resize", "do_center_crop", "crop_size")
-        }
+        kept = ("size", "do_resize", "do_center_crop", "crop_size")
+        geometry = {name: getattr(checkpoint, name, None) for name in kept}
     elif ratio < 1:
         if height != width:
-            raise InputError(
-                f"`eval_crop_ratio` is {ratio:g}, and images of {height}x{width} are not square. Use 1, which resizes "
-                "the whole image."
-            )
+            raise InputError(f"`eval_crop_ratio` {ratio:g} crops squares, and {height}x{width} is not square. Use 1.")
         shorter = int(height / ratio)
         crop = {"height": height, "width": width}
         geometry |= {"size": {"shortest_edge": shorter}, "do_center_crop": True, "crop_size": crop}
@@ -109,12 +104,7 @@ def _crop_ratio_of(processor: BaseImageProcessor | None) -> float | None:
 
 
 def torchvision_transforms():
-    """
-    Torchvision's module of them.
-
-    Raises:
-        InputError: it is missing.
-    """
+    """Torchvision's module of them. Raises `InputError` where it is missing."""
     if not is_torchvision_available():
         raise InputError("Training augments images with torchvision, which is not installed: pip install torchvision.")
     from torchvision.transforms import v2
@@ -125,12 +115,7 @@ def torchvision_transforms():
 class TrainTransform:
     """
     PIL image -> normalised tensor (3, height, width): random resized crop, flip, RandAugment or colour jitter (as in
-    timm, not both), random erasing.
-
-    Args:
-        args: the data arguments.
-        image_size: the model's.
-        processor: whose mean and standard deviation normalise.
+    timm, not both), random erasing. The processor's mean and standard deviation normalise.
     """
 
     def __init__(self, args: DataArguments, image_size, processor: BaseImageProcessor):
