@@ -53,17 +53,12 @@ class DeviceAugmentation:
     width), normalised, and `labels`: int64 (B,), or under mixup and CutMix probabilities, fp32 (B, classes).
 
     Args:
-        args: the data arguments.
+        args: the data arguments, which `Draws` may refuse.
         size: height and width of the model's images.
-        classes: how many there are.
         processor: whose mean and standard deviation normalise.
-        seed: of the run.
         items: of an epoch: one more than the largest index.
         images: which `index` means, modulo their number; `None`: the batches bring them along, cropped.
         in_order: the indices of an epoch come about in their order: only some blocks of numbers are kept.
-
-    Raises:
-        InputError: `args.auto_augment` has operations that only CPU workers do, or timm is missing.
     """
 
     def __init__(
@@ -84,24 +79,19 @@ class DeviceAugmentation:
         self.interpolation = args.train_interpolation
         self.noise = args.random_erasing > 0 and args.random_erasing_mode == "pixel"
         self.mode = args.mixup_mode if mixes(args) else None
-        self.repeated = images is not None and items > len(images)
         self.rows = min(BLOCK, items)  # Of a block.
         self.blocks = math.ceil(items / self.rows)
         self.table: torch.Tensor | None = None
         # The epoch and the block that lie in each part of the table.
         self.held: list[tuple[int, int] | None] = [None] * (min(self.blocks, READ_AT_ONCE) if in_order else self.blocks)
-        self.partners: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        drawn = self.drawn(batch)
+        drawn, items = self.drawn(batch), None
+        labels: Any = batch.get("labels")
         if self.images is not None:
-            index = batch["index"]
-            # Under repeated augmentation an index names the repetition, too.
-            items = index % len(self.images) if self.repeated else index
+            items = batch["index"] % len(self.images)  # Under repeated augmentation it names the repetition, too.
             labels = self.images.labels[items]
-        else:
-            items, labels = None, batch["labels"]
         if kernels := kernels_on(drawn.device):
             images = self.change_by_kernels(kernels, batch.get("pixels"), items, drawn)
         else:
@@ -133,11 +123,7 @@ class DeviceAugmentation:
 
     def _partner(self, count: int, device: torch.device) -> torch.Tensor:
         """Of each image; an odd one out is its own."""
-        if count not in self.partners:
-            partner = torch.arange(count - count % 2 - 1, -1 - count % 2, -1)
-            partner[partner < 0] = count - 1
-            self.partners[count] = partner.to(device)
-        return self.partners[count]
+        return torch.arange(count - count % 2 - 1, -1 - count % 2, -1, device=device) % count
 
     def _leader(self, partner: torch.Tensor) -> torch.Tensor | slice:
         """Whose row says how an image is mixed."""
@@ -174,14 +160,7 @@ class DeviceAugmentation:
 
     def change(self, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         """
-        All else that happens to the images.
-
-        Args:
-            images: uint8 (B, 3, height, width), which may be changed.
-            drawn: fp32 (B, words).
-
-        Returns:
-            fp32 (B, 3, height, width), normalised.
+        All else that happens to uint8 images (B, 3, height, width), changed or not: fp32, normalised, of that shape.
         """
         for layer in range(self.draws.layers):
             numbers = drawn[:, LAYERS + layer * WORDS :][:, :WORDS]
@@ -224,24 +203,19 @@ def build_augmentation(
 ) -> DeviceAugmentation | None:
     """
     What `augment_on` asks for, with the images that fit on the device; `None`: the workers augment. The log says which
-    way, and why.
-
-    Raises:
-        InputError: as `DeviceAugmentation` and `load_resident` have it.
+    way, and why. Raises `InputError` as `Draws` and `load_resident` do.
     """
     if data.train is None or args.augment_on == "workers" or (args.augment_on == "auto" and run.device.type != "cuda"):
         return None
     if args.augment_on == "auto" and (why := _only_workers(args, run.device, processor)):
         logger.info(f"Images  augmented by the workers: {why}")
         return None
-    images, items, how = None, len(data.train), "workers decode and crop"
+    images, how = None, "workers decode and crop"
     if args.resident_share > 0 and not args.streaming:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or run.world_size)
-        images, how = load_resident(
-            data.train, "training", run.device, args.resident_share, processes, run.dataloader_num_workers or 0
-        )
-    if args.repeated_aug:
-        items *= REPEATS
+        workers = run.dataloader_num_workers or 0
+        images, how = load_resident(data.train, "training", run.device, args.resident_share, processes, workers)
+    items = len(data.train) * (REPEATS if args.repeated_aug else 1)
     logger.info(f"Images  augmented on the device; {how}")
     return DeviceAugmentation(args, size, len(data.labels), processor, run.seed, items, images, args.streaming)
 
@@ -339,12 +313,8 @@ def _blend(other: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> t
 
 def affine(images: torch.Tensor, matrices: torch.Tensor, fill: list[int], interpolation: str) -> torch.Tensor:
     """
-    Args:
-        images: uint8 (n, 3, height, width).
-        matrices: (n, 6): a, b, c, d, e, f; an output pixel with its centre at (x, y) is taken from
-            (a x + b y + c, d x + e y + f) of the image.
-        fill: colour of what comes from outside of the image.
-        interpolation: bicubic, bilinear or nearest.
+    uint8 images (n, 3, height, width) moved by matrices (n, 6), as `draws.MATRICES` has them; `fill` is the colour of
+    what comes from outside of the image.
     """
     height, width = images.shape[2:]
     x = torch.arange(width, device=images.device) + 0.5
@@ -361,15 +331,5 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, fill: list[int], interp
     return torch.where(inside[:, None], moved.clamp(0, 255), outside).to(torch.uint8)
 
 
-OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "AutoContrast": auto_contrast,
-    "Equalize": equalize,
-    "Invert": invert,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "SolarizeAdd": solarize_add,
-    "Color": color,
-    "Contrast": contrast,
-    "Brightness": brightness,
-    "Sharpness": sharpness,
-}
+_IN_ORDER = auto_contrast, equalize, invert, posterize, solarize, solarize_add, color, contrast, brightness, sharpness
+OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = dict(zip(CODES, _IN_ORDER))

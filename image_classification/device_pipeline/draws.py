@@ -29,19 +29,8 @@ WORDS = 7  # Of a layer, and of a part that is erased.
 TRIES = 10  # To find a crop, or a part to erase, that lies within the image: torchvision's and timm's number.
 
 # What the kernels call the operations; 0 is for none.
-CODES = {
-    "AutoContrast": 1,
-    "Equalize": 2,
-    "Invert": 3,
-    "Posterize": 4,
-    "Solarize": 5,
-    "SolarizeAdd": 6,
-    "Color": 7,
-    "Contrast": 8,
-    "Brightness": 9,
-    "Sharpness": 10,
-    "Affine": 11,
-}
+_OPERATIONS = "AutoContrast Equalize Invert Posterize Solarize SolarizeAdd Color Contrast Brightness Sharpness Affine"
+CODES = {name: code for code, name in enumerate(_OPERATIONS.split(), 1)}
 
 
 def _rotation(degrees: torch.Tensor, height: int, width: int) -> tuple:
@@ -63,14 +52,7 @@ MATRICES: dict[str, Callable[[torch.Tensor, int, int], tuple]] = {
 }
 
 
-def _enhanced(level: torch.Tensor, sign: torch.Tensor, hparams: dict) -> torch.Tensor:
-    return level * 1.8 + 0.1
-
-
-def _enhanced_increasing(level: torch.Tensor, sign: torch.Tensor, hparams: dict) -> torch.Tensor:
-    return (1 + sign * level * 0.9).clamp(min=0.1)
-
-
+_ENHANCED = ("Color", "Contrast", "Brightness", "Sharpness")
 # timm's operations: from the magnitude over 10, a sign and timm's parameters to the operation's number.
 LEVELS: dict[str, Callable[[torch.Tensor, torch.Tensor, dict], torch.Tensor]] = {
     **{name: lambda level, sign, hparams: level * 0 for name in ("AutoContrast", "Equalize", "Invert")},
@@ -80,8 +62,8 @@ LEVELS: dict[str, Callable[[torch.Tensor, torch.Tensor, dict], torch.Tensor]] = 
     "Solarize": lambda level, sign, hparams: (level * 256).floor().clamp(max=256),
     "SolarizeIncreasing": lambda level, sign, hparams: 256 - (level * 256).floor().clamp(max=256),
     "SolarizeAdd": lambda level, sign, hparams: (level * 110).floor().clamp(max=128),
-    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), _enhanced),
-    **{f"{name}Increasing": _enhanced_increasing for name in ("Color", "Contrast", "Brightness", "Sharpness")},
+    **{name: lambda level, sign, hparams: level * 1.8 + 0.1 for name in _ENHANCED},
+    **{f"{name}Increasing": lambda level, sign, hparams: (1 + sign * level * 0.9).clamp(min=0.1) for name in _ENHANCED},
     "Rotate": lambda level, sign, hparams: sign * level * 30,
     **{f"Shear{axis}": lambda level, sign, hparams: sign * level * 0.3 for axis in "XY"},
     **{f"Translate{axis}": lambda level, sign, hparams: sign * level * hparams["translate_const"] for axis in "XY"},
@@ -134,16 +116,8 @@ def _first(fits: torch.Tensor, *tried: torch.Tensor) -> list[torch.Tensor]:
 
 class Draws:
     """
-    Draws the rows of items.
-
-    Args:
-        args: the data arguments.
-        size: height and width of the model's images.
-        mean: of each channel, of pixels from 0 to 1.
-        seed: of the run.
-
-    Raises:
-        InputError: timm is missing, or `args.auto_augment` has operations that exist on the CPU only.
+    Draws the rows of items, for the model's images of `size`, height and width, whose pixels from 0 to 1 have a `mean`.
+    Raises `InputError` where timm is missing, or `args.auto_augment` has operations that exist on the CPU only.
     """
 
     def __init__(self, args: DataArguments, size: tuple[int, int], mean, seed: int):
@@ -157,19 +131,10 @@ class Draws:
         self.begin_of_parts = LAYERS + self.layers * WORDS
         self.words = self.begin_of_parts + self.parts * WORDS
 
-    def draw(
-        self, device: torch.device, epoch: int, block: int, rows: int, sides: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def draw(self, device: torch.device, epoch: int, block: int, rows: int, sides=None) -> torch.Tensor:
         """
-        Args:
-            device: that draws.
-            epoch, block: which rows.
-            rows: how many.
-            sides: heights and widths of the items' images (rows, 2), of which crops are drawn; `None`: they are
-                cropped already.
-
-        Returns:
-            fp32 (rows, words).
+        So many `rows` of a `block` of an epoch, fp32 (rows, words). Crops are drawn of images of `sides`, heights and
+        widths (rows, 2); `None`: they are cropped already.
         """
         generator = Generator(rows, device, self.seed, epoch, block)
         table = torch.zeros(rows, self.words, device=device)
@@ -188,9 +153,8 @@ class Draws:
 
     def _crops(self, generator: Generator, height: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
         """`BOX`, as `RandomResizedCrop` draws it."""
-        low, high = self.args.train_crop_ratio
-        scale = dict(zip(("low", "high"), self.args.train_crop_scale, strict=True))
-        area = (height * width)[:, None] * generator.uniform(TRIES, **scale)
+        (low, high), (least, most) = self.args.train_crop_ratio, self.args.train_crop_scale
+        area = (height * width)[:, None] * generator.uniform(TRIES, low=least, high=most)
         ratio = generator.uniform(TRIES, low=math.log(low), high=math.log(high)).exp()
         tall, wide = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
         fits = (tall > 0) & (tall <= height[:, None]) & (wide > 0) & (wide <= width[:, None])
@@ -248,9 +212,7 @@ class Draws:
             left, right = x - (wide / 2).floor(), x + ((wide + 1) / 2).floor()
         else:
             low, high = ([int(side * share_of_side) for side in self.size] for share_of_side in minmax)
-            tall, wide = (
-                generator.whole(end=max(most - least, 1)) + least for least, most in zip(low, high, strict=True)
-            )
+            tall, wide = (generator.whole(end=max(most - least, 1)) + least for least, most in zip(low, high))
             top, left = generator.whole(end=height - tall + 1), generator.whole(end=width - wide + 1)
             bottom, right = top + tall, left + wide
         # Not below 1: either nothing is mixed, or nothing can be told from it.
@@ -261,13 +223,7 @@ class Draws:
 
 
 class Policy:
-    """
-    timm's RandAugment or AutoAugment.
-
-    Args:
-        transform: timm's.
-        name: what `auto_augment` calls it.
-    """
+    """timm's RandAugment or AutoAugment, and what `auto_augment` calls it."""
 
     def __init__(self, transform, name: str):
         choices = getattr(transform, "policy", None) or [[op] for op in getattr(transform, "ops", ())]
@@ -293,14 +249,8 @@ class Policy:
         weights = self.weights.to(device).expand(generator.rows, -1)
         chosen = torch.multinomial(weights, count, self.again, generator=generator.torch)[:, :, None]
         chosen = (chosen * self.each + torch.arange(self.each, device=device)).flatten(1)
-        probability, level, names = (
-            torch.tensor(values, dtype=torch.float64, device=device)[chosen]
-            for values in (
-                [op.prob for op in self.operations],
-                [op.magnitude for op in self.operations],
-                [list(LEVELS).index(op.name) for op in self.operations],
-            )
-        )
+        known = [(op.prob, op.magnitude, list(LEVELS).index(op.name)) for op in self.operations]
+        probability, level, names = torch.tensor(known, dtype=torch.float64, device=device)[chosen].unbind(-1)
         if timm.magnitude_std == math.inf:
             level = level * generator.uniform(*shape)
         elif timm.magnitude_std > 0:

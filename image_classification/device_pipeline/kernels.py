@@ -27,17 +27,8 @@ from .draws import BOX, CODES, FLIP, MIX, SEED, WORDS
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 BOX, FLIP, SEED, MIX, WORDS = map(tl.constexpr, (BOX, FLIP, SEED, MIX, WORDS))
-AUTO_CONTRAST = tl.constexpr(CODES["AutoContrast"])
-EQUALIZE = tl.constexpr(CODES["Equalize"])
-INVERT = tl.constexpr(CODES["Invert"])
-POSTERIZE = tl.constexpr(CODES["Posterize"])
-SOLARIZE = tl.constexpr(CODES["Solarize"])
-SOLARIZE_ADD = tl.constexpr(CODES["SolarizeAdd"])
-CONTRAST = tl.constexpr(CODES["Contrast"])
-BRIGHTNESS = tl.constexpr(CODES["Brightness"])
-COLOR = tl.constexpr(CODES["Color"])
-SHARPNESS = tl.constexpr(CODES["Sharpness"])
-AFFINE = tl.constexpr(CODES["Affine"])
+AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, *_codes = map(tl.constexpr, CODES.values())
+COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, AFFINE = _codes
 # As many pixels as an interpolation takes in each direction; by it the kernels know which one it is.
 TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
 # Of a program. With 1,024 pixels, the bicubic one would not get along with its registers.
@@ -428,13 +419,13 @@ def _finish(
 
 def crop_and_resize(images, items: torch.Tensor, drawn: torch.Tensor, size: tuple[int, int], interpolation: str):
     """
-    Resident images, cropped, resized and flipped as was drawn; to within a rounding as torchvision does it.
+    Resident images, cropped, resized to `size` (height and width) and flipped as was drawn; to within a rounding as
+    torchvision does it.
 
     Args:
         images: `resident.ResidentImages`.
         items: which ones, int64 (B,).
         drawn: fp32 (B, words).
-        size: height and width of the results.
         interpolation: bicubic, bilinear or nearest.
 
     Returns:
@@ -469,13 +460,8 @@ def arrange(pixels: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 
 def operate(images: torch.Tensor, drawn: torch.Tensor, layer: int, fill: list[int], interpolation: str) -> torch.Tensor:
     """
-    One operation of each image.
-
-    Args:
-        images: uint8 (B, 3, height, width).
-        drawn: fp32 (B, words).
-        layer: where the operation begins in them: its code, 0 for none, and its numbers.
-        fill, interpolation: of affine ones.
+    One operation of each image, uint8 (B, 3, height, width). In what was drawn, fp32 (B, words), it begins at `layer`:
+    its code, 0 for none, and its numbers. `fill` and `interpolation` are of affine ones.
     """
     count, _, height, width = images.shape
     out, words = torch.empty_like(images), drawn.shape[1]
@@ -490,15 +476,9 @@ def operate(images: torch.Tensor, drawn: torch.Tensor, layer: int, fill: list[in
 
 
 def finish(
-    images: torch.Tensor,
-    drawn: torch.Tensor,
-    first_part: int,
-    parts: int,
-    mean: list[float],
-    std: list[float],
-    noise: bool = False,
-    mode: str | None = None,
-) -> torch.Tensor:
+    images: torch.Tensor, drawn: torch.Tensor, first_part: int, parts: int, mean: list[float], std: list[float],
+    noise: bool = False, mode: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """
     Normalisation, random erasing, and mixup or CutMix of the batch with itself in reverse order.
 

@@ -67,12 +67,7 @@ def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> to
 
 class CropTransform:
     """
-    uint8 image (height, width, 3), as `read` returns it -> (*size, 3): the random crop of `TrainTransform`, by the same
-    random numbers.
-
-    Args:
-        args: the data arguments.
-        size: height and width of the model's images.
+    uint8 (height, width, 3), as `read` returns it -> (*size, 3): `TrainTransform`'s random crop, by the same numbers.
     """
 
     def __init__(self, args: DataArguments, size: tuple[int, int]):
@@ -88,22 +83,13 @@ class CropTransform:
 
 @dataclass
 class ResidentImages:
-    """
-    Decoded images of different sizes.
+    """Decoded images of different sizes."""
 
-    Args:
-        pixels: uint8 (bytes,): one image (height, width, 3) after another, on the device or in memory that it reads.
-        offsets: where they begin, int64 (n,).
-        sides: heights and widths, int32 (n, 2).
-        labels: int64 (n,).
-        tallest: the largest height.
-    """
-
-    pixels: torch.Tensor
-    offsets: torch.Tensor
-    sides: torch.Tensor
-    labels: torch.Tensor
-    tallest: int
+    pixels: torch.Tensor  # uint8 (bytes,): one (height, width, 3) after another, on the device or where it reads them.
+    offsets: torch.Tensor  # Where they begin, int64 (n,).
+    sides: torch.Tensor  # Heights and widths, int32 (n, 2).
+    labels: torch.Tensor  # int64 (n,).
+    tallest: int  # The largest height.
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,12 +109,9 @@ def load_resident(
     Decode all images of a split and keep them, if they fit.
 
     Args:
-        split: columns `image` (undecoded) and `label`.
-        name: of the split, for errors.
-        device: that trains.
-        share: of its memory that they may take; else of the host's that is free.
-        processes: on this host, which all do the same.
-        workers: processes that decode, for each of them.
+        split: columns `image` (undecoded) and `label`; `name` is what errors call it.
+        share: of the device's memory that they may take; else of the host's that is free.
+        processes: on this host, which all do the same, each with so many `workers` that decode.
 
     Returns:
         The images, or `None` where they do not fit; and where they are, in words.
@@ -174,21 +157,11 @@ def load_resident(
 
 class _Decoded(torch.utils.data.Dataset):
     """
-    The images of a split, some at a time: their bytes, uint8 (n,), and heights and widths, int32 (images, 2).
-
-    Args:
-        split, name: as `load_resident` has them.
-        read: of an undecoded image, and what errors call it; uint8 (height, width, 3).
-        at_once: how many.
+    The images of a split, `at_once` at a time: their bytes, uint8 (n,), and heights and widths, int32 (images, 2).
+    `read` makes uint8 (height, width, 3) of an undecoded one and what errors call it.
     """
 
-    def __init__(
-        self,
-        split: Dataset,
-        name: str,
-        read: Callable[[dict[str, Any], str], torch.Tensor] = read,
-        at_once: int = AT_ONCE,
-    ):
+    def __init__(self, split: Dataset, name: str, read: Callable[[dict, str], torch.Tensor] = read, at_once=AT_ONCE):
         self.split, self.name, self.read, self.at_once = split, name, read, at_once
 
     def __len__(self) -> int:
@@ -202,13 +175,9 @@ class _Decoded(torch.utils.data.Dataset):
         return torch.cat([image.flatten() for image in images]), sides
 
 
-def _start_worker(worker: int) -> None:
-    outlive_signals()
-
-
 def in_workers(parts: _Decoded, doing: str, workers: int) -> Iterator:
     """What is in a data set, in order, prepared by processes; with a progress bar where it takes a while."""
-    loader = torch.utils.data.DataLoader(parts, batch_size=None, num_workers=workers, worker_init_fn=_start_worker)
+    loader = torch.utils.data.DataLoader(parts, batch_size=None, num_workers=workers, worker_init_fn=outlive_signals)
     hidden = int(os.environ.get("LOCAL_RANK", 0)) > 0
     bar = tqdm(total=len(parts.split), desc=doing, unit="image", leave=False, delay=2, disable=hidden)
     with bar:
@@ -231,14 +200,8 @@ class ResidentDataset(ImageDataset):
 
 class ResidentEvaluation(ImageSource):
     """
-    Images of an evaluation as the image processor resizes and crops them, which stay on the device as uint8 from the
-    first time that they are asked for. `finish` normalises them there, as the processor does.
-
-    Args:
-        split, name: as `load_resident` has them.
-        processor: of torchvision's backend.
-        device: that evaluates.
-        workers: processes that decode and resize.
+    Images of an evaluation as torchvision's image processor resizes and crops them, which stay on the device as uint8
+    from the first time that they are asked for. `finish` normalises them there, as the processor does.
     """
 
     needs_workers = False
@@ -258,10 +221,7 @@ class ResidentEvaluation(ImageSource):
         share: float,
         others: ResidentImages | None = None,
     ) -> bool:
-        """
-        Whether so many images of a size fit into a share of the device's memory, beside others that may be in it, and
-        this can be done at all.
-        """
+        """Whether so many images of a size fit into a share of the device's memory, beside others that may be in it."""
         if device.type != "cuda" or not hasattr(processor, "rescale_and_normalize"):
             return False
         taken = others.pixels.numel() if others is not None and others.pixels.device.type == "cuda" else 0
