@@ -6,6 +6,7 @@ there is an error that names what is wrong.
 Needs nothing of the training side: torch, transformers, safetensors, einops and Pillow alone.
 """
 
+import functools
 import math
 import os
 import re
@@ -15,13 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ViTImageProcessor,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, ViTImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 # Transformers 5.17 has it under the short name only where torchvision is installed.
@@ -32,7 +27,7 @@ import modeling_karat_vit  # noqa: F401  (registers the model with Transformers)
 from modeling_karat_vit.configuration_karat_vit import height_and_width
 
 from .. import hub
-from ..errors import InputError, more, reason_of
+from ..errors import InputError, more, reason_of, refusing
 from ..runs import checkpoints
 from . import convit
 from .families import KNOWN, class_of, is_known, is_timm, vision, why_not
@@ -70,54 +65,51 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+def _names_its_setting(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Have what `load` refuses of a source name the setting that named the source."""
+
+    @functools.wraps(load)
+    def loading(source: str, setting: str, *args, **how):
+        try:
+            return load(source, setting, *args, **how)
+        except InputError as error:
+            raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+
+    return loading
+
+
+@_names_its_setting
 def load_config(source: str, setting: str) -> PreTrainedConfig:
     """
-    The configuration of a checkpoint folder or Hub repository; of an adapter of PEFT without one, its base model's.
-
-    Args:
-        source: folder or Hub name.
-        setting: which setting named it, for errors.
-
-    Raises:
-        InputError: there is none, or it is damaged.
+    The configuration of a checkpoint folder or Hub repository, which a `setting` named; of an adapter of PEFT without
+    one, its base model's. Raises `InputError` where there is none, or it is damaged.
     """
     if not source.strip():
-        raise InputError(f"`{setting}` is empty, expected a checkpoint folder, or its name on the Hub.")
+        raise InputError("it is empty, expected a checkpoint folder, or its name on the Hub.")
     folder = Path(source)
     if folder.is_file():
         raise InputError(
-            f"`{setting}` is the file {source}: expected a checkpoint folder with config.json and model.safetensors. "
-            "(A timm state dictionary of a softmax ViT is converted by modeling_karat_vit.convert_timm_state_dict.)"
+            "it is the file of that name, expected a checkpoint folder with config.json and model.safetensors. (A timm "
+            "state dictionary of a softmax ViT is converted by modeling_karat_vit.convert_timm_state_dict.)"
         )
     if not folder.is_dir() and not hub.is_name(source):
-        raise InputError(f"`{setting}` is {source}: there is no such folder.")
-
-    def refuse(what: str, cause: Exception | None = None) -> None:
-        raise InputError(f"`{setting}` is {source}, whose config.json {what}.") from cause
-
-    try:
-        path = find_file(source, "config.json")
-        if path is None and (base := base_of_adapter(source)) is not None:
-            config = load_config(base, BASE)
-            head = _adapter_header(source).get(f"{ADAPTED}classifier.weight")
-            if head is not None and head[1][0] != config.num_labels:
-                config.num_labels = head[1][0]
-            return config
-        if path is None and not folder.is_dir():
-            reason = "HF_HUB_OFFLINE is set" if hub.constants.HF_HUB_OFFLINE else "there is no config.json"
-            raise InputError(f"no folder here, nor from the Hub: {reason}.")
-        written = None if path is None else checkpoints.read_json(path)
-    except InputError as error:
-        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+        raise InputError("there is no such folder.")
+    if (path := find_file(source, "config.json")) is None and (base := base_of_adapter(source)) is not None:
+        config = load_config(base, BASE)
+        head = _adapter_header(source).get(f"{ADAPTED}classifier.weight")
+        if head is not None and head[1][0] != config.num_labels:
+            config.num_labels = head[1][0]
+        return config
+    if path is None and not folder.is_dir():
+        reason = "HF_HUB_OFFLINE is set" if hub.constants.HF_HUB_OFFLINE else "there is no config.json"
+        raise InputError(f"no folder here, nor from the Hub: {reason}.")
     if path is None:
-        raise InputError(f"`{setting}` is {source}, which holds no config.json: it is no checkpoint folder.")
-    if wrong := _wrong_in_config(written):
-        refuse(wrong)
-    try:
+        raise InputError("it holds no config.json: it is no checkpoint folder.")
+    if wrong := _wrong_in_config(checkpoints.read_json(path)):
+        raise InputError(f"its config.json {wrong}.")
+    with refusing("its config.json cannot be read", ".", whole=False):
         # KArAt's code is here; nothing else that a checkpoint brings along is run.
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # Transformers' checks of values have no common base.
-        refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
     config.return_dict = True  # How results are handed over is no matter of a checkpoint.
     if is_timm(config):
         # timm writes arguments that Transformers gives by itself.
@@ -129,19 +121,10 @@ def load_model(
     source: str, setting: str, encoder_suffices: bool = False, **how: Any
 ) -> tuple[PreTrainedModel, set[str]]:
     """
-    A trained classifier, on the CPU.
-
-    Args:
-        source: folder or Hub name.
-        setting: which setting named it, for errors.
-        encoder_suffices: whether it may be saved without its head, as what its configuration calls an encoder.
-        how: further arguments of `from_pretrained`.
-
-    Returns:
-        The model, and the names of the weights that are newly initialised: none, or those of the head.
-
-    Raises:
-        InputError: see `load_config` and `load_weights`; or it is no ViT.
+    A trained classifier, on the CPU, of a folder or Hub name which a `setting` named; and the names of the weights that
+    are newly initialised: none, or with `encoder_suffices` those of the head of what its configuration calls an
+    encoder. `how` goes to `from_pretrained`. Raises `InputError` as `load_config` and `load_weights`, or where it is no
+    ViT.
     """
     config = load_config(source, setting)
     check_type(config, source, setting)
@@ -158,6 +141,7 @@ def check_type(config: PreTrainedConfig, source: str, setting: str) -> None:
         raise InputError(f"`{setting}` {source} cannot be used: {reason.rstrip('.')}.")
 
 
+@_names_its_setting
 def load_weights(
     source: str,
     setting: str,
@@ -167,45 +151,33 @@ def load_weights(
     **how: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """
-    A model with the weights of a checkpoint, or of an adapter of PEFT merged into its base model, in fp32.
+    A model with the weights of a checkpoint (a folder or Hub name, which a `setting` named), or of an adapter of PEFT
+    merged into its base model, in fp32; and the names of those that are newly initialised.
 
     Args:
-        source: folder or Hub name.
-        setting: which setting named it, for errors.
-        config: of the model.
         may_lack: names (by their beginnings) of weights that may be missing or of another shape: they are new then.
         may_drop: names (by their beginnings) of weights that the model need not have.
         how: further arguments of `from_pretrained`.
 
-    Returns:
-        The model, and the names of the weights that are newly initialised.
-
     Raises:
         InputError: a file cannot be read; or weights are missing, too many, of another shape or type, or not finite.
     """
-
-    def refuse(what: str, cause: Exception | None = None) -> None:
-        raise InputError(f"`{setting}` {source} cannot be loaded: {what}.") from cause
-
     state = None
-    try:
-        if (base := base_of_adapter(source)) is not None:
-            state = _merged(source, base, setting)
-            found = {name: ("F", list(tensor.shape)) for name, tensor in state.items()}
-        else:
-            files = weight_files(source)
-            found = {name: kind for path in files for name, kind in checkpoints.read_header(path).items()}
-    except InputError as error:
-        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+    if (base := base_of_adapter(source)) is not None:
+        state = _merged(source, base, setting)
+        found = {name: ("F", list(tensor.shape)) for name, tensor in state.items()}
+    else:
+        files = weight_files(source)
+        found = {name: kind for path in files for name, kind in checkpoints.read_header(path).items()}
     indices = {name for name in found if re.match(_INDICES, name)}
-    if whole := sorted(
-        name for name, (dtype, _) in found.items() if not dtype.startswith(("F", "BF")) and name not in indices
-    ):
-        refuse(f"it has weights that are no floating-point numbers: {_some(whole)}")
+    kinds = {name: kind for name, (kind, _) in found.items() if name not in indices}
+    if whole := sorted(name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))):
+        raise InputError(f"it has weights that are no floating-point numbers: {_some(whole)}.")
     if found:
         # Before it takes any memory or time.
-        _check_size(config, may_lack, sum(math.prod(shape) for _, shape in found.values()), len(found), refuse)
-    try:
+        _check_size(config, may_lack, sum(math.prod(shape) for _, shape in found.values()), len(found))
+    # By Torch, safetensors, the Hub's client, Transformers, or the file system.
+    with refusing("its weights are refused", ".", whole=False):
         model, info = class_of(config).from_pretrained(
             source if state is None else None,
             state_dict=state,
@@ -215,8 +187,6 @@ def load_weights(
             dtype=torch.float32,
             **how,
         )
-    except Exception as error:  # Of Torch, safetensors, the Hub's client, Transformers, or the file system.
-        refuse(reason_of(error).rstrip("."), error)
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     new = mismatched | set(info["missing_keys"])
     for names, allowed, what in (
@@ -225,20 +195,17 @@ def load_weights(
         (set(info["unexpected_keys"]) - indices, may_drop, "has weights that its model does not have"),
     ):
         if wrong := sorted(name for name in names if allowed is None or not allowed.match(name)):
-            refuse(f"it {what}: {_some(wrong)}. It is damaged or of another model")
+            raise InputError(f"it {what}: {_some(wrong)}. It is damaged or of another model.")
     if info["error_msgs"]:
-        refuse(reason_of(ValueError(info["error_msgs"][0])))
+        raise InputError(reason_of(ValueError(info["error_msgs"][0])))
     if wrong := checkpoints.not_finite(model.state_dict()):
-        refuse(f"it has weights that are NaN or infinite: {_some(wrong)}")
+        raise InputError(f"it has weights that are NaN or infinite: {_some(wrong)}.")
     return model, new
 
 
 def base_of_adapter(source: str) -> str | None:
     """
-    The folder or Hub name of the model that an adapter of PEFT belongs to; `None` if `source` is no adapter.
-
-    Raises:
-        InputError: it does not say.
+    The model of an adapter of PEFT, by folder or Hub name (else an `InputError`); `None` where there is no adapter.
     """
     if find_file(source, checkpoints.WEIGHTS) is not None or (path := find_file(source, ADAPTER)) is None:
         return None
@@ -250,8 +217,7 @@ def base_of_adapter(source: str) -> str | None:
 
 
 def _adapter_header(source: str) -> dict[str, tuple[str, list[int]]]:
-    path = find_file(source, ADAPTER_WEIGHTS)
-    if path is None:
+    if (path := find_file(source, ADAPTER_WEIGHTS)) is None:
         raise InputError(f"the adapter has no {ADAPTER_WEIGHTS}")
     return checkpoints.read_header(path)
 
@@ -268,118 +234,82 @@ def _merged(source: str, base: str, setting: str) -> dict[str, torch.Tensor]:
     model, new = load_weights(base, BASE, config, may_lack=HEAD, may_drop=UNUSED)
     if missing := sorted(name for name in new if ADAPTED + name not in header):
         raise InputError(f"neither the adapter nor its base model {base} has the weights {_some(missing)}")
-    try:
+    with refusing(f"the adapter does not go with its base model {base}", whole=False):
         described: Any = find_file(source, ADAPTER)  # Of the Hub, in its cache.
         adapted = PeftModel.from_pretrained(model, described.parent)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         merged = adapted.merge_and_unload()
-    except Exception as error:  # PEFT's checks have no common base.
-        raise InputError(f"the adapter does not go with its base model {base}: {reason_of(error)}") from error
     if wrong := sorted(expected ^ set(header)):
         raise InputError(f"the adapter's weights are not those that its {ADAPTER} describes: {_some(wrong)}")
     return merged.state_dict()
 
 
-def _check_size(
-    config: PreTrainedConfig, may_lack: re.Pattern | None, numbers: int, tensors: int, refuse: Callable[..., None]
-) -> None:
+def _check_size(config: PreTrainedConfig, may_lack: re.Pattern | None, numbers: int, tensors: int) -> None:
     """Refuse a configuration of which no model can be made, or a far larger one than its weights are of."""
     if (blocks := vision(config).num_hidden_layers) > tensors:
-        refuse(f"config.json names {blocks:,} blocks, and there are weights for fewer")
-    try:
-        with torch.device("meta"):
-            model = class_of(config)._from_config(config)
-    except Exception as error:  # Whatever a layer says of sizes that it cannot have.
-        refuse(f"no model can be made of its config.json ({type(error).__name__}: {reason_of(error)})", error)
-    needed = sum(
-        parameter.numel() for name, parameter in model.named_parameters() if not (may_lack and may_lack.match(name))
-    )
+        raise InputError(f"config.json names {blocks:,} blocks, and there are weights for fewer.")
+    with refusing("no model can be made of its config.json", ".", whole=False), torch.device("meta"):
+        model = class_of(config)._from_config(config)
+    named = model.named_parameters()
+    needed = sum(weight.numel() for name, weight in named if not (may_lack and may_lack.match(name)))
     if needed > 2 * numbers:
-        refuse(f"its weights do not fit the model: they are {numbers:,} numbers, and the model has {needed:,}")
+        raise InputError(f"its weights do not fit: they are {numbers:,} numbers, and the model has {needed:,}.")
 
 
 def weight_files(source: str) -> Iterator[Path]:
-    """
-    The files of the weights of a checkpoint folder or Hub repository; of the latter, `model.safetensors` alone.
-
-    Raises:
-        InputError: the list of the files is damaged, or one is missing.
-    """
+    """The files of the weights of a checkpoint folder, as `checkpoints.weight_files`, or the one of a repository."""
     if Path(source).is_dir():
         yield from checkpoints.weight_files(Path(source))
     elif (path := find_file(source, checkpoints.WEIGHTS)) is not None:
         yield path
 
 
+@_names_its_setting
 def load_image_processor(
     source: str, setting: str, image_size: int | tuple[int, int] | None = None
 ) -> BaseImageProcessor | None:
     """
-    The image processor beside a checkpoint, or beside an adapter's base model; `None` where there is none.
-
-    Args:
-        source: folder or Hub name.
-        setting: which setting named it, for errors.
-        image_size: of the model, which must be what the processor makes of any image; `None`: of no matter.
-
-    Raises:
-        InputError: its file is damaged, or it does not make such images.
+    The image processor beside a checkpoint (a folder or Hub name, which a `setting` named), or beside an adapter's base
+    model; `None` where there is none. Raises `InputError` where its file is damaged, or it does not make images of the
+    model's size of any (`None`: of no matter).
     """
-
-    def refuse(what: str, cause: Exception | None = None) -> None:
-        raise InputError(f"`{setting}` {source} cannot be loaded: {path} {what}.") from cause
-
-    try:
-        path = find_file(source, "config.json")
-        written = None if path is None else checkpoints.read_json(path)
-        of_timm = written.get("pretrained_cfg") if isinstance(written, dict) else None
-        if of_timm is None:
-            path = find_file(source, "preprocessor_config.json")
-        if path is None and (base := base_of_adapter(source)) is not None:
-            return load_image_processor(base, BASE, image_size)
-        content = {} if path is None else checkpoints.read_json(path)
-    except InputError as error:
-        raise InputError(f"`{setting}` {source} cannot be loaded: {error}") from error
+    beside = find_file(source, "config.json")
+    written = None if beside is None else checkpoints.read_json(beside)
+    of_timm = written.get("pretrained_cfg") if isinstance(written, dict) else None
+    path = find_file(source, "preprocessor_config.json") if of_timm is None else beside
     if path is None:
-        return None
-    if not isinstance(content, dict):
-        refuse("is no JSON object")
-    try:
+        return None if (base := base_of_adapter(source)) is None else load_image_processor(base, BASE, image_size)
+    if not isinstance(content := checkpoints.read_json(path), dict):
+        raise InputError(f"{path} is no JSON object.")
+    with refusing(f"{path} cannot be read", ".", whole=False):
         if of_timm is None:
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         else:
             content = convit.preparation(of_timm)
             processor = ViTImageProcessor(**content)
-    except Exception as error:
-        refuse(f"cannot be read: {reason_of(error).rstrip('.')}", error)
     if wrong := _wrong_in_processor(content):
-        refuse(wrong)
+        raise InputError(f"{path} {wrong}.")
     if image_size is None:
         return processor
     height, width = height_and_width(image_size)
     # Neither of the model's size nor of its shape.
     images = [Image.new("RGB", (2 * width + 1, height + 1), colour) for colour in ("black", "white")]
-    try:
+    with refusing(f"{path} does not prepare images", ".", whole=False):
         pixels = processor(images, return_tensors="pt")["pixel_values"]
-    except Exception as error:
-        refuse(f"does not prepare images ({type(error).__name__}: {reason_of(error).rstrip('.')})", error)
     if pixels.shape != (2, 3, height, width):
         made = " x ".join(map(str, pixels.shape[-2:]))
-        refuse(f"makes images of {made} pixels, and the model takes {height} x {width}")
+        raise InputError(f"{path} makes images of {made} pixels, and the model takes {height} x {width}.")
     low, high = pixels.flatten(1).mean(1).tolist()
     # As where it divides by 255 twice, or never, or by a deviation that is nearly zero.
     if not pixels.abs().max() <= 255 or high - low < 0.01:
-        refuse(f"makes {low:.3g} of black and {high:.3g} of white, expected numbers around -1 and 1")
+        raise InputError(f"{path} makes {low:.3g} of black and {high:.3g} of white, expected about -1 and 1.")
     return processor
 
 
 def find_file(source: str, name: str) -> Path | None:
     """
-    A file of a folder or Hub repository, if there is one.
-
-    Raises:
-        InputError: there is something of that name that is no file, as a folder, or a link that leads nowhere; or the
-            Hub cannot be asked.
+    A file of a folder or Hub repository, if there is one. Raises `InputError` where what has its name is no file, as a
+    folder, or a link that leads nowhere; or where the Hub cannot be asked.
     """
     if Path(source).is_dir():
         path = Path(source) / name

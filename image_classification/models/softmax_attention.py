@@ -15,20 +15,11 @@ UNMASKED = "sdpa_unmasked"
 
 
 def unmasked(*, attention_mask=None, allow_is_bidirectional_skip=False, local_size=None, **options):
-    """
-    Make the mask of bidirectional attention.
-
-    Returns:
-        `None` where every query sees every key, also while tracing; else what "sdpa" makes of the same arguments.
-    """
+    """No mask where every query sees every key, also while tracing; else what "sdpa" makes of the same arguments."""
     if attention_mask is None and allow_is_bidirectional_skip and local_size is None:
         return None
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
-        attention_mask=attention_mask,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        local_size=local_size,
-        **options,
-    )
+    options |= {"allow_is_bidirectional_skip": allow_is_bidirectional_skip, "local_size": local_size}
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](attention_mask=attention_mask, **options)
 
 
 ALL_ATTENTION_FUNCTIONS.register(UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])

@@ -34,13 +34,9 @@ TEACHER_MAPS, FIELD = "teacher_maps", "teacher_attention"
 
 class AttentionTeacher:
     """
-    A model whose attention is copied. It is frozen, and in no state dictionary.
-
-    Args:
-        model: a `ViTForImageClassification` or `KArAtViTForImageClassification`.
-        scale, shift: the teacher's normalisation from the student's, `x * scale + shift`, (3, 1, 1) each; `None` where
-            they are the same.
-        dtype: of autocast, as the student's; `None`: none.
+    A `ViTForImageClassification` or `KArAtViTForImageClassification` whose attention is copied. It is frozen, and in no
+    state dictionary. Its normalisation from the student's is `x * scale + shift`, (3, 1, 1) each, or `None` where they
+    are the same; its autocast that of the student, of a `dtype` or none.
     """
 
     def __init__(
@@ -56,13 +52,7 @@ class AttentionTeacher:
 
     @torch.no_grad()
     def maps(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """
-        Args:
-            pixels: (B, 3, height, width), as the student takes them, on its device.
-
-        Returns:
-            For each block the activated maps, (B, heads, N, N).
-        """
+        """The activated maps of each block, (B, heads, N, N), of pixels (B, 3, height, width) as the student's."""
         if self.model.device != pixels.device:
             self.model.to(pixels.device)
             self.scale, self.shift = (x if x is None else x.to(pixels.device) for x in (self.scale, self.shift))
@@ -75,14 +65,10 @@ class AttentionTeacher:
 
 def check_settings(args: ModelArguments, run: RunArguments) -> None:
     """
-    What can be said before anything is loaded but configurations.
-
-    Raises:
-        InputError: there is no such teacher, the student is no softmax ViT, they differ in blocks, heads, patches or
-            image size, or a setting does not go with a teacher.
+    Say what can be said before anything is loaded but configurations: raise an `InputError` where there is no such
+    teacher, it does not fit (`check_teacher`), or a setting does not go with one.
     """
-    source = args.teacher_attention
-    if source is None:
+    if (source := args.teacher_attention) is None:
         return
     if args.attn_implementation is not None:
         raise InputError(
@@ -98,13 +84,9 @@ def check_settings(args: ModelArguments, run: RunArguments) -> None:
 def check_teacher(source: str, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
     """Raise an `InputError` unless the maps of one model fit the other."""
     if teacher.model_type not in ("vit", "karat_vit"):
-        raise InputError(
-            f"`{FIELD}` {source} is a model of type {teacher.model_type!r}, expected 'karat_vit' or 'vit'."
-        )
+        raise InputError(f"`{FIELD}` {source} is of type {teacher.model_type!r}, expected 'karat_vit' or 'vit'.")
     if getattr(teacher, FIELD, None):
-        raise InputError(
-            f"`{FIELD}` {source} attends with the maps of a teacher itself ({getattr(teacher, FIELD)}): name that one."
-        )
+        raise InputError(f"`{FIELD}` {source} has a teacher of its own ({getattr(teacher, FIELD)}): name that one.")
     if student.model_type != "vit":
         raise InputError(
             "`teacher_attention` gives its maps to a softmax ViT (--model vit_tiny_patch16_224, ...), and this model "
@@ -128,23 +110,14 @@ def load_teacher(
     source: str, student: PreTrainedConfig, processor: BaseImageProcessor, dtype: torch.dtype | None = None
 ) -> AttentionTeacher:
     """
-    Args:
-        source: checkpoint folder or Hub name.
-        student: the configuration of the model that is fed.
-        processor: the image processor of that model.
-        dtype: of autocast.
-
-    Raises:
-        InputError: see `check_teacher`; or weights are missing or cannot be read.
+    The teacher in a checkpoint folder or of a Hub name, for a student with its image processor and the `dtype` of its
+    autocast. Raises `InputError` as `check_teacher` and `load_model` do.
     """
     config = load_config(source, FIELD)
     check_teacher(source, config, student)
     model, _ = load_model(source, FIELD, encoder_suffices=True, attn_implementation="eager")
-    theirs = load_image_processor(source, FIELD, config.image_size)
-    if theirs is None:
-        logger.warning(
-            f"{source}, the teacher, has no image processor: its images are taken to be normalised as the student's."
-        )
+    if (theirs := load_image_processor(source, FIELD, config.image_size)) is None:
+        logger.warning(f"{source}, the teacher, has no image processor: its images are normalised as the student's.")
         return AttentionTeacher(model, dtype=dtype)
     (mean, deviation), (own_mean, own_deviation) = _normalisation(theirs), _normalisation(processor)
     if torch.equal(mean, own_mean) and torch.equal(deviation, own_deviation):
@@ -154,17 +127,13 @@ def load_teacher(
 
 def feed(student: PreTrainedModel, teacher: AttentionTeacher, name: str) -> None:
     """
-    Let a model attend with its teacher's maps from now on; freeze its queries and keys.
-
-    Args:
-        student: a `ViTForImageClassification`.
-        teacher: of the same blocks, heads and patches.
-        name: what the model's configuration calls the teacher.
+    Let a `ViTForImageClassification` attend with its teacher's maps from now on, freeze its queries and keys, and have
+    its configuration name the teacher.
     """
     attentions = [layer.attention for layer in student.vit.layers]
     for attention in attentions:
-        for projection in (attention.q_proj, attention.k_proj):
-            projection.requires_grad_(False)
+        attention.q_proj.requires_grad_(False)
+        attention.k_proj.requires_grad_(False)
 
     def before(_, args, kwargs):
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
@@ -189,9 +158,7 @@ def check_evaluated(checkpoint: str, config: PreTrainedConfig, source: str | Non
     """Raise an `InputError` where a checkpoint is to be evaluated without its teacher, or with one and has none."""
     needed = needs(config)
     if needed is not None and source is None:
-        raise InputError(
-            f"{checkpoint} attends with the maps of its teacher, {needed}: say where that is with --teacher_attention."
-        )
+        raise InputError(f"{checkpoint} needs its teacher, {needed}: say where that is with --teacher_attention.")
     if needed is None and source is not None:
         raise InputError(f"{checkpoint} was trained without a teacher: leave out `{FIELD}`.")
     if needed is not None and source is not None and short_name(source) != needed:
@@ -210,11 +177,8 @@ def needs(config: PreTrainedConfig) -> str | None:
 
 def _normalisation(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation, (3, 1, 1) each."""
-    if not processor.do_normalize:
-        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    mean, deviation = (
-        torch.tensor(value, dtype=torch.float32).view(3, 1, 1) for value in (processor.image_mean, processor.image_std)
-    )
+    both = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    mean, deviation = torch.tensor(both, dtype=torch.float32).view(2, 3, 1, 1)
     return mean, deviation
 
 

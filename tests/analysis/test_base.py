@@ -129,7 +129,7 @@ def test_an_encoder_alone_will_do(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(karat, tmp_path):
-    with pytest.raises(InputError, match=r"`--compare` is nowhere: there is no such folder"):
+    with pytest.raises(InputError, match=r"`--compare` nowhere cannot be loaded: there is no such folder"):
         load_checkpoint("nowhere", "--compare")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"holds no config\.json"):
