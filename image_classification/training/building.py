@@ -28,17 +28,9 @@ def build_trainer(
     kind: type[ImageClassificationTrainer] = ImageClassificationTrainer,
 ) -> ImageClassificationTrainer:
     """
-    Build the Trainer of a run; one that only evaluates where there are no training images.
-
-    Args:
-        args, run: the settings of data and of training.
-        model: what is trained; fed with the maps of `teacher`, if one is named.
-        data: what is read.
-        processor: of the evaluation, and saved with the model.
-        kind: of which class.
-
-    Raises:
-        InputError: a setting is none of this model's, or as `build_pipeline` has it.
+    Build the Trainer of a run, of which `kind`; one that only evaluates where there are no training images. The model
+    is fed with the maps of `teacher`, if one is named; the processor is the evaluation's, and saved with the model.
+    Raises `InputError` where a setting is none of this model's, or as `build_pipeline` does.
     """
     if run.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"`gradient_checkpointing` is nothing that a {type(model).__name__} can do. Leave it out.")

@@ -38,12 +38,7 @@ ACTIONS = ("log", "evaluate", "save")
 
 
 class Checkpointer:
-    """
-    Writes checkpoints whole or not at all, in all processes alike, and goes on from one exactly.
-
-    Args:
-        trainer: whose they are.
-    """
+    """Writes checkpoints whole or not at all, in all processes alike, and goes on from one exactly."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -77,12 +72,7 @@ class Checkpointer:
             )
 
     def load_weights(self, folder: Path, model: torch.nn.Module) -> None:
-        """
-        Load every weight of a model.
-
-        Raises:
-            InputError: the checkpoint has not exactly these.
-        """
+        """Load every weight of a model. Raises `InputError` where the checkpoint has not exactly these."""
         weights: dict[str, Any] = checkpoints.read_weights(folder)
         shapes = {plain_name(name): tensor.shape for name, tensor in model.state_dict().items()}
         checkpoints.check_weights(shapes, weights, folder)
@@ -166,22 +156,16 @@ class Checkpointer:
             self._log_save_evaluate()
 
     def _log_save_evaluate(self) -> None:
-        trainer, (norm, rate) = self.trainer, self.last_step
-        trainer._maybe_log_save_evaluate(
-            trainer._tr_loss, norm, trainer.model_wrapped, None, trainer.state.epoch, None, time.time(), rate
-        )
+        trainer, (norm, rate), epoch = self.trainer, self.last_step, self.trainer.state.epoch
+        told = trainer.model_wrapped, None, epoch, None, time.time()
+        trainer._maybe_log_save_evaluate(trainer._tr_loss, norm, *told, learning_rate=rate)
 
     # Saving
 
     def save(self, due: list[str]) -> None:
         """
-        Write the checkpoint of this step, and delete those that `save_total_limit` has no place for.
-
-        Args:
-            due: of `ACTIONS`, what remains to be done at this step.
-
-        Raises:
-            NotWritten: it could not be written, and is not there.
+        Write the checkpoint of this step, at which of `ACTIONS` some are `due`, and delete those that
+        `save_total_limit` has no place for. Raises `NotWritten` where it could not be written, and is not there.
         """
         trainer, state = self.trainer, self.trainer.state
         args, run = trainer.args, Path(trainer.args.output_dir)

@@ -26,14 +26,7 @@ class Diverged(InputError):
 
 
 def check_metrics(metrics: dict[str, float], step: int, where: str | None) -> None:
-    """
-    Raise an error unless the metrics of an evaluation are finite.
-
-    Args:
-        metrics: by name.
-        step: after which they were computed.
-        where: what the error says of a run; `None` of a model alone.
-    """
+    """Raise an error unless the metrics after a step are finite; `where` is what it says of a run, if it is of one."""
     for name, value in metrics.items():
         if not math.isfinite(value) and where is not None:
             raise Diverged(f"The run has diverged: `{name}` is {value:g} after step {step}. {where}", weights=step)
@@ -53,11 +46,9 @@ class DivergenceGuard:
         model: without wrappers of DDP or `torch.compile`.
         scaled: gradients are those of fp16's scaled loss, of which some may overflow.
         where: what the error says after the diagnosis.
-
-    Where `recorded` is set, it has watched the steps in the guard's place, and is asked what it saw.
     """
 
-    recorded: Any = None
+    recorded: Any = None  # What has watched the steps in the guard's place, if anything, and is asked what it saw.
 
     def __init__(self, model: nn.Module, scaled: bool, where: str):
         self.scaled, self.where = scaled, where
@@ -85,12 +76,7 @@ class DivergenceGuard:
 
     @torch.no_grad()
     def watch(self, step: int, loss: torch.Tensor, last: bool) -> None:
-        """
-        Args:
-            step: number of the optimiser step, from 1.
-            loss: of the batch whose backward pass is done, a scalar.
-            last: of the batches accumulated for this step.
-        """
+        """Look at a batch whose backward pass is done, the `last` of those accumulated for a step (from 1) or not."""
         self._losses.append(loss.detach())
         if not last:
             return
@@ -111,29 +97,18 @@ class DivergenceGuard:
 
     @torch.no_grad()
     def check_weights(self, step: int) -> None:
-        """
-        Judge what the last step has made of the weights, which no loss has shown yet.
-
-        Raises:
-            Diverged: a weight is not finite.
-        """
+        """Raise `Diverged` where the last step has made weights that are not finite, which no loss has shown yet."""
         self.flush()
         each = [torch.isfinite(local(weight)).all() for weight in self._trainable.values()]
         finite = torch.stack(each).tolist() if each else []
-        broken = [name for name, fine in zip(self._trainable, finite, strict=True) if not fine]
-        if broken:
+        if broken := [name for name, fine in zip(self._trainable, finite, strict=True) if not fine]:
             raise Diverged(
                 f"The run has diverged: step {step} has made `{broken[0]}` not finite ({len(broken)} of {len(finite)} "
                 f"weights are not). {self.where}"
             )
 
     def flush(self) -> None:
-        """
-        Judge the last step that was watched, or recorded ones.
-
-        Raises:
-            Diverged: its loss or a gradient was not finite.
-        """
+        """Raise `Diverged` where loss or a gradient of the last step that was watched, or recorded, is not finite."""
         if self._pending is not None:
             step, names, values, event = self._pending
             self._pending = None
@@ -147,31 +122,21 @@ class DivergenceGuard:
 
     def judge(self, step: int, loss: float, norms: dict[str, float], skipped: int | None = None) -> None:
         """
-        Args:
-            step: number of the optimiser step, from 1.
-            loss: of the step.
-            norms: of the gradients, by the parameters' names.
-            skipped: steps that fp16 has skipped in a row, this one included; counted here unless given.
-
-        Raises:
-            InputError: loss or a gradient is not finite.
+        Raise `Diverged` unless the loss of a step (from 1) and the norms of its gradients, by the parameters' names,
+        are finite; in fp16, `skipped` steps in a row (counted here unless given) may be.
         """
         broken = {name for name, norm in norms.items() if not math.isfinite(norm)}
         if math.isfinite(loss):
             self._skipped = skipped if skipped is not None else self._skipped + 1 if broken else 0
             if not broken or (self.scaled and self._skipped < SKIPPED_STEPS):
                 return
-        first = "gradients are with DeepSpeed, which names none"
-        if norms:
-            first = "all gradients are finite"
+        first = "all gradients are finite" if norms else "gradients are with DeepSpeed, which names none"
         if broken:
             # FSDP2 does not call the hooks: then the order of the forward pass, reversed.
             order = [*self._order, *reversed(self._trainable)]
-            first = (
-                "the first gradient of the backward pass that is not finite is that of "
-                f"`{next(name for name in order if name in broken)}` "
-                f"({len(broken)} of {len(norms)} are not)"
-            )
+            name = next(name for name in order if name in broken)
+            first = f"the first gradient of the backward pass that is not finite is that of `{name}`"
+            first += f" ({len(broken)} of {len(norms)} are not)"
         streak = f" It is the last of {self._skipped} such steps in a row." if self.scaled and self._skipped else ""
         raise Diverged(
             f"The run has diverged: the loss is {loss:g} at step {step}, and {first}.{streak} {self.where}",

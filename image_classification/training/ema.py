@@ -25,12 +25,8 @@ class WeightAverage:
     Trainable parameters are averaged; what is frozen, and buffers, are the model's own. Unlike timm's `ModelEmaV3` and
     PyTorch's `AveragedModel` this is no copy of the module: the average lies beside it and is put into the model while
     that is evaluated, so that compiled, DDP and FSDP2 models keep their wrappers, and frozen weights take no memory.
-    Under FSDP2 each process averages its own shards; the file holds whole tensors, whatever the layout.
-
-    Args:
-        model: without wrappers of DDP or `torch.compile`; already sharded under FSDP2.
-        decay: from 0 to 1.
-        device: where the average is kept; default where the parameters are.
+    Under FSDP2 each process averages its own shards; the file holds whole tensors, whatever the layout. The model comes
+    without wrappers of DDP or `torch.compile`, and already sharded; the average is by default where the parameters are.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: str | torch.device | None = None):
@@ -52,12 +48,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, skipped: torch.Tensor | None = None) -> None:
-        """
-        Take in the weights after one step of the optimiser.
-
-        Args:
-            skipped: 1 where the optimiser skipped the step, so that the average stays as it is; else 0.
-        """
+        """Take in the weights after a step of the optimiser; where that was `skipped` (1, else 0), nothing changes."""
         averages = list(self.tensors.values())
         weights = [getattr(owner, name) for owner, name in self._owners]
         if not self.is_beside_the_weights():
@@ -90,12 +81,7 @@ class WeightAverage:
         return {name: whole(united(self.tensors[name], parameter)).contiguous() for name, parameter in _averaged(model)}
 
     def load(self, path: Path, model: nn.Module) -> None:
-        """
-        Go on with an average that is in a file, as `whole` gave it.
-
-        Raises:
-            InputError: there is none, or it is not of this model.
-        """
+        """Go on with that in a file, as `whole` gave it. Raises `InputError`: there is none, or of another model."""
         if not path.is_file():
             raise InputError(
                 f"{path.parent} has no average of the weights ({path.name}): it was written without `model_ema`. Leave "
@@ -110,14 +96,9 @@ class WeightAverage:
 
 def better(metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
     """
-    Which weights of an evaluation are the better: by accuracy, then by loss.
-
-    Args:
-        metrics: of the weights as `eval_*`, of their average as `eval_ema_*`.
-
-    Returns:
-        `ema` or `model`, or `None` where there is no average; and the metrics, the better ones' as `eval_*`, and each
-        one's as `eval_ema_*` and `eval_model_*`.
+    Which weights of an evaluation are the better, by accuracy, then by loss: `ema` (whose metrics are `eval_ema_*`) or
+    `model`, or `None` where there is no average; and the metrics, the better ones' as `eval_*`, and each one's as
+    `eval_ema_*` and `eval_model_*`.
     """
     names = [key.removeprefix("eval_ema_") for key in metrics if key.startswith("eval_ema_")]
     if not names:
@@ -130,17 +111,14 @@ def better(metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
 
 
 def _averaged(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.is_floating_point()
-    ]
+    named = model.named_parameters()
+    return [(name, weight) for name, weight in named if weight.requires_grad and weight.is_floating_point()]
 
 
 def _owners(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """
-    Where the averaged parameters are found: the module of each and its name there. Looking through all modules for
-    them at each step would take longer than averaging, and FSDP2 puts other tensors into their places.
+    The module of each averaged parameter and its name there. Looking through all modules for them at each step would
+    take longer than averaging, and FSDP2 puts other tensors into their places.
     """
     places = (name.rpartition(".") for name, _ in _averaged(model))
     return [(model.get_submodule(path), name) for path, _, name in places]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data loaders of a run: who samples, reads and collates; and data workers that the run, and no signal, ends."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, RandomSampler
-from transformers.trainer_utils import seed_worker
 
 from ..data.dataset import source_of
 from ..runs.signals import outlive_signals
@@ -17,13 +15,7 @@ from ..settings.arguments import RunArguments
 
 
 class Loaders:
-    """
-    Makes the data loaders of a Trainer, and ends their workers.
-
-    Args:
-        accelerator: shares them among the processes, and moves batches to the device.
-        args: seeds and workers.
-    """
+    """Makes the data loaders of a Trainer, which the accelerator shares among the processes, and ends their workers."""
 
     def __init__(self, accelerator: Accelerator, args: RunArguments):
         self.accelerator, self.args = accelerator, args
@@ -32,11 +24,8 @@ class Loaders:
 
     def make(self, dataset: Any, batch_size: int, collate: Callable, training: bool) -> DataLoader:
         """
-        Make a loader of random order, or in evaluation of the data set's own, unless the data set samples itself.
-
-        Args:
-            dataset: an `ImageSource`, or any data set of rows, of which `collate` makes batches.
-            batch_size: of one process.
+        Make a loader of random order, or in evaluation of the data set's own, unless the data set samples itself: of an
+        `ImageSource`, or of any data set of rows, of which `collate` makes batches. `batch_size` is one process's.
         """
         args, source = self.args, source_of(dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -49,7 +38,6 @@ class Loaders:
             "prefetch_factor": args.dataloader_prefetch_factor,
             "multiprocessing_context": args.dataloader_multiprocessing_context,
         }
-        seeding = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
         loader = self.accelerator.prepare(
             DataLoader(
                 dataset,
@@ -59,7 +47,7 @@ class Loaders:
                 drop_last=training and args.dataloader_drop_last,
                 pin_memory=args.dataloader_pin_memory,
                 in_order=args.dataloader_in_order,
-                worker_init_fn=functools.partial(_start_worker, seeding if training else None),
+                worker_init_fn=outlive_signals,
                 **(workers if source.needs_workers else {}),
             )
         )
@@ -68,8 +56,8 @@ class Loaders:
                 if isinstance(part, BatchSamplerShard):  # It leaves everything to this process.
                     part.num_processes, part.process_index, part.even_batches = 1, 0, False
         inner = _unwrapped(loader)
-        # It draws when workers start, which is at each epoch or not: training must not depend on it.
-        inner.generator = torch.Generator()
+        # It seeds workers when they start, which is at each epoch or not: training must not depend on it.
+        inner.generator = torch.Generator().manual_seed(seed * args.world_size + args.process_index)
         if inner.persistent_workers:
             self._lasting.append(inner)
         return loader
@@ -113,9 +101,3 @@ def _end_workers(loader: DataLoader) -> None:
     if (iterator := getattr(loader, "_iterator", None)) is not None:
         loader._iterator = None
         iterator._shutdown_workers()
-
-
-def _start_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    outlive_signals()
-    if then is not None:
-        then(worker)

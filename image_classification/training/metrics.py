@@ -16,12 +16,8 @@ TOP = 5
 
 def check_best(metric: str | None, average: bool, classes: int | None = None) -> None:
     """
-    Raise an `InputError` unless an evaluation will have the metric by which the best checkpoint is chosen.
-
-    Args:
-        metric: `metric_for_best_model`, with `eval_` or without.
-        average: whether an average of the weights is evaluated too.
-        classes: how many there are, if that is known.
+    Raise an `InputError` unless an evaluation will have `metric_for_best_model`, with `eval_` or without, of so many
+    classes (if that is known), and where an `average` of the weights is evaluated too.
     """
     names = ["loss", "accuracy"] + ["top5_accuracy"] * (classes is None or classes > TOP)
     names += [f"ema_{name}" for name in names] * average
@@ -35,14 +31,8 @@ def preprocess(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     All that the metrics need of a batch, image by image, so that what is gathered of several processes can be cut to
-    the images that there are.
-
-    Args:
-        logits: (B, classes); of a model that returns more, as a distilled DeiT, the first is taken.
-        labels: class indices (B,).
-
-    Returns:
-        Indices of the best classes (B, up to 5), best first; and losses (B,).
+    the images that there are: of logits (B, classes), or the first of several as a distilled DeiT has them, and class
+    indices (B,), the indices of the best classes (B, up to 5), best first, and losses (B,).
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")

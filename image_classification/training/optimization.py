@@ -40,9 +40,7 @@ def make_optimizer(model: PreTrainedModel, args: RunArguments) -> torch.optim.Op
     if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
         for name in ("attn_lr", "attn_weight_decay", "layer_decay"):
             if getattr(args, name) is not None:
-                raise InputError(
-                    f"`{name}` does not work with `optim: {args.optimizer_name}`, which groups for itself."
-                )
+                raise InputError(f"`{name}` does not work with `optim: {args.optimizer_name}`: it groups for itself.")
         return None
     if kind is torch.optim.SGD:
         options |= {"momentum": args.momentum, "nesterov": args.momentum > 0, "fused": args.device.type == "cuda"}
@@ -54,13 +52,11 @@ def make_optimizer(model: PreTrainedModel, args: RunArguments) -> torch.optim.Op
 def _timm_optimizer(name: str, groups: list[dict], args: RunArguments) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
-    default = RunArguments.__dataclass_fields__
     # What is left at AdamW's default is the optimiser's own.
     options: dict[str, Any] = {}
-    if args.adam_epsilon != default["adam_epsilon"].default:
+    if args.adam_epsilon != RunArguments.adam_epsilon:
         options["eps"] = args.adam_epsilon
-    betas = (args.adam_beta1, args.adam_beta2)
-    if betas != (default["adam_beta1"].default, default["adam_beta2"].default):
+    if (betas := (args.adam_beta1, args.adam_beta2)) != (RunArguments.adam_beta1, RunArguments.adam_beta2):
         options["betas"] = betas
     return create_optimizer_v2(groups, opt=name, lr=args.learning_rate, momentum=args.momentum, **options)
 
@@ -94,24 +90,20 @@ def parameter_groups(model: PreTrainedModel, args: RunArguments) -> list[dict]:
             groups.setdefault((scale, rate, decay), {})[plain_name(name)] = parameter
     return [
         {
-            "params": list(parameters.values()),
-            "param_names": list(parameters),
+            "params": [*those.values()],
+            "param_names": [*those],
             "lr": rate * scale,
             "weight_decay": decay,
             "lr_scale": scale,
         }
-        for (scale, rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (scale, rate, decay), those in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def layer_scale(name: str, blocks: list[str], decay: float) -> float:
     """
-    The factor on a parameter's rate: `decay` to the power of its distance from the head (BEiT's counting).
-
-    Args:
-        name: of the parameter.
-        blocks: names of the blocks, first to last. What ends a stage goes with the last of its blocks.
-        decay: `layer_decay`.
+    The factor on the rate of the parameter `name`: `decay` to the power of its distance from the head (BEiT's
+    counting), of blocks by their names, first to last. What ends a stage goes with the last of its blocks.
     """
     stages = [re.sub(r"(\.\d+)\.blocks\.\d+$", r"\1", block) for block in blocks]
     for prefixes in (blocks, stages):
@@ -132,13 +124,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, args: RunArguments, steps: i
 
 def schedule(args: RunArguments, rate: float, warmup: int, steps: int, per_epoch: int) -> Callable[[int], float]:
     """
-    The factor on `rate` after each step: linear from `warmup_lr` for `warmup` steps, then `args.sched` until `steps`.
-
-    Args:
-        args: `sched`, `warmup_lr`, `min_lr`, `cooldown_epochs`, `decay_epochs`, `decay_milestones`, `decay_rate`; the
-            shapes are those of timm's schedulers with `warmup_prefix`. The rate bounds `warmup_lr` and `min_lr`.
-        rate: the group's learning rate, without its factor of `layer_decay`.
-        warmup, steps, per_epoch: numbers of steps.
+    The factor on a group's `rate` (without that of `layer_decay`) after each step: linear from `warmup_lr` for `warmup`
+    steps, then `args.sched` until `steps`, in the shapes of timm's schedulers with `warmup_prefix`. The rate bounds
+    `warmup_lr` and `min_lr`.
     """
     low, start = min(args.min_lr, rate), min(args.warmup_lr, rate)
     end = steps - round(args.cooldown_epochs * per_epoch)

@@ -38,16 +38,10 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
     """
-    A saved state for this optimiser's parameters, under its settings.
-
-    Args:
-        saved: `state_dict` of an optimiser, with `kind` and `began_with` (`settings_of` it), where this wrote them.
-        optimizer: before its first step.
-        folder: what errors call it.
-
-    Returns:
-        What `optimizer.load_state_dict` takes. Of each setting the value is the one now, unless it is what the saved
-        run began with: then it is the saved one, which the optimiser may have changed.
+    A saved state for the parameters of an optimiser before its first step, as its `load_state_dict` takes it. Of each
+    setting the value is the one now, unless it is what the saved run began with: then it is the saved one, which the
+    optimiser may have changed. `saved` is a `state_dict`, with `kind` and `began_with` (`settings_of` it), where this
+    wrote them; errors call it `folder`.
 
     Raises:
         InputError: it is the state of another optimiser or of other parameters.
@@ -57,10 +51,10 @@ def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path
         before, states = saved["param_groups"], saved["state"]
         kind = saved.get("kind")
         same = kind == kind_of(optimizer) if kind else before[0].keys() - _APART == now[0].keys() - _APART
-        same = same and all(
-            {bool(group.get(key)) for group in before} == {bool(group.get(key)) for group in now} for key in _STRUCTURAL
-        )
-        if not same:
+        structures = [
+            {(key, bool(group.get(key))) for group in groups for key in _STRUCTURAL} for groups in (before, now)
+        ]
+        if not same or structures[0] != structures[1]:
             raise InputError(
                 f"{folder} has the state of another optimiser ({kind or 'saved by an earlier release'}) than "
                 f"`optim` names now ({kind_of(optimizer)}), or under another `momentum` or `optim_args`. {_MEND}"
@@ -71,10 +65,7 @@ def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path
                 raise InputError(f"{folder} has the state of other groups of parameters. {_MEND}")
             old = new = {number: (index, number) for index, group in enumerate(now) for number in group["params"]}
         if lacking := sorted(new.keys() - old.keys()):
-            raise InputError(
-                f"The optimiser's state in {folder} lacks {len(lacking)} of the parameters that are trained now, such "
-                f"as `{lacking[0]}`. {_MEND}"
-            )
+            raise InputError(f"The optimiser in {folder} lacks {len(lacking)} parameters, as `{lacking[0]}`. {_MEND}")
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = {new[name][1]: states[old[name][1]] for name in new if old[name][1] in states}
         for number, entries in state.items():
@@ -107,21 +98,18 @@ def fitted(saved: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path
 
 def load_schedule(saved: dict[str, Any], schedule: Any, folder: Path) -> None:
     """
-    Go on with a schedule where the saved one was; the rates are those of the settings now.
-
-    Raises:
-        InputError: it was a schedule of another kind, whose position says nothing here.
+    Go on with a schedule where the saved one was; the rates are those of the settings now. Raises `InputError` where it
+    was of another kind, whose position says nothing here.
     """
     if not isinstance(saved, dict) or "last_epoch" not in saved:
         raise InputError(f"{folder / 'scheduler.pt'} holds no state of a schedule: it is damaged. {_MEND}")
-    if not isinstance(schedule, LambdaLR):
-        if "lr_lambdas" in saved:
-            raise InputError(f"{folder} has the state of another kind of schedule than `lr_scheduler_type`. {_MEND}")
+    if (ours := isinstance(schedule, LambdaLR)) != ("lr_lambdas" in saved):
+        setting = "sched" if ours else "lr_scheduler_type"
+        raise InputError(f"{folder} has the state of another kind of schedule than `{setting}`. {_MEND}")
+    if ours:
+        move_to(schedule, saved["last_epoch"])
+    else:
         schedule.load_state_dict(saved)
-        return
-    if "lr_lambdas" not in saved:
-        raise InputError(f"{folder} has the state of another kind of schedule than `sched`. {_MEND}")
-    move_to(schedule, saved["last_epoch"])
 
 
 def move_to(schedule: Any, step: int) -> None:
@@ -135,11 +123,8 @@ def _places(groups: list[dict]) -> dict[str, tuple[int, int]] | None:
     """By the name of each parameter, the number of its group and its own; `None` where names are missing."""
     if not all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
         return None
-    return {
-        name: (index, number)
-        for index, group in enumerate(groups)
-        for name, number in zip(group["param_names"], group["params"], strict=True)
-    }
+    pairs = ((index, zip(group["param_names"], group["params"])) for index, group in enumerate(groups))
+    return {name: (index, number) for index, named in pairs for name, number in named}
 
 
 def _plain(value: Any) -> Any:

@@ -43,9 +43,7 @@ def set_up(accelerator: Accelerator, model: PreTrainedModel, fsdp: bool) -> None
         return
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise InputError(
-            "FSDP's first version is not supported: set `fsdp_version: 2`, as accelerate_configs/fsdp2.yaml."
-        )
+        raise InputError("FSDP's first version is not supported: set `fsdp_version: 2`, as in fsdp2.yaml.")
     # Checkpoints are of one layout, whatever saved them; the models are small enough to be gathered.
     plugin.set_state_dict_type("FULL_STATE_DICT")
     # PyTorch warns of what ViT does not do: add to the patch embeddings in place.
@@ -54,13 +52,8 @@ def set_up(accelerator: Accelerator, model: PreTrainedModel, fsdp: bool) -> None
         # Accelerate would take all of the model's `_no_split_modules`: also those that this model has not, and the
         # embeddings around the patch embedding, which it makes a unit of its own.
         embedding = model.get_input_embeddings()
-        plugin.transformer_cls_names_to_wrap = sorted(
-            {
-                type(module).__name__
-                for module in model.modules()
-                if type(module).__name__ in model._no_split_modules and embedding not in module.modules()
-            }
-        )
+        names = {type(module).__name__ for module in model.modules() if embedding not in module.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(names & set(model._no_split_modules))
 
 
 @functools.cache
@@ -100,12 +93,7 @@ def without_repeated(batch: dict[str, torch.Tensor], rows: int, process: int) ->
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """
-    Call `function` in the main process only, and return its result in all of them.
-
-    Raises:
-        InputError: of the main process, in all of them.
-    """
+    """Call `function` in the main process only; return its result, or raise its `InputError`, in all of them."""
     state = PartialState()
     if state.num_processes == 1:
         return function()

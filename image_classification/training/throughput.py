@@ -11,12 +11,7 @@ import torch
 
 
 class Throughput:
-    """
-    Counts images and the seconds that training takes, from now on.
-
-    Args:
-        device: that trains.
-    """
+    """Counts images and the seconds that training takes, from now on."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -51,12 +46,9 @@ class Throughput:
 
     def total(self) -> dict[str, float]:
         """The figures of a finished training, without its peak of memory."""
-        figures = {}
-        if self.startup_seconds is not None:
-            figures["train_startup_seconds"] = round(self.startup_seconds, 2)
-        if self.images:
-            figures["train_images_per_second"] = round(self.images / self._seconds(), 2)
-        return figures
+        rate = self.images / self._seconds() if self.images else None
+        figures = {"train_startup_seconds": self.startup_seconds, "train_images_per_second": rate}
+        return {name: round(value, 2) for name, value in figures.items() if value is not None}
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._began - self._excluded

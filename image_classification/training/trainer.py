@@ -76,10 +76,7 @@ class ImageClassificationTrainer(Trainer):
         # Part of `cross_entropy`, in training only.
         self.label_smoother = None
         if self.args.model_ema and is_deepspeed_zero3_enabled():
-            raise InputError(
-                "`model_ema` does not work with DeepSpeed ZeRO-3, which keeps no parameter whole. Use FSDP2 or ZeRO-2, "
-                "or leave it out."
-            )
+            raise InputError("`model_ema` needs whole parameters, which DeepSpeed ZeRO-3 has not: use FSDP2 or ZeRO-2.")
         parallel.set_up(self.accelerator, self.model, self.is_fsdp_enabled)
         self.checkpointer = Checkpointer(self)
         self.loaders = Loaders(self.accelerator, self.args)
@@ -139,21 +136,17 @@ class ImageClassificationTrainer(Trainer):
         if checkpoint is not None:
             self.average.load(Path(checkpoint) / ema.FILE, self.bare_model)
 
-    def _maybe_log_save_evaluate(
-        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
-    ):
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **told):
         """The one place between two steps where a signal can be answered, and the last step's figures are known."""
         self.checkpointer.last_step = (grad_norm, learning_rate)
         self._may_stop = True
         try:
             self.stop_if_asked()
-            super()._maybe_log_save_evaluate(
-                tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
-            )
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **told)
         except _Asked as asked:
             # At once: an evaluation can take longer than a scheduler waits. It is noted, and done when the run goes on.
             due = [action for action in ACTIONS if getattr(self.control, f"should_{action}")]
-            self._save_checkpoint(model, trial, due)
+            self._save_checkpoint(due=due)
             step = self.state.global_step
             folder = checkpoints.checkpoint_folder(self.args.output_dir, step)
             raise Stopped(asked.args[0], folder, step, self.state.epoch) from None
@@ -206,14 +199,10 @@ class ImageClassificationTrainer(Trainer):
 
     def cross_entropy(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """
-        Args:
-            outputs: of the model, with `logits` (B, classes).
-            labels: class indices (B,), or probabilities (B, classes).
-            num_items_in_batch: elements of all labels of this step, over accumulated batches (and devices, which
-                Transformers multiplies back). In evaluation it is not used: that takes the mean, and does not smooth.
-
-        Returns:
-            The loss, a scalar in fp32.
+        The loss, a scalar in fp32, of `logits` (B, classes) and labels: class indices (B,), or probabilities (B,
+        classes). `num_items_in_batch` counts the elements of all labels of this step, over accumulated batches (and
+        devices, which Transformers multiplies back). In evaluation it is not used: that takes the mean, and does not
+        smooth.
         """
         logits = outputs["logits"].float()
         if num_items_in_batch is None or not self.model.training:
@@ -321,10 +310,9 @@ class ImageClassificationTrainer(Trainer):
     # Evaluation
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        name, dataset = "eval", self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
-            dataset = self.eval_dataset[eval_dataset]
+            name, dataset = eval_dataset, self.eval_dataset[eval_dataset]
         return self.loaders.for_evaluation(name, dataset, self.args.eval_batch_size, self.data_collator)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -346,14 +334,12 @@ class ImageClassificationTrainer(Trainer):
         if self.average is None:
             return output
         with self.average.applied(self.bare_model):
-            second = super().evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs
-            )
+            of_average = {"metric_key_prefix": f"{metric_key_prefix}_ema", **kwargs}
+            second = super().evaluation_loop(dataloader, description, *args, **of_average)
         check_metrics(second.metrics, self.state.global_step, where)
         metrics = {key: value for key, value in second.metrics.items() if not key.endswith("_model_preparation_time")}
-        return EvalLoopOutput(
-            output.predictions, output.label_ids, output.metrics | metrics, output.num_samples + second.num_samples
-        )
+        samples = output.num_samples + second.num_samples
+        return EvalLoopOutput(output.predictions, output.label_ids, output.metrics | metrics, samples)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         self.stop_if_asked()
@@ -365,19 +351,9 @@ class ImageClassificationTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def keep_better_weights(self, metrics: dict[str, float]) -> tuple[str | None, dict[str, float]]:
-        """
-        Put the average into the model for good, if it is the better of the two, as `ema.better` judges.
-
-        Args:
-            metrics: of `evaluate`.
-
-        Returns:
-            What `ema.better` returns; `eval_*` are the metrics of the weights that the model has now.
-        """
-        if self.average is None:
-            return None, metrics
+        """Put the average into the model for good, if `ema.better` judges it the better; return what that returns."""
         weights, metrics = ema.better(metrics)
-        if weights == "ema":
+        if weights == "ema" and self.average is not None:
             self.average.copy_to(self.bare_model)
         return weights, metrics
 
@@ -454,7 +430,7 @@ class ImageClassificationTrainer(Trainer):
             return super().save_model(output_dir, _internal_call=_internal_call)
         self._save(output_dir, state_dict=self.checkpointer.whole_weights())
 
-    def _save_checkpoint(self, model, trial, due: list[str] | None = None) -> None:
+    def _save_checkpoint(self, *_, due: list[str] | None = None) -> None:
         """Transformers writes in place, so that a run that is killed leaves half a checkpoint."""
         with self._apart():
             if self.recorded is not None:  # Whose state is on the device.
