@@ -39,36 +39,21 @@ class Conflict(InputError):
 
 @dataclass
 class Destination:
-    """
-    Where a run is pushed to.
+    """Where a run is pushed to."""
 
-    Args:
-        name: `USER/NAME`; or `NAME`, while the Hub could not say whose token it is.
-        run: the identity of the run.
-        token: what it may be written with.
-        revision: the branch; default `main`.
-        private: of a repository that is made: whether only its owners see it. `True` also refuses a public one.
-        overwrite: whether to write where somebody else did, too.
-    """
-
-    name: str
-    run: str
+    name: str  # `USER/NAME`; or `NAME`, while the Hub could not say whose token it is.
+    run: str  # The identity of the run.
     token: str = field(repr=False)
-    revision: str | None = None
-    private: bool | None = None
-    overwrite: bool = False
+    revision: str | None = None  # The branch; default `main`.
+    private: bool | None = None  # Whether only its owners see a repository that is made. `True` refuses a public one.
+    overwrite: bool = False  # Write where somebody else did, too.
 
     @property
     def repository(self) -> Repository:
         return Repository(self.name, RECORD, revision=self.revision, token=self.token)
 
     def resolve(self) -> None:
-        """
-        Find out whose token it is, which completes the name.
-
-        Raises:
-            InputError: the token may only read.
-        """
+        """Find out whose token it is, which completes the name. Raises `InputError` where it may only read."""
         account = HfApi(token=self.token).whoami()
         if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise InputError(
@@ -81,22 +66,17 @@ class Destination:
     def claim(self) -> Content:
         """
         Make sure that there is the repository with its branch, and that this run may write to it: its last commit is
-        this run's, or it holds nothing, or `overwrite` is set. `push` names that commit as the parent of its own: the
-        Hub refuses it where somebody was faster.
-
-        Raises:
-            Conflict: somebody else wrote there.
+        this run's, or it holds nothing, or `overwrite` is set; else a `Conflict` is raised. `push` names that commit as
+        the parent of its own: the Hub refuses it where somebody was faster.
         """
         repository, main = self.repository, Repository(self.name, RECORD, token=self.token)
         try:
-            content = repository.look()
-            if content is None:
+            if (content := repository.look()) is None:
                 repository.api.create_repo(self.name, private=self.private, exist_ok=True)
                 content = repository.look()
         except RevisionNotFoundError:
             content = None
-        there = content or main.look()
-        if there is None:
+        if (there := content or main.look()) is None:
             raise Conflict(f"`push_to_hub`: {self.name} was made, and cannot be seen with your token.")
         if self.private and not there.private:
             raise Conflict(
@@ -107,10 +87,8 @@ class Destination:
             # A new branch begins with the files of `main`, which keeps them, and is this run's.
             repository.api.create_branch(self.name, branch=self.revision, exist_ok=True)
             record = {"run": self.run, "files": there.ours}
-            head = repository.commit(
-                {RECORD: json.dumps(record).encode()}, [], f"Begin {self.revision}", there.head
-            ).oid
-            return replace(there, head=head, record=record, pushed_last=True)
+            begun = repository.commit({RECORD: json.dumps(record).encode()}, [], f"Begin {self.revision}", there.head)
+            return replace(there, head=begun.oid, record=record, pushed_last=True)
         if self.overwrite or not there.blobs:
             return there
         if there.record is None:
@@ -129,23 +107,14 @@ class Destination:
 
     def push(self, files: dict[str, Path], message: str) -> dict[str, Any]:
         """
-        Push the files of the run, in one commit. What an earlier push of it put there and is not needed any more goes,
-        but not its other checkpoints.
-
-        Returns:
-            `url` of the repository; `changed`: whether anything was new.
-
-        Raises:
-            Conflict: see `claim`.
+        Push the files of the run, in one commit, if `claim` allows it. What an earlier push of it put there and is not
+        needed any more goes, but not its other checkpoints. Returns the repository's `url`, and whether it `changed`.
         """
         content = self.claim()
         ours = content.record if content.record is not None and content.record.get("run") == self.run else {}
         last = any(path.startswith(f"{LAST_CHECKPOINT}/") for path in files)
-        stays = {
-            path
-            for path in content.ours
-            if ours and "/" in path and not (last and path.startswith(f"{LAST_CHECKPOINT}/"))
-        }
+        kept = [path for path in content.ours if ours and "/" in path]
+        stays = {path for path in kept if not (last and path.startswith(f"{LAST_CHECKPOINT}/"))}
         # Every commit changes it: by the sums of the files, or where somebody else's commit is the last, by its name.
         record = {"run": self.run, "onto": ours.get("onto") if content.pushed_last and ours else content.head}
         record["files"] = dict.fromkeys(stays, "") | {path: sha256(file) for path, file in files.items()}
@@ -169,12 +138,8 @@ NOT_PUSHED = ("checkpoint-*", "runs/*", "run.json", "sample.png", ".*")
 def prepare(destination: Destination) -> str | None:
     """
     Before training: check the token, complete the name, make the repository, and see that nothing is overwritten.
-
-    Returns:
-        A warning where the Hub cannot be reached, so that this is left to the first push.
-
-    Raises:
-        InputError: it cannot be pushed there.
+    Raises `InputError` where it cannot be pushed there. Where the Hub cannot be reached, returns a warning: then that
+    is left to the first push.
     """
     try:
         validate_repo_id(destination.name)
@@ -205,10 +170,8 @@ def push_with_patience(
 ) -> dict[str, Any]:
     """
     Push, and try again after each of the waits (in seconds) where that may help. Without files, only complete the name.
-
-    Returns:
-        `name` of the repository, and what `Destination.push` returns; or `error`, why it was not pushed, and whether
-        that is a `conflict`.
+    Returns the repository's `name`, and what `Destination.push` does; or `error`, why it was not pushed, and whether
+    that is a `conflict`.
     """
     waits = list(waits)
     while True:
@@ -237,13 +200,8 @@ def main() -> None:
 
 def describe(destination: Destination, files: dict[str, Path], message: str, waits: tuple[float, ...]) -> str:
     """A push as `main` reads it."""
-    job = {
-        "destination": dataclasses.asdict(destination),
-        "files": {path: str(file) for path, file in files.items()},
-        "message": message,
-        "waits": waits,
-    }
-    return json.dumps(job) + "\n"
+    job = {"destination": dataclasses.asdict(destination), "files": files, "message": message, "waits": waits}
+    return json.dumps(job, default=str) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ pushed is linked into a hidden folder first, so that checkpoints may be deleted 
 for nothing but that.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -55,22 +56,13 @@ PUSHED = {
 
 @dataclass
 class Push:
-    """
-    One commit to be made.
-
-    Args:
-        message: of the commit.
-        what: what it is, for the log.
-        folder: hidden, with all that is to be pushed; it is deleted afterwards.
-        complete: called before, in the background, to write the rest of the files.
-        outcome: what became of it, as `push_with_patience` says it.
-    """
+    """One commit to be made."""
 
     message: str
-    what: str
-    folder: Path
-    complete: Callable[[], None] = lambda: None
-    outcome: Future[dict[str, Any]] = field(default_factory=Future)
+    what: str  # What it is, for the log.
+    folder: Path  # Hidden, with all that is to be pushed; it is deleted afterwards.
+    complete: Callable[[], None] = lambda: None  # Writes the rest of the files, in the background.
+    outcome: Future[dict[str, Any]] = field(default_factory=Future)  # As `push_with_patience` says it.
 
 
 class Publisher(TrainerCallback):
@@ -84,14 +76,8 @@ class Publisher(TrainerCallback):
     * `all_checkpoints`: and each checkpoint under its name.
 
     While a push is under way, only the newest save waits for its turn, unless `hub_always_push` is set or all
-    checkpoints are asked for.
-
-    Args:
-        destination: where to.
-        args: of the run.
-        recipe: the run's recipe.
-        card: makes the card of the model as it is now: of the metrics of this step (or none), of which weights these
-            are (`ema`, `model`, `None`), and of how far training is.
+    checkpoints are asked for. `card` makes the card of the model as it is now: of the metrics of this step (or none),
+    of which weights these are (`ema`, `model`, `None`), and of how far training is.
     """
 
     def __init__(
@@ -136,12 +122,7 @@ class Publisher(TrainerCallback):
         weights, metrics = ema.better(metrics) if metrics.get("step") == state.global_step else (None, {})
         push = Push(f"Training in progress: {step}", step, self._new_folder())
         try:
-            push.folder.mkdir()
-            _link_files(checkpoint, MODEL_FILES, push.folder)
-            if self.strategy == HubStrategy.CHECKPOINT:
-                _link_files(checkpoint, ["**/*"], push.folder / LAST_CHECKPOINT)
-            elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
-                _link_files(checkpoint, ["**/*"], push.folder / checkpoint.name)
+            self._gather(push, checkpoint, MODEL_FILES, [checkpoint])
             if weights == "ema":
                 _link(checkpoint / ema.FILE, push.folder / f".{ema.FILE}")
             card = self.card(metrics, weights, step)
@@ -158,48 +139,42 @@ class Publisher(TrainerCallback):
     # When it is finished.
 
     def finish(self) -> bool:
-        """
-        Push the finished run's folder, and wait until it is there, or has failed for good.
-
-        Returns:
-            Whether it is there. If not, the log says why, and what to do.
-        """
+        """Push the finished run's folder, and return whether it is there; if not, the log says why, and what to do."""
         logger.info("\nPushing to the Hub ...")
-        steps = checkpoints.checkpoints(self.folder)
         push = Push("Finished training", "the finished run", self._new_folder())
         try:
-            push.folder.mkdir()
-            _link_files(self.folder, [*MODEL_FILES, *REPORTS], push.folder)
-            if steps and self.strategy == HubStrategy.CHECKPOINT:
-                _link_files(steps[max(steps)], ["**/*"], push.folder / LAST_CHECKPOINT)
-            elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
-                for checkpoint in steps.values():
-                    _link_files(checkpoint, ["**/*"], push.folder / checkpoint.name)
+            there = [*checkpoints.checkpoints(self.folder).values()]
+            self._gather(push, self.folder, (*MODEL_FILES, *REPORTS), there)
         except OSError as error:
             shutil.rmtree(push.folder, ignore_errors=True)
             self._fail(str(error), final=True)
             return False
         self._add(push)
-        self._wait()
+        wait([push.outcome for push in self._pushes])
         self._tell(last=True)
         return "error" not in push.outcome.result()
 
     # How.
 
     def _new_folder(self) -> Path:
-        number = 0
-        while (folder := self.folder / f".push-{number}").exists():
-            number += 1
-        return folder
+        folders = (self.folder / f".push-{number}" for number in itertools.count())
+        return next(folder for folder in folders if not folder.exists())
+
+    def _gather(self, push: Push, source: Path, patterns: Iterable[str], there: list[Path]) -> None:
+        """Link what is to be pushed of a folder, and of the checkpoints that are there what the strategy asks for."""
+        push.folder.mkdir()
+        _link_files(source, patterns, push.folder)
+        if self.strategy == HubStrategy.CHECKPOINT and there:
+            _link_files(there[-1], ["**/*"], push.folder / LAST_CHECKPOINT)
+        elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
+            for checkpoint in there:
+                _link_files(checkpoint, ["**/*"], push.folder / checkpoint.name)
 
     def _add(self, push: Push) -> None:
         if not self.always and self.strategy != HubStrategy.ALL_CHECKPOINTS:
             self._drop_waiting()
         push.outcome = self._thread.submit(self._work, push)
         self._pushes.append(push)
-
-    def _wait(self) -> None:
-        wait([push.outcome for push in self._pushes])
 
     def _drop_waiting(self) -> None:
         for push in [push for push in self._pushes if push.outcome.cancel()]:
@@ -208,30 +183,22 @@ class Publisher(TrainerCallback):
 
     def _work(self, push: Push) -> dict[str, Any]:
         try:
-            return self._carry_out(push)
+            if "/" not in self.destination.name:
+                outcome = self._run({}, push.message)
+                if "error" in outcome:
+                    return outcome
+                self.destination.name = outcome["name"]
+            push.complete()
+            if (card := push.folder / CARD).is_file():
+                text = card_on_hub(card.read_text(encoding="utf-8"), self.folder, self.destination.name)
+                card.unlink()  # A link to the run's own.
+                card.write_text(text, encoding="utf-8")
+            files = [path for path in push.folder.rglob("[!.]*") if path.is_file()]
+            return self._run({path.relative_to(push.folder).as_posix(): path.resolve() for path in files}, push.message)
         except Exception as error:
             return {"error": str(error) or type(error).__name__}
         finally:
             shutil.rmtree(push.folder, ignore_errors=True)
-
-    def _carry_out(self, push: Push) -> dict[str, Any]:
-        if "/" not in self.destination.name:
-            outcome = self._run({}, push.message)
-            if "error" in outcome:
-                return outcome
-            self.destination.name = outcome["name"]
-        push.complete()
-        card = push.folder / CARD
-        if card.is_file():
-            text = card_on_hub(card.read_text(encoding="utf-8"), self.folder, self.destination.name)
-            card.unlink()  # A link to the run's own.
-            card.write_text(text, encoding="utf-8")
-        files = {
-            path.relative_to(push.folder).as_posix(): path.resolve()
-            for path in push.folder.rglob("*")
-            if path.is_file() and not path.name.startswith(".")
-        }
-        return self._run(files, push.message)
 
     def _run(self, files: dict[str, Path], message: str) -> dict[str, Any]:
         """One push, in a process of its own, which Ctrl-C in a terminal does not reach."""
@@ -277,9 +244,8 @@ class Publisher(TrainerCallback):
         if final:
             how = f" The same command again pushes it; or, by hand:\n  {self.destination.command(self.folder)}"
             how = "" if conflict else how  # By hand, it would overwrite what the push left alone.
-            logger.warning(
-                f"Not pushed to {self.destination.name}: {said}.\nNothing is lost: {self.folder} has all of it.{how}"
-            )
+            lost = f"\nNothing is lost: {self.folder} has all of it.{how}"
+            logger.warning(f"Not pushed to {self.destination.name}: {said}.{lost}")
         elif reason is None or reason != self._told:
             logger.warning(f"Not pushed: {said}. Training goes on, and the next save is pushed again.")
         self._told = reason

@@ -17,22 +17,13 @@ OF_THE_HUB = {".gitattributes"}
 
 @dataclass
 class Content:
-    """
-    What a branch of a repository holds.
+    """What a branch of a repository holds."""
 
-    Args:
-        head: its last commit.
-        private: whether only its owners see it.
-        blobs: the git oid of each file, without what the Hub itself puts there.
-        record: what was pushed from here, if anything was; `None` also where somebody made it unreadable.
-        pushed_last: whether the last commit is one that was pushed from here: each of them writes the record.
-    """
-
-    head: str
-    private: bool
-    blobs: dict[str, str]
-    record: dict[str, Any] | None = None
-    pushed_last: bool = False
+    head: str  # Its last commit.
+    private: bool  # Whether only its owners see it.
+    blobs: dict[str, str]  # The git oid of each file, without what the Hub itself puts there.
+    record: dict[str, Any] | None = None  # What was pushed from here, if anything was, and somebody did not break it.
+    pushed_last: bool = False  # Whether the last commit was pushed from here: each of those writes the record.
 
     @property
     def ours(self) -> list[str]:
@@ -50,19 +41,11 @@ def _read_record(content: bytes) -> dict[str, Any] | None:
 
 class Repository:
     """
-    A repository, and one branch of it.
-
-    Args:
-        name: `USER/NAME`.
-        record: the file that says what was pushed from here: JSON, with `files`.
-        kind: `model` or `space`.
-        revision: the branch; default `main`.
-        token: default that of `hf auth login`, or of the environment.
+    A repository (`USER/NAME`, a `model` or a `space`), and one branch of it; `record` is the file that says what was
+    pushed from here: JSON, with `files`. The token is by default that of `hf auth login`, or of the environment.
     """
 
-    def __init__(
-        self, name: str, record: str, kind: str = "model", revision: str | None = None, token: str | None = None
-    ):
+    def __init__(self, name: str, record: str, kind="model", revision: str | None = None, token: str | None = None):
         self.name, self.kind, self.revision, self._record = name, kind, revision, record
         self.api = HfApi(token=token)
         self._where: dict[str, Any] = {"repo_id": name, "repo_type": kind, "revision": revision}
@@ -73,12 +56,7 @@ class Repository:
         return f"{self.api.endpoint}/{prefix}{self.name}" + (f"/tree/{self.revision}" if self.revision else "")
 
     def look(self) -> Content | None:
-        """
-        What is there now; `None` where there is no such repository.
-
-        Raises:
-            RevisionNotFoundError: there is, without this branch.
-        """
+        """What is there now; `None` where there is no such repository. `RevisionNotFoundError`: it lacks the branch."""
         try:
             info: Any = self.api.repo_info(**self._where, files_metadata=True)
         except RepositoryNotFoundError:
@@ -96,18 +74,10 @@ class Repository:
 
     def commit(self, files: dict[str, Path | bytes], delete: list[str], message: str, parent: str | None) -> CommitInfo:
         """
-        Write and delete files in one commit. Nothing is committed where nothing changes.
-
-        Args:
-            files: by their path in the repository, a file here or its content.
-            delete: paths in the repository.
-            message: of the commit.
-            parent: the commit that must still be the last one, or nothing is written.
+        Write `files` (by their path in the repository, a file here or its content) and delete others in one commit.
+        None is made where nothing changes, or where `parent` is not the last one any more.
         """
-        operations: list[Any] = [
-            *(CommitOperationAdd(path, content) for path, content in files.items()),
-            *(CommitOperationDelete(path) for path in delete),
-        ]
-        return self.api.create_commit(
-            **self._where, operations=operations, commit_message=message, parent_commit=parent
-        )
+        operations: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
+        operations += map(CommitOperationDelete, delete)
+        what: Any = {"operations": operations, "commit_message": message, "parent_commit": parent}
+        return self.api.create_commit(**self._where, **what)

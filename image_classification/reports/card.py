@@ -51,33 +51,20 @@ def _quoted(text: str) -> str:
 
 @dataclass(frozen=True)
 class RunCard:
-    """
-    README.md of a run's checkpoints: what one is, how good, how it was made, how to load it; with the Hub's metadata.
+    """README.md of a run's checkpoints: what one is, how good, how it is made and loaded; with the Hub's metadata."""
 
-    Args:
-        folder: of the run, whose name is the model's.
-        record: the settings as they were given.
-        learning_rate: the rates that run, in words.
-        reported: the paper's figures, if any.
-        model, data: of the run.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-    learning_rate: str
-    reported: dict[str, float]
+    folder: Path  # Of the run, whose name is the model's.
+    record: dict[str, Any]  # The settings as they were given.
+    learning_rate: str  # The rates that run, in words.
+    reported: dict[str, float]  # The paper's figures, if any.
     model: PreTrainedModel
     data: ImageData
 
     def text(self, metrics: dict[str, float], weights: str | None, progress: str | None = None) -> str:
         """
-        Write the card of the model as it is now.
-
-        Args:
-            metrics: of training and of the evaluation of the weights that are written; none where they were not
-                evaluated.
-            weights: which were written: `ema`, `model`, or `None` where there was no choice.
-            progress: how far training is, if it is not finished.
+        Write the card of the model as it is now: with the metrics of training and of the evaluation of the weights that
+        are written, if there was one; which these are, `ema`, `model`, or `None` where there was no choice; and how far
+        training is, if it is not finished.
         """
         data, record = self.data, to_json(self.record)
         name = one_line(self.folder.resolve().name)

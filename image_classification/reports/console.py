@@ -49,9 +49,7 @@ def warn_of_settings(args: RunArguments, record: dict[str, Any]) -> None:
     """Warn of settings, as they were given, that do nothing or too much."""
     cores, workers = cores_to_use(), args.dataloader_num_workers or 0
     if workers > cores:
-        logger.warning(
-            f"{workers} data workers (`dataloader_num_workers`) share {cores} CPU cores: fewer may be faster."
-        )
+        logger.warning(f"{workers} workers (`dataloader_num_workers`) share {cores} CPU cores: fewer may be faster.")
         # PyTorch would say it at every epoch.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     if not args.push_to_hub:
@@ -63,13 +61,9 @@ def warn_of_settings(args: RunArguments, record: dict[str, Any]) -> None:
             if record[name] not in (None, ["none"]):
                 logger.warning(f"`{name}` has no effect: nothing is reported without a `run_name`.")
     elif not args.report_to:
-        logger.warning(
-            "`run_name` has no effect: `report_to` is none, or no tracker (wandb, tensorboard) is installed."
-        )
+        logger.warning("`run_name` has no effect: `report_to` is none, or neither wandb nor tensorboard is installed.")
     if args.do_train and args.max_steps < 0 and (warmup := args.warmup_epochs or 0) >= args.num_train_epochs:
-        logger.warning(
-            f"The warm-up of {warmup:g} epochs does not end in a run of {args.num_train_epochs:g}: set --warmup_epochs."
-        )
+        logger.warning(f"--warmup_epochs {warmup:g} do not end in a run of {args.num_train_epochs:g}: set fewer.")
 
 
 class EpochLines(ProgressCallback):
@@ -81,10 +75,8 @@ class EpochLines(ProgressCallback):
         self.loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         if state.is_world_process_zero:
             # In a log file every refresh is a line of its own.
-            how = {"mininterval": 0.5 if sys.stderr.isatty() else 15, "disable": args.disable_tqdm}
-            self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="Training", unit="step", **how
-            )
+            how = {"mininterval": 0.5 if sys.stderr.isatty() else 15, "disable": args.disable_tqdm, "unit": "step"}
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", **how)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if self.prediction_bar is None and has_length(eval_dataloader):

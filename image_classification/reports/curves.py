@@ -14,11 +14,8 @@ CURVES = "training_curves.png"
 
 def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
     """
-    The Trainer's log as one row for each evaluation.
-
-    Returns:
-        Rows of `epoch`, `step`, `train_loss` (mean since the last row, if it was logged), `learning_rate`, and the
-        `eval_*` metrics; one row for each step.
+    The Trainer's log as one row for each step that was evaluated: `epoch`, `step`, `train_loss` (mean since the last
+    row, if it was logged), `learning_rate`, and the `eval_*` metrics.
     """
     rows, losses, rate, steps = [], [], None, set()
     for entry in log:
@@ -56,8 +53,7 @@ def draw_curves(rows: list[dict[str, float]], path: Path, title: str) -> None:
         (loss, "eval_ema_loss", "held out, averaged weights", 1),
         (accuracy, "eval_ema_accuracy", "top-1, averaged weights", 100),
     ):
-        points = [(row["epoch"], factor * row[key]) for row in rows if key in row]
-        if points:
+        if points := [(row["epoch"], factor * row[key]) for row in rows if key in row]:
             axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
     for axes, name in ((loss, "loss"), (accuracy, "held-out accuracy in %")):
         axes.set_xlabel("epoch")

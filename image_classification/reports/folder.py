@@ -13,16 +13,7 @@ from .summary import RESULTS, SAMPLE, save_sample
 def write_reports(
     folder: Path, data: ImageData, log: list[dict[str, float]], figures: dict[str, float], card: str, recipe: str
 ) -> None:
-    """
-    Write results, history, curves, a sample image, the card and the recipe.
-
-    Args:
-        folder: of the run.
-        data: that it trained on.
-        log: the Trainer's.
-        figures: of training and of the last evaluation.
-        card, recipe: their texts.
-    """
+    """Write results (`figures`), history and curves (by the Trainer's `log`), a sample image, card and recipe."""
     rows = history(log)
     write_json(folder / RESULTS, figures)
     write_json(folder / HISTORY, rows)

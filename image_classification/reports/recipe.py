@@ -20,12 +20,8 @@ AGAIN = f"run_image_classification.py {RECIPE} --output_dir outputs/again"
 def recipe(record: dict[str, Any], args: RunArguments, reported: dict[str, float]) -> str:
     """
     A recipe (YAML) with every setting that decides what is trained, those of other recipes and of flags included. What
-    a recipe need not say (speed, output, the Hub) is not in it, nor are the folders of this machine.
-
-    Args:
-        record: the settings as they were given.
-        args: those of the training, as it ran.
-        reported: the paper's figures for it, if any.
+    a recipe need not say (speed, output, the Hub) is not in it, nor are the folders of this machine. `record` has the
+    settings as they were given, `args` those of the training as it ran, `reported` the paper's figures for it, if any.
     """
     record = to_json(record)
     if record["base_lr"] is None and record["learning_rate"] is None:
@@ -44,9 +40,8 @@ def recipe(record: dict[str, Any], args: RunArguments, reported: dict[str, float
     folders = {name: value for name, value in kept.items() if isinstance(value, str) and Path(value).is_absolute()}
     command = "python" if args.world_size == 1 else f"accelerate launch --num_processes {args.world_size}"
     lines = ["# Every setting of a run of KArAt-ViT, which this repeats:", f"#   {command} {AGAIN}"]
-    lines += [
-        f"# Add --{name}: it was the folder {one_line(Path(value).name)}, elsewhere." for name, value in folders.items()
-    ]
+    for name, value in folders.items():
+        lines.append(f"# Add --{name}: it was the folder {one_line(Path(value).name)}, elsewhere.")
     for group, title in ((ModelArguments, "Model"), (DataArguments, "Data"), (RunArguments, "Training")):
         part = [name for name in group.__dataclass_fields__ if name in kept and name not in folders]
         lines += ["", f"# {title}", *(f"{name}: {_yaml(kept[name])}" for name in part)]

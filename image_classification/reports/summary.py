@@ -26,13 +26,8 @@ def opening(
     model: ModelArguments, args: RunArguments, data: ImageData, described: str, pushed: str | None = None
 ) -> str:
     """
-    The first words of a run: on what, and how, it trains, or what it only evaluates.
-
-    Args:
-        model, args: its settings.
-        data: of the run; without images to train on where it only evaluates.
-        described: the model in words.
-        pushed: where to and when it is pushed, if it is.
+    The first words of a run: on what, and how, it trains, or what it only evaluates; with the model, and where to and
+    when it is pushed, in words.
     """
     train = f"{len(data.train):,} training and " if data.train is not None else ""
     lines = [
@@ -58,12 +53,11 @@ def opening(
 def cost(metrics: dict[str, float]) -> str:
     """Time, rate and memory of training, as one sentence."""
     minutes, seconds = divmod(math.floor(metrics["train_runtime"]), 60)
-    words = [f"Trained in {f'{minutes} min ' if minutes else ''}{seconds} s"]
-    if rate := metrics.get("train_images_per_second"):
-        words.append(f"{rate:,.0f} images/s")
-    if peak := metrics.get("train_peak_memory_gib"):
-        words.append(f"at most {peak:.2f} GiB of memory")
-    return f"{', '.join(words)}."
+    rate, peak = metrics.get("train_images_per_second"), metrics.get("train_peak_memory_gib")
+    words = f"Trained in {f'{minutes} min ' if minutes else ''}{seconds} s"
+    return (
+        words + (f", {rate:,.0f} images/s" if rate else "") + (f", at most {peak:.2f} GiB of memory." if peak else ".")
+    )
 
 
 def save_sample(split: Dataset, path: Path) -> None:
@@ -81,45 +75,28 @@ def describe_choice(weights: str, metrics: dict[str, float]) -> str:
     """Which weights a run with an average of them ends with, and why."""
     names = {"ema": "the averaged weights", "model": "the plain weights"}
     other = "model" if weights == "ema" else "ema"
-    figures = {
-        kind: f"{100 * metrics[f'eval_{kind}_accuracy']:.2f} % (loss {metrics[f'eval_{kind}_loss']:.4f})"
-        for kind in names
-    }
-    return f"Written are {names[weights]}: held-out accuracy {figures[weights]}, of {names[other]} {figures[other]}."
+    scores = {kind: (100 * metrics[f"eval_{kind}_accuracy"], metrics[f"eval_{kind}_loss"]) for kind in names}
+    own, others = (f"{accuracy:.2f} % (loss {loss:.4f})" for accuracy, loss in (scores[weights], scores[other]))
+    return f"Written are {names[weights]}: held-out accuracy {own}, of {names[other]} {others}."
 
 
 def predict_command(folder: str | Path) -> str:
     """The command that classifies the sample image, as it can be typed here."""
-    python = Path(sys.executable)
-    found = shutil.which("python")
-    here = Path.cwd()
-    if found and Path(found) == python:
-        command = "python"
-    elif python.is_relative_to(here):
-        command = str(python.relative_to(here))
-    else:
-        command = str(python)
-    script = PROJECT / "predict.py"
-    script = script.relative_to(here) if script.is_relative_to(here) else script
-    return shlex.join([command, str(script), str(Path(folder) / SAMPLE), "--model", str(folder)])
+    here, words = Path.cwd(), [Path(sys.executable), PROJECT / "predict.py"]
+    python, script = (str(path.relative_to(here) if path.is_relative_to(here) else path) for path in words)
+    python = "python" if shutil.which("python") == sys.executable else python
+    return shlex.join([python, script, str(Path(folder) / SAMPLE), "--model", str(folder)])
 
 
 def summary(folder: str | Path, finished: dict[str, Any]) -> str:
     """The last words of a run."""
     metrics, images, folder = finished["metrics"], finished["eval_images"], Path(folder)
-    last = [
-        "",
-        "Classify an image (put one of your own in place of the sample):",
-        f"  {predict_command(folder)}",
-    ]
+    last = f"Classify an image (put one of your own in place of the sample):\n  {predict_command(folder)}"
     if teacher := finished.get("teacher"):
-        last = ["", f"It attends with the maps of its teacher, {teacher}, and is of no use without it."]
-    return "\n".join(
-        [
-            f"  result      {describe(metrics)}",
-            f"              {round(metrics['eval_accuracy'] * images):,} of {images:,} held-out images right",
-            f"  checkpoint  {folder}",
-            f"  curves      {folder / CURVES}",
-            *last,
-        ]
+        last = f"It attends with the maps of its teacher, {teacher}, and is of no use without it."
+    return (
+        f"  result      {describe(metrics)}\n"
+        f"              {round(metrics['eval_accuracy'] * images):,} of {images:,} held-out images right\n"
+        f"  checkpoint  {folder}\n"
+        f"  curves      {folder / CURVES}\n\n{last}"
     )

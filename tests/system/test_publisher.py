@@ -4,6 +4,7 @@ Pushing to the Hub and loading from it, over HTTP, against `tests/hub_server.py`
 anybody's is overwritten, and that no failure of a push is one of the run.
 """
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -353,7 +354,7 @@ def test_a_push_that_fails_in_training_is_told_once(hub, tmp_path, capsys, monke
 
     def save_and_wait(self, *args, **kwargs):
         on_save(self, *args, **kwargs)
-        self._wait()
+        concurrent.futures.wait([push.outcome for push in self._pushes])
 
     monkeypatch.setattr(publisher.Publisher, "on_save", save_and_wait)
     hub.fail("POST .*/commit/main", 403, times=2)
