@@ -27,18 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(settings: Settings) -> dict[str, float]:
-    """
-    Evaluate the checkpoint that the settings name, on their data; figures are kept where an `output_dir` is given.
-
-    Raises:
-        InputError: anything that a user can mend.
-    """
+    """Evaluate the checkpoint that the settings name, on their data; keep figures where an `output_dir` is named."""
     args, teacher = settings.training, settings.model.teacher_attention
-    checkpoint = args.resume_from_checkpoint or settings.model.finetune
-    if checkpoint is None:
-        raise InputError(
-            "Only evaluating needs a checkpoint: give --resume_from_checkpoint (--resume) with its folder."
-        )
+    if (checkpoint := args.resume_from_checkpoint or settings.model.finetune) is None:
+        raise InputError("Evaluating needs a checkpoint: give --resume_from_checkpoint (--resume) with its folder.")
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         # A run that was stopped has weights in its checkpoints only.
         checkpoint = str(checkpoints.newest(Path(checkpoint))[0] or checkpoint)
@@ -49,8 +41,7 @@ def evaluate(settings: Settings) -> dict[str, float]:
     transfer.check_evaluated(checkpoint, config, teacher)
     data = as_classes_of(load_images(settings.data, args, train=False), config.label2id)
     model = load_trained(checkpoint, settings.model, data.labels)
-    processor = load_image_processor(checkpoint, "resume_from_checkpoint", fixed_image_size(config))
-    if processor is None:
+    if (processor := load_image_processor(checkpoint, "resume_from_checkpoint", fixed_image_size(config))) is None:
         logger.warning(
             f"{checkpoint} has no image processor (preprocessor_config.json): images are prepared as this command's "
             "settings say, which may not be how the model was trained."

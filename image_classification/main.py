@@ -2,7 +2,6 @@
 """A run from the command line to the summary."""
 
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoImageProcessor, set_seed
-from transformers.image_processing_utils import BaseImageProcessor
 
 from .data.transforms import build_image_processor, serves
 from .errors import InputError, run_command
@@ -54,14 +52,9 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run the script.
-
-    Args:
-        argv: the words after the script's name; default the process's.
-
-    Returns:
-        The exit status: 0, or 2 where the input cannot be used or the disk is full, 1 after a failure that nobody
-        foresaw, 130 after Ctrl-C and 143 after SIGTERM.
+    Run the script by the words after its name (default the process's), and return its exit status: 0, or 2 where the
+    input cannot be used or the disk is full, 1 after a failure that nobody foresaw, 130 after Ctrl-C and 143 after
+    SIGTERM.
     """
     words = sys.argv[1:] if argv is None else argv
     return run_command("run_image_classification.py", lambda: _main(argv), debug="--debug" in words)
@@ -101,14 +94,8 @@ def _leave() -> None:
 
 def run(settings: Settings, lock: run_folder.FolderLock) -> dict[str, float]:
     """
-    Train, or only evaluate, what the settings describe.
-
-    Args:
-        settings: what to do.
-        lock: taken on the output folder, in the main process.
-
-    Returns:
-        The metrics of the last evaluation (`eval_loss`, `eval_accuracy`, ...).
+    Train, or only evaluate, what the settings describe, with the lock taken on the output folder in the main process;
+    return the metrics of the last evaluation (`eval_loss`, `eval_accuracy`, ...).
 
     Raises:
         InputError: anything that a user can mend.
@@ -188,10 +175,7 @@ def _train(
     check_best(args.metric_for_best_model, args.model_ema, len(data.labels))
     assert data.train is not None
     if args.dataloader_drop_last and len(data.train) < args.global_batch_size:
-        raise InputError(
-            f"`dataloader_drop_last` leaves nothing to train on: {len(data.train):,} images are less than a batch of "
-            f"{args.global_batch_size:,}."
-        )
+        raise InputError(f"`dataloader_drop_last` leaves nothing of {len(data.train):,} images: fewer than a batch.")
     set_seed(args.seed)
     images = None
     if asked.karatize == "replace" and plan.checkpoint is None:
@@ -205,7 +189,15 @@ def _train(
             logger.info("What was seen of the epoch is read again, without decoding it, before training goes on.")
     if theirs is not None and not serves(theirs, settings.data, size):
         logger.info(f"Images  prepared by this run's settings, and not in every way as for {asked.weights}")
-    begin = functools.partial(_begin, request, args.should_save, plan.identity, processor, sum_of_weights(model))
+    start = sum_of_weights(model)
+
+    def begin() -> None:
+        """Write what says whose the folder is."""
+        if args.should_save:
+            run_folder.write_record(request, identity=plan.identity, start=start)
+            with checkpoints.writing("The image processor", request.folder, run_folder.ELSEWHERE):
+                processor.save_pretrained(request.folder)
+
     resumed = plan.checkpoint is not None and not plan.anew and run_folder.read_record(request.folder) is not None
     if not resumed:
         begin()
@@ -232,16 +224,6 @@ def _train(
         if publisher is not None:
             publisher.finish()
     return finished
-
-
-def _begin(
-    request: run_folder.Request, writes: bool, identity: str, processor: BaseImageProcessor, start: float
-) -> None:
-    """Write what says whose the folder is."""
-    if writes:
-        run_folder.write_record(request, identity=identity, start=start)
-        with checkpoints.writing("The image processor", request.folder, run_folder.ELSEWHERE):
-            processor.save_pretrained(request.folder)
 
 
 def _finish(
