@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, fields
 from functools import cache, wraps
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -227,70 +228,19 @@ class _Plan:
                     tile[max(("BN", "BM"), key=tile.__getitem__)] //= 2
 
 
-_compiled: dict[tuple, dict[str, tuple]] = {}
+def _launch(plan: _Plan, kernel, programs: int, *arguments, name: str | None = None) -> None:
+    """Launch a kernel with the options of a plan; `name`: of the options, where it is not the kernel's own."""
+    kernel[(programs, 1, 1)](*arguments, **plan.options[name or kernel.__name__])
 
 
-class _Launcher:
-    """
-    Launches the kernels of one pass on the current device and stream, with the options of a plan. All that a kernel
-    gets follows from the plan, the strides and alignment of `tensors`, the first of which is there, and `sizes`.
-
-    Triton binds and hashes some forty arguments at each launch, which takes longer than the kernels of a small batch
-    run. Here a compiled kernel is kept for each kind of arguments, and launched directly.
-    """
-
-    def __init__(self, plan: _Plan, tensors, *sizes):
-        self.plan = plan
-        if INTERPRET:
-            return
-        device = tensors[0].get_device()
-        kind = (plan, device, sizes, *(x.stride() for x in tensors), *(x.data_ptr() % 16 == 0 for x in tensors))
-        self.compiled = _compiled.setdefault(kind, {})
-        self.stream = driver.active.get_current_stream(device)
-        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        # Of profilers. Triton prepares for them at each launch, whether there are any or not.
-        self.watched = any(getattr(hook, "calls", hook) for hook in hooks)
-
-    def __call__(self, kernel, programs: int, *arguments, name: str | None = None) -> None:
-        """`name`: of the plan's options, where it is not the kernel's own."""
-        name, grid = name or kernel.__name__, (programs, 1, 1)
-        if INTERPRET:
-            kernel[grid](*arguments, **self.plan.options[name])
-            return
-        if name not in self.compiled:
-            options = self.plan.options[name]
-            binary = kernel[grid](*arguments, **options)
-            self.compiled[name] = binary, [options[constant] for constant in kernel.arg_names[len(arguments) :]]
-            return
-        binary, constants = self.compiled[name]
-        # Addresses, for Triton asks the driver about each tensor.
-        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
-        if self.watched:
-            binary[grid](*values, *constants)
-        else:
-            none = None, None, None  # Nothing for hooks, and no hooks.
-            binary.run(*grid, self.stream, binary.function, binary.packed_metadata, *none, *values, *constants)
+def _launch_traced(plan: _Plan, kernel, programs: int, *arguments, name: str | None = None) -> None:
+    """Write a launch into the graph of torch.compile, so that inductor makes it part of the code that it emits."""
+    options = plan.options[name or kernel.__name__]
+    torch.library.wrap_triton(kernel)[(programs, 1, 1)](*arguments, **options)
 
 
-class _TracedLauncher:
-    """Writes launches into the graph of torch.compile, so that inductor makes them part of the code that it emits."""
-
-    def __init__(self, plan: _Plan, tensors, *sizes):
-        self.plan = plan
-
-    def __call__(self, kernel, programs: int, *arguments, name: str | None = None) -> None:
-        options = self.plan.options[name or kernel.__name__]
-        torch.library.wrap_triton(kernel)[(programs, 1, 1)](*arguments, **options)
-
-
-class _NoLauncher:
-    """Launches nothing, where only the shapes of the outputs are asked for."""
-
-    def __init__(self, plan: _Plan, tensors, *sizes):
-        pass
-
-    def __call__(self, kernel, programs: int, *arguments, name: str | None = None) -> None:
-        pass
+def _launch_nothing(plan: _Plan, kernel, *arguments, **name) -> None:
+    """Launch nothing, where only the shapes of the outputs are asked for."""
 
 
 # Programs that keep an H100 or H200 busy: two for each multiprocessor. A number of the machine itself would make the
@@ -337,14 +287,15 @@ def _parts(programs: int, tokens: int) -> int:
     return min(_cdiv(tokens, _PADDING * _BLOCKS), _cdiv(_PROGRAMS, max(1, programs)))
 
 
-def _new_square(q: torch.Tensor, plan: "_Plan", parts: int) -> torch.Tensor:
-    """Make room for U or dU, (B, h, RP, DP), in one part or more."""
-    shape = (*q.shape[:2], plan.rank_padded, plan.head_size_padded)
-    return q.new_empty(shape) if parts == 1 else q.new_empty(*shape[:2], parts, *shape[2:], dtype=torch.float32)
+def _in_parts(total: torch.Tensor, parts: int) -> torch.Tensor:
+    """Make room for the parts that `_add` sums into `total`, one behind the other; one part is `total` itself."""
+    return total if parts == 1 else total.new_empty(parts, *total.shape, dtype=torch.float32)
 
 
-def _sum_of_parts(square: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return square if square.ndim == 4 else square.sum(2).to(dtype)
+def _add(launch, plan: "_Plan", parts: torch.Tensor, total: torch.Tensor) -> None:
+    if parts is not total:
+        size = total.numel()
+        launch(plan, _add_parts, _cdiv(size, plan.options["_add_parts"]["BLOCK"]), parts, total, parts.shape[0], size)
 
 
 # Tokens are padded to a multiple of the largest tile of keys, so that nothing masks what `_prepare` wrote.
@@ -358,7 +309,7 @@ def _padded(tokens: int) -> int:
 def _sizes(q: torch.Tensor, parameters) -> tuple[int, ...]:
     """B, h, N, d and r. The kernels are compiled for all but B, which alone may be a symbol of torch.compile."""
     images, *sizes = q.shape
-    return images, *map(int, (*sizes, parameters[5].shape[-1]))
+    return images, *map(int, (*sizes, parameters[3].shape[1]))
 
 
 def _on_its_device(run):
@@ -374,8 +325,7 @@ def _on_its_device(run):
     return wrapper
 
 
-@_on_its_device
-def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bool, launcher=_Launcher):
+def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bool, launch):
     """
     Output (B, N, h, d), and what the backward pass wants: the packed parameters, H and U, empty where there is none, H
     also unless `save`.
@@ -391,65 +341,64 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     # What is written is never one tensor under two names: a compiler would keep one of the two.
     edges = q.new_empty((heads, plan.edges, rank, padded) if plan.edges else 0, dtype=torch.float32)
     visible = q if keep is None else keep
-    launch = launcher(plan, (q, k, v, visible, *parameters), *q.shape)
     sizes = (images, heads, tokens)
     parts = _parts(images * heads, tokens)
-    u = _new_square(q, plan, parts)
+    u = q.new_empty(images, heads, rp, plan.head_size_padded)
+    u_parts = _in_parts(u, parts)
     programs = heads * (images * parts + (plan.features + 1 + plan.edges) * (padded // _PADDING))
-    tensors = (*parameters, v, visible, packed, edges, u)
-    launch(_prepare, programs, *tensors, *v.stride()[:3], *sizes, parts)
-    u = _sum_of_parts(u, q.dtype)
+    tensors = (*parameters, v, visible, packed, edges, u_parts)
+    launch(plan, _prepare, programs, *tensors, *v.stride()[:3], *sizes, parts)
+    _add(launch, plan, u_parts, u)
     out = q.new_empty(images, tokens, heads, head_size)
     hidden = q.new_empty((images, heads, tokens, rp) if save else 0)
     tensors = (q, k, packed, edges, visible, u, out, hidden)
     numbers = (*q.stride()[:3], *k.stride()[:3], *sizes, scaling)
     for name, first, tiles in plan.launches("_forward", "BM", tokens, images * heads < _PROGRAMS):
-        launch(_forward, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
+        launch(plan, _forward, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
     return out, packed, edges, hidden, u
 
 
-@_on_its_device
-def _run_backward(
-    d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form, launcher=_Launcher
-):
-    """Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty."""
+def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling: float, form: Form, launch):
+    """
+    Gradients of q, k and v, (B, N, h, d), and of the parameters; those of absent parameters are empty. Of the
+    `parameters` it wants the first four.
+    """
     images, heads, tokens, head_size, rank = _sizes(q, parameters)
     plan = _Plan(form, rank, head_size, q.dtype, keep is not None, True, tokens, q.device)
     rp = plan.rank_padded
     q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
-    launch = launcher(plan, (q, k, v, d_out, visible, *parameters), *q.shape)
     sizes = (images, heads, tokens)
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
     d_hidden = q.new_empty(images, heads, rp, _padded(tokens)) if plan.edges else torch.empty_like(hidden)
     batch_stride, row_stride, head_stride, _ = d_out.stride()
     strides = (batch_stride, head_stride, row_stride)
     parts = _parts(images * heads, tokens)
-    d_u = _new_square(q, plan, parts)
-    tensors: tuple[Any, ...] = (d_out, hidden, u, d_hidden, d_u)
-    launch(_backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
-    d_u = _sum_of_parts(d_u, q.dtype)
+    d_u = torch.empty_like(u)
+    d_u_parts = _in_parts(d_u, parts)
+    tensors: tuple[Any, ...] = (d_out, hidden, u, d_hidden, d_u_parts)
+    launch(plan, _backward_hidden, images * heads * parts, *tensors, *strides, *sizes, parts)
+    _add(launch, plan, d_u_parts, d_u)
     numbers = (*q.stride()[:3], *k.stride()[:3], *sizes, scaling)
     sums = heads * (plan.features + plan.edges)
     if plan.edges:
         tiles = _cdiv(tokens, plan.tiles["_backward_edges"]["BN"])
         size, key_parts, query_parts = _shares(images, heads, tiles, plan.programs["_backward_edges"])
         chunks, ends = [_cdiv(images, size) * query_parts], [tokens]
+        # Of one part, too, dq is one of its own: it grows in fp32.
         grown_q = q.new_empty(key_parts, *d_q.shape, dtype=torch.float32)
-        grown_k = d_k if query_parts == 1 else q.new_empty(query_parts, *d_k.shape, dtype=torch.float32)
+        grown_k = _in_parts(d_k, query_parts)
         partial = q.new_empty(chunks[0] * sums * tokens * rp, dtype=torch.float32)
         tensors = (q, k, packed, edges, visible, d_hidden, grown_q, grown_k, partial)
         ranges: tuple[int, ...] = (size, key_parts, query_parts)
-        launch(_backward_edges, heads * chunks[0] * key_parts, *tensors, *numbers, *ranges)
-        programs = _cdiv(d_q.numel(), plan.options["_add_parts"]["BLOCK"])
-        launch(_add_parts, programs, grown_q, d_q, key_parts, d_q.numel())
-        if query_parts > 1:
-            launch(_add_parts, programs, grown_k, d_k, query_parts, d_k.numel())
+        launch(plan, _backward_edges, heads * chunks[0] * key_parts, *tensors, *numbers, *ranges)
+        _add(launch, plan, grown_q, d_q)
+        _add(launch, plan, grown_k, d_k)
     else:
         few = images * heads < _PROGRAMS
         tensors = (q, k, packed, visible, d_hidden, d_q)
         for name, first, tiles in plan.launches("_backward_queries", "BM", tokens, few):
-            launch(_backward_queries, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
+            launch(plan, _backward_queries, heads * images * tiles, *tensors, *numbers, first, tiles, name=name)
         launches = plan.launches("_backward_keys", "BN", tokens, few)
         ends = [*(first for _, first, _ in launches[1:]), tokens]
         sizes_of_chunks = [_chunk(images, heads * tiles, plan.programs[name]) for name, _, tiles in launches]
@@ -461,18 +410,21 @@ def _run_backward(
         tensors = (q, k, packed, visible, d_hidden, d_k, partial)
         for (name, first, tiles), n, size, end, area in zip(launches, chunks, sizes_of_chunks, ends, areas):
             ranges = (size, first, tiles, end, area)
-            launch(_backward_keys, heads * n * tiles, *tensors, *numbers, *ranges, name=name)
+            launch(plan, _backward_keys, heads * n * tiles, *tensors, *numbers, *ranges, name=name)
     tiles = _cdiv(tokens, plan.options["_backward_values"]["BLOCK"])
     size = _chunk(images, heads * tiles, plan.programs["_backward_values"])
     w_chunks = _cdiv(images, size)
     w_partial = q.new_empty(w_chunks, heads, tokens, rp, dtype=torch.float32)
     tensors = (v, packed, visible, d_u, d_v, w_partial)
-    launch(_backward_values, heads * w_chunks * tiles, *tensors, *v.stride()[:3], *sizes, size)
+    launch(plan, _backward_values, heads * w_chunks * tiles, *tensors, *v.stride()[:3], *sizes, size)
+    basis_and_scale = parameters[:4]
+    scale = parameters[3]
     # Parameters that a family lacks are empty, and their own gradient.
-    gradients = [torch.empty_like(x) if x.numel() else x for x in parameters]
+    gradients = [torch.empty_like(x) if x.numel() else x for x in basis_and_scale]
+    gradients += [torch.empty_like(scale), scale.new_empty(heads, tokens, rank)]
     programs = heads * _cdiv(tokens * rp, plan.options["_reduce"]["BLOCK"])
     numbers = (chunks[0], chunks[1] if len(chunks) > 1 else 0, w_chunks, ends[0], heads, tokens)
-    launch(_reduce, programs, partial, w_partial, *parameters[:4], *gradients, *numbers)
+    launch(plan, _reduce, programs, partial, w_partial, *basis_and_scale, *gradients, *numbers)
     return d_q, d_k, d_v, *gradients
 
 
@@ -506,25 +458,164 @@ def form_of(step) -> Form:
     return make("rational", step.base_fn, *step.rational_order)
 
 
+class _Pass:
+    """
+    One pass over inputs of one kind: its launches, with all that follows from shapes, strides and options worked out
+    once. A call hands out addresses: of inputs, of outputs, and in the `room`, one tensor for all that the pass itself
+    allocates.
+
+    Triton binds and hashes some forty arguments at each launch, and asks the driver about each tensor, which takes
+    longer than the kernels of a small batch run. So it launches the first time alone, and for profilers.
+
+    Args:
+        run: called with a function that launches, and the inputs; gives its outputs, and what to keep in the room.
+        inputs: tensors, or `None`; the first one is there.
+        before: a pass whose room is the last input: `run` gets what it kept instead.
+    """
+
+    def __init__(self, run, *inputs, before: "_Pass | None" = None):
+        # Each of its own, for one tensor may be given twice.
+        views = [x if x is None else x.detach() for x in inputs]
+        places = {id(x): (index, 0, None) for index, x in enumerate(views) if x is not None}
+        if before is not None:
+            room, last = views.pop(), len(views)
+            for begin, shape, dtype in before.kept:
+                x = room[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+                places[id(x)] = last, begin, dtype
+                views.append(x)
+        launched = []
+
+        def take_down(plan, kernel, programs, *arguments, name=None):
+            launched.append((kernel, programs, arguments, plan.options[name or kernel.__name__]))
+
+        outputs, kept = run(take_down, *views)
+        self.outputs = [None if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
+        of_outputs = {x.data_ptr(): len(inputs) + 1 + index for index, x in enumerate(outputs) if x is not None}
+        self.size = 0
+        for *_, arguments, _ in launched:
+            for x in arguments:
+                if not isinstance(x, torch.Tensor) or id(x) in places:
+                    continue
+                if x.data_ptr() in of_outputs:
+                    places[id(x)] = of_outputs[x.data_ptr()], 0, None
+                else:
+                    places[id(x)] = len(inputs), self.size, x.dtype
+                    self.size += _cdiv(x.nbytes, _ALIGNMENT) * _ALIGNMENT
+        self.kept = [(places[id(x)][1], x.shape, x.dtype) for x in kept]
+        numbers = {name: index for index, name in enumerate(places)}
+        self.places = list(places.values())
+        self.launches = []
+        for kernel, programs, arguments, options in launched:
+            pointers = [numbers[id(x)] for x in arguments if isinstance(x, torch.Tensor)]
+            rest = arguments[len(pointers) :]
+            self.launches.append((kernel, programs, itemgetter(*pointers), rest, options))
+        self.compiled: list[tuple] = []
+        # Passes over the gradient, by its strides.
+        self.backward: dict[tuple[int, ...], _Pass] = {}
+
+    def __call__(self, *inputs) -> tuple[list, torch.Tensor]:
+        """Outputs, each a new tensor or `None`, and the room."""
+        addresses = [0 if x is None else x.data_ptr() for x in inputs]
+        if any([address & 15 for address in addresses]):
+            # The kernels are compiled for what is aligned.
+            return self(*(x if x is None else x.new_empty_strided(x.shape, x.stride()).copy_(x) for x in inputs))
+        first = inputs[0]
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device_of(first):
+                return self(*inputs)
+        room = first.new_empty(self.size, dtype=torch.uint8)
+        outputs = [x if x is None else first.new_empty_strided(x[0], x[1], dtype=x[2]) for x in self.outputs]
+        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if not self.compiled or any([getattr(hook, "calls", hook) for hook in hooks]):
+            self._launch_by_triton([*inputs, room, *outputs])
+            return outputs, room
+        addresses += [room.data_ptr(), *(0 if x is None else x.data_ptr() for x in outputs)]
+        pointers = [addresses[index] + offset for index, offset, _ in self.places]
+        stream = driver.active.get_current_stream(first.get_device())
+        for run, programs, function, metadata, pick, rest in self.compiled:
+            # Nothing for hooks, and no hooks.
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(pointers), *rest)
+        return outputs, room
+
+    def _launch_by_triton(self, tensors: list) -> None:
+        views = [tensors[i] if kind is None else tensors[i][offset:].view(kind) for i, offset, kind in self.places]
+        compiled = []
+        for kernel, programs, pick, rest, options in self.launches:
+            binary = kernel[(programs, 1, 1)](*pick(views), *rest, **options)
+            if not INTERPRET:
+                constants = [options[name] for name in kernel.arg_names[len(pick(views)) + len(rest) :]]
+                head = binary.run, programs, binary.function, binary.packed_metadata
+                compiled.append((*head, pick, (*rest, *constants)))
+        self.compiled = compiled
+
+
+# Bytes, of what is in a room.
+_ALIGNMENT = 256
+_passes: dict[tuple, _Pass] = {}
+
+
+def _pass_over(form: Form, scaling: float, save: bool, q, k, v, keep, *parameters) -> _Pass:
+    """The forward pass for inputs of this kind; with `save` its room is what the backward pass wants."""
+    strides = q.stride(), k.stride(), v.stride()
+    kind = form, scaling, save, keep is None, q.dtype, q.get_device(), q.shape, parameters[5].shape, *strides
+    if kind in _passes:
+        return _passes[kind]
+
+    def run(launch, q, k, v, keep, *parameters):
+        out, *kept = _run_forward(q, k, v, _present(parameters), keep, scaling, form, save, launch)
+        return [out.transpose(1, 2)], kept
+
+    _passes[kind] = _Pass(run, q, k, v, keep, *parameters)
+    return _passes[kind]
+
+
+def _pass_back(form: Form, scaling: float, forward: _Pass, d_out, *saved) -> _Pass:
+    """The backward pass for gradients of this layout after a forward pass, with what that saved."""
+    strides = d_out.stride()
+    if strides in forward.backward:
+        return forward.backward[strides]
+
+    def run(launch, d_out, q, k, v, keep, *rest):
+        parameters, kept = _present(rest[:4]), rest[4:]
+        gradients = _run_backward(d_out, q, k, v, parameters, keep, *kept, scaling, form, launch)
+        of_inputs = [x.transpose(1, 2) for x in gradients[:3]]
+        return [*of_inputs, None, *(x if x.numel() else None for x in gradients[3:])], ()
+
+    forward.backward[strides] = _Pass(run, d_out.transpose(1, 2), *saved, before=forward)
+    return forward.backward[strides]
+
+
+def _present(parameters) -> list[torch.Tensor]:
+    """The parameters, where absent ones are empty."""
+    absent = parameters[3].new_empty(0)
+    return [absent if x is None else x for x in parameters]
+
+
 class _FusedAttention(torch.autograd.Function):
     """The kernels with their derivative, for eager PyTorch: cheaper to call than the custom operators."""
 
     @staticmethod
-    def forward(ctx, form, scaling, keep, q, k, v, *parameters):
-        save = any(ctx.needs_input_grad)
-        out, packed, edges, hidden, u = _run_forward(q, k, v, parameters, keep, scaling, form, save)
-        if save:
-            ctx.save_for_backward(q, k, v, keep, packed, edges, hidden, u, *parameters)
-        ctx.form, ctx.scaling = form, scaling
+    def forward(ctx, form, scaling, q, k, v, keep, *parameters):
+        forward = _pass_over(form, scaling, True, q, k, v, keep, *parameters)
+        (out,), room = forward(q, k, v, keep, *parameters)
+        ctx.save_for_backward(q, k, v, keep, *parameters[:4], room)
+        ctx.options = form, scaling, forward
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        q, k, v, keep, packed, edges, hidden, u, *parameters = ctx.saved_tensors
-        gradients = _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, ctx.scaling, ctx.form)
-        gradients = (*(x.transpose(1, 2) for x in gradients[:3]), *gradients[3:])
-        return None, None, None, *(x if need else None for x, need in zip(gradients, ctx.needs_input_grad[3:]))
+        # It guards against what happens only where a graph of the backward pass is made, and takes long.
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, d_out)
+
+
+def _backward(ctx, d_out):
+    saved = ctx.saved_tensors
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    gradients, _ = _pass_back(*ctx.options, d_out, *saved)(d_out, *saved)
+    return None, None, *gradients
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)
 
 
 def _register_operators():
@@ -542,12 +633,13 @@ def _register_operators():
     if hasattr(torch.ops.karat_vit, name):
         return getattr(torch.ops.karat_vit, name)
     if INTERPRET:
-        operator, launcher = torch.library.custom_op, _Launcher
+        operator, launch = torch.library.custom_op, _launch
     else:
-        operator, launcher = torch.library.triton_op, _TracedLauncher
+        operator, launch = torch.library.triton_op, _launch_traced
 
-    def run_forward(q, k, v, parameters, keep, scaling, form, save, launcher):
-        return _run_forward(q, k, v, parameters, keep, float(scaling), Form.from_list(form), save, launcher)
+    @_on_its_device
+    def run_forward(q, k, v, parameters, keep, scaling, form, save, launch):
+        return _run_forward(q, k, v, parameters, keep, float(scaling), Form.from_list(form), save, launch)
 
     @operator(f"karat_vit::{name}", mutates_args=())
     def attention(
@@ -560,16 +652,17 @@ def _register_operators():
         form: list[float],
         save: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return run_forward(q, k, v, parameters, keep, scaling, form, save, launcher)
+        return run_forward(q, k, v, parameters, keep, scaling, form, save, launch)
 
     @attention.register_fake
     def _(*args):
-        return run_forward(*args, _NoLauncher)
+        return run_forward(*args, _launch_nothing)
 
-    def run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launcher):
+    @_on_its_device
+    def run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launch):
         saved = packed, edges, hidden, u
         form = Form.from_list(form)
-        gradients = _run_backward(d_out, q, k, v, parameters, keep, *saved, float(scaling), form, launcher)
+        gradients = _run_backward(d_out, q, k, v, parameters, keep, *saved, float(scaling), form, launch)
         # An operator returns none of its arguments.
         return [x if x.numel() else torch.empty_like(x) for x in gradients]
 
@@ -588,16 +681,16 @@ def _register_operators():
         scaling: float,
         form: list[float],
     ) -> list[torch.Tensor]:
-        return run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launcher)
+        return run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launch)
 
     @attention_backward.register_fake
     def _(*args):
-        return run_backward(*args, _NoLauncher)
+        return run_backward(*args, _launch_nothing)
 
     def setup_context(ctx, inputs, output):
         q, k, v, parameters, keep, scaling, form, _ = inputs
         _, packed, edges, hidden, u = output
-        ctx.save_for_backward(q, k, v, keep, packed, edges, hidden, u, *parameters)
+        ctx.save_for_backward(q, k, v, keep, packed, edges, hidden, u, *parameters[:4])
         ctx.scaling, ctx.form = scaling, form
 
     def backward(ctx, d_out, *_):
@@ -643,19 +736,18 @@ def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids
         with no_autocast(query.device.type):
             tensors = operator.tensors(torch.float32, grids)
         own, projector = operator.of_step(tensors, 0), tensors["projector"]
-    absent = (own["scale_basis"].new_empty(0),) * (3 - len(step.parameter_names))
-    # A family may lack one of its parameters: a rational function of constant denominator.
-    basis = [absent[0] if (tensor := own.get(name)) is None else tensor for name in step.parameter_names]
+    # A family may lack some of three parameters: a rational function of constant denominator has one.
+    basis = [own.get(name) for name in step.parameter_names]
     # Three of the basis, the scales, (h, r, N) each with what a family needs between h and r, and W, (h, N, r).
-    parameters = [*basis, *absent, own["scale_basis"], own["scale_base"], projector]
-    parameters = [parameter.contiguous() for parameter in parameters]
+    parameters = [*basis, *(None,) * (3 - len(basis)), own["scale_basis"], own["scale_base"], projector]
+    parameters = [x if x is None else x.contiguous() for x in parameters]
     keep = keep if keep is None else keep.expand(query.shape[0], -1).contiguous()
     form, inputs = form_of(step), (query, key, value)
     if torch.compiler.is_compiling():
-        out = _attention(*inputs, parameters, keep, scaling, form.to_list(), torch.is_grad_enabled())[0]
-    elif not torch.is_grad_enabled():
-        # An autograd function cannot tell, and would save H.
-        out = _run_forward(*inputs, parameters, keep, scaling, form, False)[0]
-    else:
-        out = _FusedAttention.apply(form, scaling, keep, *inputs, *parameters)
-    return out.transpose(1, 2)
+        options = scaling, form.to_list(), torch.is_grad_enabled()
+        return _attention(*inputs, _present(parameters), keep, *options)[0].transpose(1, 2)
+    inputs = (*(x if x.stride(-1) == 1 else x.contiguous() for x in inputs), keep, *parameters)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _FusedAttention.apply(form, scaling, *inputs)
+    (out,), _ = _pass_over(form, scaling, False, *inputs)(*inputs)
+    return out

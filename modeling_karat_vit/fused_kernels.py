@@ -106,7 +106,7 @@ def _prepare(
     RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    U = W^T v of one image, head and part of the keys, (RP, DP), or, beyond the B x H x PARTS programs for that, the
+    U = W^T v of one part of the keys, image and head, (PARTS, B, H, RP, DP), or, beyond the B x H x PARTS programs for that, the
     parameters as the other kernels read them, zero beyond N and R:
 
     * `packed` (h, 2M + 1, NP, RP), in the dtype of the scores: the M coefficients with their scales, W, and the M
@@ -141,7 +141,7 @@ def _prepare(
             inside = (keys[:, None] < N) & (r[None, :] < R)
             w = tl.load(w_ptr + (head * N + keys[:, None]) * R + r[None, :], mask=inside, other=0.0)
             u = tl.dot(tl.trans(w.to(dtype)), v, u, input_precision=PRECISION)
-        at = (((b * H + head) * PARTS + part) * RP + r[:, None]) * DP + columns[None, :]
+        at = (((part * B + b) * H + head) * RP + r[:, None]) * DP + columns[None, :]
         tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty))
 
 
@@ -239,7 +239,7 @@ def _backward_hidden(
         else:
             tl.store(d_hidden_ptr + (own * RP + r[None, :]) * NP + rows[:, None], d_hidden.to(dtype))
         d_u = tl.dot(tl.trans(hidden), d_out, d_u, input_precision=PRECISION)
-    tl.store(d_u_ptr + (own * PARTS + part) * RP * DP + square, d_u.to(d_u_ptr.dtype.element_ty))
+    tl.store(d_u_ptr + (part * B * H + own) * RP * DP + square, d_u.to(d_u_ptr.dtype.element_ty))
 
 
 @_kernel
