@@ -103,7 +103,12 @@ class EdgeFunctions(nn.Module):
         This, and not the mathematics, is `forward`, because only calling a module makes hooks bring weights that are
         kept elsewhere (accelerate's offloading to memory and disk).
         """
-        return {name: parameter.to(dtype) for name, parameter in self._parameters.items() if parameter is not None}
+        # `to` takes its time also where there is nothing to do.
+        return {
+            name: parameter if parameter.dtype == dtype else parameter.to(dtype)
+            for name, parameter in self._parameters.items()
+            if parameter is not None
+        }
 
     def activate(
         self, x: torch.Tensor, tensors: dict[str, torch.Tensor], keep: torch.Tensor | None = None

@@ -7,12 +7,11 @@ Importing this file needs Triton; `karat_operator.py` goes without it.
 
 import hashlib
 import os
-from dataclasses import dataclass, fields
-from functools import cache, wraps
+from functools import cache, reduce, wraps
 from itertools import accumulate
-from operator import itemgetter
+from operator import itemgetter, or_
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
@@ -59,8 +58,7 @@ _KERNELS = {
 }
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """
     Function family that the kernels are compiled for.
 
@@ -85,14 +83,11 @@ class Form:
 
     def to_list(self) -> list[float]:
         """Give the fields as numbers, which custom operators take."""
-        return [float(getattr(self, name)) for name in _FORM_FIELDS]
+        return list(map(float, self))
 
     @classmethod
     def from_list(cls, values: list[float]) -> "Form":
         return cls(*(kind(value) for kind, value in zip(get_type_hints(cls).values(), values)))
-
-
-_FORM_FIELDS = tuple(field.name for field in fields(Form))
 
 
 def _tiles(form: Form) -> tuple[dict[str, dict], dict[str, int]]:
@@ -287,6 +282,11 @@ def _parts(programs: int, tokens: int) -> int:
     return min(_cdiv(tokens, _PADDING * _BLOCKS), _cdiv(_PROGRAMS, max(1, programs)))
 
 
+def _with_rows(*tensors) -> list[torch.Tensor]:
+    """The tensors, each copied unless the numbers of a row lie side by side."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def _in_parts(total: torch.Tensor, parts: int) -> torch.Tensor:
     """Make room for the parts that `_add` sums into `total`, one behind the other; one part is `total` itself."""
     return total if parts == 1 else total.new_empty(parts, *total.shape, dtype=torch.float32)
@@ -336,7 +336,6 @@ def _run_forward(q, k, v, parameters, keep, scaling: float, form: Form, save: bo
     padded = _padded(tokens)
     plan = _Plan(form, rank, head_size, q.dtype, keep is not None, save, tokens, q.device)
     rp = plan.rank_padded
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     packed = q.new_empty(heads, 2 * plan.features + 1, padded, rp)
     # What is written is never one tensor under two names: a compiler would keep one of the two.
     edges = q.new_empty((heads, plan.edges, rank, padded) if plan.edges else 0, dtype=torch.float32)
@@ -366,7 +365,6 @@ def _run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, sc
     images, heads, tokens, head_size, rank = _sizes(q, parameters)
     plan = _Plan(form, rank, head_size, q.dtype, keep is not None, True, tokens, q.device)
     rp = plan.rank_padded
-    q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
     visible = q if keep is None else keep
     sizes = (images, heads, tokens)
     d_q, d_k, d_v = (q.new_empty(images, tokens, heads, head_size) for _ in range(3))
@@ -510,13 +508,13 @@ class _Pass:
             rest = arguments[len(pointers) :]
             self.launches.append((kernel, programs, itemgetter(*pointers), rest, options))
         self.compiled: list[tuple] = []
-        # Passes over the gradient, by its strides.
-        self.backward: dict[tuple[int, ...], _Pass] = {}
+        # Backward passes after this one, by the strides of what they meet.
+        self.backward: dict[tuple, _Pass] = {}
 
     def __call__(self, *inputs) -> tuple[list, torch.Tensor]:
         """Outputs, each a new tensor or `None`, and the room."""
         addresses = [0 if x is None else x.data_ptr() for x in inputs]
-        if any([address & 15 for address in addresses]):
+        if reduce(or_, addresses) % 16:
             # The kernels are compiled for what is aligned.
             return self(*(x if x is None else x.new_empty_strided(x.shape, x.stride()).copy_(x) for x in inputs))
         first = inputs[0]
@@ -525,8 +523,7 @@ class _Pass:
                 return self(*inputs)
         room = first.new_empty(self.size, dtype=torch.uint8)
         outputs = [x if x is None else first.new_empty_strided(x[0], x[1], dtype=x[2]) for x in self.outputs]
-        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if not self.compiled or any([getattr(hook, "calls", hook) for hook in hooks]):
+        if not self.compiled or _is_watched():
             self._launch_by_triton([*inputs, room, *outputs])
             return outputs, room
         addresses += [room.data_ptr(), *(0 if x is None else x.data_ptr() for x in outputs)]
@@ -549,6 +546,12 @@ class _Pass:
         self.compiled = compiled
 
 
+def _is_watched() -> bool:
+    """Whether a profiler has hooks in Triton's launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
 # Bytes, of what is in a room.
 _ALIGNMENT = 256
 _passes: dict[tuple, _Pass] = {}
@@ -558,22 +561,24 @@ def _pass_over(form: Form, scaling: float, save: bool, q, k, v, keep, *parameter
     """The forward pass for inputs of this kind; with `save` its room is what the backward pass wants."""
     strides = q.stride(), k.stride(), v.stride()
     kind = form, scaling, save, keep is None, q.dtype, q.get_device(), q.shape, parameters[5].shape, *strides
-    if kind in _passes:
-        return _passes[kind]
+    found = _passes.get(kind)
+    if found is not None:
+        return found
 
     def run(launch, q, k, v, keep, *parameters):
         out, *kept = _run_forward(q, k, v, _present(parameters), keep, scaling, form, save, launch)
         return [out.transpose(1, 2)], kept
 
-    _passes[kind] = _Pass(run, q, k, v, keep, *parameters)
-    return _passes[kind]
+    _passes[kind] = found = _Pass(run, q, k, v, keep, *parameters)
+    return found
 
 
-def _pass_back(form: Form, scaling: float, forward: _Pass, d_out, *saved) -> _Pass:
-    """The backward pass for gradients of this layout after a forward pass, with what that saved."""
-    strides = d_out.stride()
-    if strides in forward.backward:
-        return forward.backward[strides]
+def _pass_back(form: Form, scaling: float, forward: _Pass, d_out, q, k, v, *saved) -> _Pass:
+    """The backward pass after a forward pass, for a gradient and what was saved, of these strides."""
+    strides = d_out.stride(), q.stride(), k.stride(), v.stride()
+    found = forward.backward.get(strides)
+    if found is not None:
+        return found
 
     def run(launch, d_out, q, k, v, keep, *rest):
         parameters, kept = _present(rest[:4]), rest[4:]
@@ -581,8 +586,8 @@ def _pass_back(form: Form, scaling: float, forward: _Pass, d_out, *saved) -> _Pa
         of_inputs = [x.transpose(1, 2) for x in gradients[:3]]
         return [*of_inputs, None, *(x if x.numel() else None for x in gradients[3:])], ()
 
-    forward.backward[strides] = _Pass(run, d_out.transpose(1, 2), *saved, before=forward)
-    return forward.backward[strides]
+    forward.backward[strides] = found = _Pass(run, d_out.transpose(1, 2), q, k, v, *saved, before=forward)
+    return found
 
 
 def _present(parameters) -> list[torch.Tensor]:
@@ -609,9 +614,10 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _backward(ctx, d_out):
-    saved = ctx.saved_tensors
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    gradients, _ = _pass_back(*ctx.options, d_out, *saved)(d_out, *saved)
+    # Hooks of what is saved may bring it back with other strides.
+    q, k, v, *rest = ctx.saved_tensors
+    inputs = *_with_rows(d_out, q, k, v), *rest
+    gradients, _ = _pass_back(*ctx.options, *inputs)(*inputs)
     return None, None, *gradients
 
 
@@ -639,7 +645,8 @@ def _register_operators():
 
     @_on_its_device
     def run_forward(q, k, v, parameters, keep, scaling, form, save, launch):
-        return _run_forward(q, k, v, parameters, keep, float(scaling), Form.from_list(form), save, launch)
+        inputs = *_with_rows(q, k, v), parameters, keep
+        return _run_forward(*inputs, float(scaling), Form.from_list(form), save, launch)
 
     @operator(f"karat_vit::{name}", mutates_args=())
     def attention(
@@ -660,9 +667,8 @@ def _register_operators():
 
     @_on_its_device
     def run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launch):
-        saved = packed, edges, hidden, u
-        form = Form.from_list(form)
-        gradients = _run_backward(d_out, q, k, v, parameters, keep, *saved, float(scaling), form, launch)
+        inputs = *_with_rows(d_out, q, k, v), parameters, keep, packed, edges, hidden, u
+        gradients = _run_backward(*inputs, float(scaling), Form.from_list(form), launch)
         # An operator returns none of its arguments.
         return [x if x.numel() else torch.empty_like(x) for x in gradients]
 
@@ -729,9 +735,10 @@ def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids
         return output.to(query.dtype)
     (step,) = operator.edges
     # The kernels take one dtype, and would read another one as it.
-    key, value = key.to(query.dtype), value.to(query.dtype)
+    key, value = (x if x.dtype == query.dtype else x.to(query.dtype) for x in (key, value))
     if grids is None:
-        own, projector = step(torch.float32), operator.projector.to(torch.float32)
+        own, projector = step(torch.float32), operator.projector
+        projector = projector if projector.dtype == torch.float32 else projector.to(torch.float32)
     else:
         with no_autocast(query.device.type):
             tensors = operator.tensors(torch.float32, grids)
@@ -746,7 +753,7 @@ def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids
     if torch.compiler.is_compiling():
         options = scaling, form.to_list(), torch.is_grad_enabled()
         return _attention(*inputs, _present(parameters), keep, *options)[0].transpose(1, 2)
-    inputs = (*(x if x.stride(-1) == 1 else x.contiguous() for x in inputs), keep, *parameters)
+    inputs = (*_with_rows(*inputs), keep, *parameters)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _FusedAttention.apply(form, scaling, *inputs)
     (out,), _ = _pass_over(form, scaling, False, *inputs)(*inputs)

@@ -106,8 +106,8 @@ def _prepare(
     RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    U = W^T v of one part of the keys, image and head, (PARTS, B, H, RP, DP), or, beyond the B x H x PARTS programs for that, the
-    parameters as the other kernels read them, zero beyond N and R:
+    U = W^T v of one part of the keys, image and head, (PARTS, B, H, RP, DP), or, beyond the B x H x PARTS programs for
+    that, the parameters as the other kernels read them, zero beyond N and R:
 
     * `packed` (h, 2M + 1, NP, RP), in the dtype of the scores: the M coefficients with their scales, W, and the M
       coefficients of the derivative;

@@ -221,15 +221,16 @@ class KArAtOperator(nn.Module):
         if implementation in ("eager", "karat_portable"):
             return implementation
         device, dtype = query.device.type, query.dtype
-        if torch.compiler.is_compiling():
-            obstacle = why_not_fused(self.config, device, dtype)
-        elif is_traced():
-            obstacle = "tracers and `torch.func` cannot look into them"
-        else:
-            kind = device, dtype, self.config.project_l1
+        if not is_traced():
+            # Past what Transformers' configurations do at each access.
+            kind = device, dtype, object.__getattribute__(self.config, "project_l1")
             if kind not in self._obstacles:
                 self._obstacles[kind] = why_not_fused(self.config, device, dtype)
             obstacle = self._obstacles[kind]
+        elif torch.compiler.is_compiling():
+            obstacle = why_not_fused(self.config, device, dtype)
+        else:
+            obstacle = "tracers and `torch.func` cannot look into them"
         if obstacle is None and query.shape[0] > 0:
             return "karat_triton"
         if implementation == "karat_triton" and obstacle and not torch.compiler.is_compiling():

@@ -27,18 +27,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
     """Whatever a kernel leaves unwritten is NaN; and what was worked out under other settings is forgotten."""
-    for owner, name in (
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_empty_strided"),
-        (torch, "empty_like"),
-    ):
 
-        def poisoned(*args, make=getattr(owner, name), **kwargs):
-            new = make(*args, **kwargs)
-            # Bytes of ones are a NaN of any dtype.
-            return new.fill_(torch.nan if new.is_floating_point() else 255)
+    def poison(new):
+        # Bytes of ones are a NaN of any dtype.
+        return new.fill_(torch.nan if new.is_floating_point() else 255)
 
-        monkeypatch.setattr(owner, name, poisoned)
+    new_empty, strided, empty_like = torch.Tensor.new_empty, torch.Tensor.new_empty_strided, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args, **kwargs: poison(strided(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
     monkeypatch.setattr(fused, "_passes", {})
 
 
@@ -189,8 +186,9 @@ def test_many_images_for_a_program_and_small_tiles_for_the_rest(monkeypatch, bas
     monkeypatch.setattr(fused, "_chunk", lambda images, *_: min(images, 2))
     monkeypatch.setattr(fused, "_PROGRAMS", 1)
     launched = []
-    launches = fused._Plan.launches
-    monkeypatch.setattr(fused._Plan, "launches", lambda *args: launched.extend(found := launches(*args)) or found)
+    plan = fused._Plan.__wrapped__
+    launches = plan.launches
+    monkeypatch.setattr(plan, "launches", lambda *args: launched.extend(found := launches(*args)) or found)
     check(images=3, grid=(8, 9), heads=1, karat_rank=2, **basis)
     assert {"_forward_rest", "_forward"} <= {name for name, _, _ in launched}
 
