@@ -5,12 +5,14 @@ Launching the fused kernels (`fused_kernels.py`): plan, launchers, autograd, and
 Importing this file needs Triton; `karat_operator.py` goes without it.
 """
 
+import ctypes
 import hashlib
 import os
 from functools import cache, reduce, wraps
 from itertools import accumulate
 from operator import itemgetter, or_
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -463,7 +465,8 @@ class _Pass:
     allocates.
 
     Triton binds and hashes some forty arguments at each launch, and asks the driver about each tensor, which takes
-    longer than the kernels of a small batch run. So it launches the first time alone, and for profilers.
+    longer than the kernels of a small batch run. So it launches the first time alone, and for profilers; after that the
+    driver is called itself, with arguments that lie where they are.
 
     Args:
         run: called with a function that launches, and the inputs; gives its outputs, and what to keep in the room.
@@ -507,6 +510,8 @@ class _Pass:
             pointers = [numbers[id(x)] for x in arguments if isinstance(x, torch.Tensor)]
             rest = arguments[len(pointers) :]
             self.launches.append((kernel, programs, itemgetter(*pointers), rest, options))
+        self.pointers = (ctypes.c_uint64 * len(places))()
+        self.lock = Lock()  # Of the pointers, and until the driver has read them.
         self.compiled: list[tuple] = []
         # Backward passes after this one, by the strides of what they meet.
         self.backward: dict[tuple, _Pass] = {}
@@ -528,22 +533,50 @@ class _Pass:
             return outputs, room
         addresses += [room.data_ptr(), *(0 if x is None else x.data_ptr() for x in outputs)]
         pointers = [addresses[index] + offset for index, offset, _ in self.places]
-        stream = driver.active.get_current_stream(first.get_device())
-        for run, programs, function, metadata, pick, rest in self.compiled:
-            # Nothing for hooks, and no hooks.
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(pointers), *rest)
+        stream = ctypes.c_void_p(driver.active.get_current_stream(first.get_device()))
+        with self.lock:
+            self.pointers[:] = pointers
+            failed = any(self.launch(*head, stream, arguments, None) for head, arguments, _ in self.compiled)
+        if failed:
+            # It says why, or makes what is missing, such as the context of a new thread.
+            self._launch_by_triton([*inputs, room, *outputs])
         return outputs, room
 
     def _launch_by_triton(self, tensors: list) -> None:
         views = [tensors[i] if kind is None else tensors[i][offset:].view(kind) for i, offset, kind in self.places]
-        compiled = []
+        launched = []
         for kernel, programs, pick, rest, options in self.launches:
             binary = kernel[(programs, 1, 1)](*pick(views), *rest, **options)
-            if not INTERPRET:
-                constants = [options[name] for name in kernel.arg_names[len(pick(views)) + len(rest) :]]
-                head = binary.run, programs, binary.function, binary.packed_metadata
-                compiled.append((*head, pick, (*rest, *constants)))
-        self.compiled = compiled
+            launched.append((binary, kernel.arg_names, programs, pick, rest))
+        if not INTERPRET and not self.compiled and all(_is_plain(binary.metadata) for binary, *_ in launched):
+            self.launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+            self.compiled = [self._compile(*launch) for launch in launched]
+
+    def _compile(self, binary, names, programs: int, pick, rest) -> tuple:
+        """What the driver wants to launch a kernel: function, grid, threads and shared memory; and the arguments."""
+        begin, step = ctypes.addressof(self.pointers), ctypes.sizeof(ctypes.c_uint64)
+        places = pick(range(begin, begin + step * len(self.pointers), step))
+        numbers = []
+        arguments = list(places)
+        for name, value in zip(names[len(places) :], rest):
+            # Triton makes a constant of a number that is 1.
+            if (kind := binary.src.signature[name]) != "constexpr":
+                numbers.append(_C_TYPES[kind](value))
+                arguments.append(ctypes.addressof(numbers[-1]))
+        # Two addresses of scratch memory end the arguments; these kernels want none.
+        numbers.append(ctypes.c_uint64(0))
+        arguments += [ctypes.addressof(numbers[-1])] * 2
+        head = ctypes.c_void_p(binary.function), programs, 1, 1, 32 * binary.metadata.num_warps, 1, 1
+        return (*head, binary.metadata.shared), (ctypes.c_void_p * len(arguments))(*arguments), numbers
+
+
+_C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "f32": ctypes.c_float}
+
+
+def _is_plain(metadata) -> bool:
+    """Whether a kernel is launched with nothing but its arguments."""
+    extras = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"
+    return metadata.num_ctas == 1 and not any(getattr(metadata, name, 0) for name in extras)
 
 
 def _is_watched() -> bool:
