@@ -285,6 +285,40 @@ def test_two_runs_give_equal_bits():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
+def test_what_was_worked_out_for_some_inputs_holds_for_others_of_their_kind(basis):
+    """One tensor thrice, three tensors, an address that is no multiple of 16, and what hooks bring back otherwise."""
+    operator = make_operator(2, 2, 2, karat_rank=2, **basis)
+    shape = 2, 5, 2, 16
+
+    def gradients(way, tensors, pack=lambda x: x):
+        leaves = [x.requires_grad_() for x in tensors]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output, _, _ = operator(*(x.transpose(1, 2) for x in leaves), 0.25, way)
+        loss, wanted = output.square().sum(), [leaves[0], *operator.parameters()]
+        return output, *torch.autograd.grad(loss, wanted, materialize_grads=True)
+
+    def check_against_portable(tensors, **options):
+        expected = gradients("karat_portable", tensors)
+        for found, wanted in zip(gradients("karat_triton", tensors, **options), expected):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    one, two, three = (torch.randn(shape, device=DEVICE) for _ in range(3))
+    check_against_portable([one, one, one])
+    check_against_portable([one, two, three])
+    check_against_portable([torch.randn(one.numel() + 1, device=DEVICE)[1:].view(shape), two, three])
+    check_against_portable([one, two, three], pack=torch.Tensor.contiguous)
+
+
+def test_a_second_derivative_is_refused():
+    operator = make_operator(2, 2, 1, karat_rank=2, grid_size=1)
+    query, key, value = (torch.randn(1, 1, 5, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    output, _, _ = operator(query, key, value, 0.25, "karat_triton")
+    (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 def make_model(**options) -> KArAtViTForImageClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
