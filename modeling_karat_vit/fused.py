@@ -512,6 +512,7 @@ class _Pass:
             self.launches.append((kernel, programs, itemgetter(*pointers), rest, options))
         self.pointers = (ctypes.c_uint64 * len(places))()
         self.lock = Lock()  # Of the pointers, and until the driver has read them.
+        self.launch: Any = None  # the driver's
         self.compiled: list[tuple] = []
         # Backward passes after this one, by the strides of what they meet.
         self.backward: dict[tuple, _Pass] = {}
@@ -556,8 +557,8 @@ class _Pass:
         """What the driver wants to launch a kernel: function, grid, threads and shared memory; and the arguments."""
         begin, step = ctypes.addressof(self.pointers), ctypes.sizeof(ctypes.c_uint64)
         places = pick(range(begin, begin + step * len(self.pointers), step))
-        numbers = []
         arguments = list(places)
+        numbers: list[Any] = []
         for name, value in zip(names[len(places) :], rest):
             # Triton makes a constant of a number that is 1.
             if (kind := binary.src.signature[name]) != "constexpr":
@@ -567,7 +568,8 @@ class _Pass:
         numbers.append(ctypes.c_uint64(0))
         arguments += [ctypes.addressof(numbers[-1])] * 2
         head = ctypes.c_void_p(binary.function), programs, 1, 1, 32 * binary.metadata.num_warps, 1, 1
-        return (*head, binary.metadata.shared), (ctypes.c_void_p * len(arguments))(*arguments), numbers
+        # The binary and the numbers only have to stay.
+        return (*head, binary.metadata.shared), (ctypes.c_void_p * len(arguments))(*arguments), (binary, numbers)
 
 
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "f32": ctypes.c_float}
@@ -768,7 +770,7 @@ def fused_karat_attention(operator, query, key, value, scaling, keep=None, grids
         return output.to(query.dtype)
     (step,) = operator.edges
     # The kernels take one dtype, and would read another one as it.
-    key, value = (x if x.dtype == query.dtype else x.to(query.dtype) for x in (key, value))
+    key, value = [x if x.dtype == query.dtype else x.to(query.dtype) for x in (key, value)]
     if grids is None:
         own, projector = step(torch.float32), operator.projector
         projector = projector if projector.dtype == torch.float32 else projector.to(torch.float32)
