@@ -476,8 +476,11 @@ class _Pass:
 
     def __init__(self, run, *inputs, before: "_Pass | None" = None):
         # Each of its own, for one tensor may be given twice.
-        views = [x if x is None else x.detach() for x in inputs]
-        places = {id(x): (index, 0, None) for index, x in enumerate(views) if x is not None}
+        views: list[Any] = [x if x is None else x.detach() for x in inputs]
+        # Where each tensor lies: in which input, room or output, from which byte on, and, in a room, as what.
+        places: dict[int, tuple[int, int, Any]] = {
+            id(x): (index, 0, None) for index, x in enumerate(views) if x is not None
+        }
         if before is not None:
             room, last = views.pop(), len(views)
             for begin, shape, dtype in before.kept:
@@ -502,7 +505,7 @@ class _Pass:
                 else:
                     places[id(x)] = len(inputs), self.size, x.dtype
                     self.size += _cdiv(x.nbytes, _ALIGNMENT) * _ALIGNMENT
-        self.kept = [(places[id(x)][1], x.shape, x.dtype) for x in kept]
+        self.kept: list[tuple[int, torch.Size, torch.dtype]] = [(places[id(x)][1], x.shape, x.dtype) for x in kept]
         numbers = {name: index for index, name in enumerate(places)}
         self.places = list(places.values())
         self.launches = []
