@@ -294,7 +294,8 @@ def test_what_was_worked_out_for_some_inputs_holds_for_others_of_their_kind(basi
     def gradients(way, tensors, pack=lambda x: x):
         leaves = [x.requires_grad_() for x in tensors]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            output, _, _ = operator(*(x.transpose(1, 2) for x in leaves), 0.25, way)
+            inputs = {x: x.transpose(1, 2) for x in leaves}
+            output, _, _ = operator(*(inputs[x] for x in leaves), 0.25, way)
         loss, wanted = output.square().sum(), [leaves[0], *operator.parameters()]
         return output, *torch.autograd.grad(loss, wanted, materialize_grads=True)
 
