@@ -236,10 +236,6 @@ def _launch_traced(plan: _Plan, kernel, programs: int, *arguments, name: str | N
     torch.library.wrap_triton(kernel)[(programs, 1, 1)](*arguments, **options)
 
 
-def _launch_nothing(plan: _Plan, kernel, *arguments, **name) -> None:
-    """Launch nothing, where only the shapes of the outputs are asked for."""
-
-
 # Programs that keep an H100 or H200 busy: two for each multiprocessor. A number of the machine itself would make the
 # rounding depend on the machine.
 _PROGRAMS = 264
@@ -490,15 +486,17 @@ class _Pass:
         launched = []
 
         def take_down(plan, kernel, programs, *arguments, name=None):
-            launched.append((kernel, programs, arguments, plan.options[name or kernel.__name__]))
+            tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+            rest, options = arguments[len(tensors) :], plan.options[name or kernel.__name__]
+            launched.append((kernel, programs, tensors, rest, options))
 
         outputs, kept = run(take_down, *views)
         self.outputs = [None if x is None else (x.shape, x.stride(), x.dtype) for x in outputs]
         of_outputs = {x.data_ptr(): len(inputs) + 1 + index for index, x in enumerate(outputs) if x is not None}
         self.size = 0
-        for *_, arguments, _ in launched:
-            for x in arguments:
-                if not isinstance(x, torch.Tensor) or id(x) in places:
+        for _, _, tensors, *_ in launched:
+            for x in tensors:
+                if id(x) in places:
                     continue
                 if x.data_ptr() in of_outputs:
                     places[id(x)] = of_outputs[x.data_ptr()], 0, None
@@ -506,13 +504,12 @@ class _Pass:
                     places[id(x)] = len(inputs), self.size, x.dtype
                     self.size += _cdiv(x.nbytes, _ALIGNMENT) * _ALIGNMENT
         self.kept: list[tuple[int, torch.Size, torch.dtype]] = [(places[id(x)][1], x.shape, x.dtype) for x in kept]
-        numbers = {name: index for index, name in enumerate(places)}
         self.places = list(places.values())
-        self.launches = []
-        for kernel, programs, arguments, options in launched:
-            pointers = [numbers[id(x)] for x in arguments if isinstance(x, torch.Tensor)]
-            rest = arguments[len(pointers) :]
-            self.launches.append((kernel, programs, itemgetter(*pointers), rest, options))
+        numbers = {name: index for index, name in enumerate(places)}
+        self.launches = [
+            (kernel, programs, itemgetter(*(numbers[id(x)] for x in tensors)), rest, options)
+            for kernel, programs, tensors, rest, options in launched
+        ]
         self.pointers = (ctypes.c_uint64 * len(places))()
         self.lock = Lock()  # Of the pointers, and until the driver has read them.
         self.launch: Any = None  # the driver's
@@ -646,20 +643,13 @@ class _FusedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        # It guards against what happens only where a graph of the backward pass is made, and takes long.
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, d_out)
-
-
-def _backward(ctx, d_out):
-    # Hooks of what is saved may bring it back with other strides.
-    q, k, v, *rest = ctx.saved_tensors
-    inputs = *_with_rows(d_out, q, k, v), *rest
-    gradients, _ = _pass_back(*ctx.options, *inputs)(*inputs)
-    return None, None, *gradients
-
-
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+        # Hooks of what is saved may bring it back with other strides.
+        q, k, v, *rest = ctx.saved_tensors
+        inputs = *_with_rows(d_out, q, k, v), *rest
+        gradients, _ = _pass_back(*ctx.options, *inputs)(*inputs)
+        return None, None, *gradients
 
 
 def _register_operators():
@@ -676,6 +666,10 @@ def _register_operators():
     name = f"attention_{version}"
     if hasattr(torch.ops.karat_vit, name):
         return getattr(torch.ops.karat_vit, name)
+
+    def launch_nothing(*args, **kwargs):
+        """Only the shapes of the outputs are asked for."""
+
     if INTERPRET:
         operator, launch = torch.library.custom_op, _launch
     else:
@@ -701,7 +695,7 @@ def _register_operators():
 
     @attention.register_fake
     def _(*args):
-        return run_forward(*args, _launch_nothing)
+        return run_forward(*args, launch_nothing)
 
     @_on_its_device
     def run_backward(d_out, q, k, v, parameters, keep, packed, edges, hidden, u, scaling, form, launch):
@@ -729,7 +723,7 @@ def _register_operators():
 
     @attention_backward.register_fake
     def _(*args):
-        return run_backward(*args, _launch_nothing)
+        return run_backward(*args, launch_nothing)
 
     def setup_context(ctx, inputs, output):
         q, k, v, parameters, keep, scaling, form, _ = inputs
