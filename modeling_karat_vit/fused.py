@@ -522,7 +522,7 @@ class _Pass:
         addresses = [0 if x is None else x.data_ptr() for x in inputs]
         if reduce(or_, addresses) % 16:
             # The kernels are compiled for what is aligned.
-            return self(*(x if x is None else x.new_empty_strided(x.shape, x.stride()).copy_(x) for x in inputs))
+            return self(*map(_aligned, inputs))
         first = inputs[0]
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device_of(first):
@@ -570,6 +570,14 @@ class _Pass:
         head = ctypes.c_void_p(binary.function), programs, 1, 1, 32 * binary.metadata.num_warps, 1, 1
         # The binary and the numbers only have to stay.
         return (*head, binary.metadata.shared), (ctypes.c_void_p * len(arguments))(*arguments), (binary, numbers)
+
+
+def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
+    """What begins at a multiple of 16 bytes; all else is copied, strides of 0 and gaps included."""
+    if x is None or x.data_ptr() % 16 == 0:
+        return x
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.as_strided((span,), (1,)).clone().as_strided(x.shape, x.stride(), 0)
 
 
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "f32": ctypes.c_float}

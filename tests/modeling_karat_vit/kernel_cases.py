@@ -287,27 +287,30 @@ def test_two_runs_give_equal_bits():
 
 @pytest.mark.parametrize("basis", LINEAR_OR_NOT, ids=str)
 def test_what_was_worked_out_for_some_inputs_holds_for_others_of_their_kind(basis):
-    """One tensor thrice, three tensors, an address that is no multiple of 16, and what hooks bring back otherwise."""
+    """One tensor thrice, three tensors, an address that is no multiple of 16, also where a gradient is one row for all
+    tokens, and what hooks bring back otherwise."""
     operator = make_operator(2, 2, 2, karat_rank=2, **basis)
     shape = 2, 5, 2, 16
 
-    def gradients(way, tensors, pack=lambda x: x):
+    def gradients(way, tensors, pack=lambda x: x, reduce=torch.square):
         leaves = [x.requires_grad_() for x in tensors]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             inputs = {x: x.transpose(1, 2) for x in leaves}
             output, _, _ = operator(*(inputs[x] for x in leaves), 0.25, way)
-        loss, wanted = output.square().sum(), [leaves[0], *operator.parameters()]
+        loss, wanted = reduce(output).sum(), [leaves[0], *operator.parameters()]
         return output, *torch.autograd.grad(loss, wanted, materialize_grads=True)
 
     def check_against_portable(tensors, **options):
-        expected = gradients("karat_portable", tensors)
+        expected = gradients("karat_portable", tensors, **options)
         for found, wanted in zip(gradients("karat_triton", tensors, **options), expected):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
     one, two, three = (torch.randn(shape, device=DEVICE) for _ in range(3))
     check_against_portable([one, one, one])
     check_against_portable([one, two, three])
-    check_against_portable([torch.randn(one.numel() + 1, device=DEVICE)[1:].view(shape), two, three])
+    shifted = torch.randn(one.numel() + 1, device=DEVICE)[1:].view(shape)
+    check_against_portable([shifted, two, three])
+    check_against_portable([shifted, two, three], reduce=lambda x: x.mean((0, 1, 2)).square())
     check_against_portable([one, two, three], pack=torch.Tensor.contiguous)
 
 
