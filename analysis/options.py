@@ -99,9 +99,13 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def above_zero(text: str, most: float = math.inf) -> float:
     """Read the value of a flag above 0, and at most `most`."""
-    if not 0 < float(text) <= most or math.isinf(float(text)):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= most or math.isinf(value):
         raise argparse.ArgumentTypeError(f"{text} is not above 0" + (f" and at most {most}" if most < math.inf else ""))
-    return float(text)
+    return value
 
 
 def numbers(given: list[int] | None, size: int, flag: str, what: str) -> list[int]:

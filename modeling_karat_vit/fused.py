@@ -585,7 +585,7 @@ _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float
 
 def _is_plain(metadata) -> bool:
     """Whether a kernel is launched with nothing but its arguments."""
-    extras = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl"
+    extras = "global_scratch_size profile_scratch_size launch_cooperative_grid launch_pdl instrumentation_mode".split()
     return metadata.num_ctas == 1 and not any(getattr(metadata, name, 0) for name in extras)
 
 

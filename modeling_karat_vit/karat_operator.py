@@ -230,7 +230,7 @@ class KArAtOperator(nn.Module):
         elif torch.compiler.is_compiling():
             obstacle = why_not_fused(self.config, device, dtype)
         else:
-            obstacle = "tracers and `torch.func` cannot look into them"
+            obstacle = "tracers, `torch.func` and forward-mode differentiation cannot look into them"
         if obstacle is None and query.shape[0] > 0:
             return "karat_triton"
         if implementation == "karat_triton" and obstacle and not torch.compiler.is_compiling():

@@ -17,15 +17,19 @@ import itertools
 import math
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def is_traced() -> bool:
     """
-    Tell whether a compiler, the tracer of an exporter or a transform of `torch.func` looks on. They differentiate and
-    plan memory themselves, do not look into an autograd function of ours, and have no values to ask for.
+    Tell whether a compiler, the tracer of an exporter, a transform of `torch.func` or forward-mode differentiation
+    looks on. They differentiate and plan memory themselves, do not look into an autograd function of ours, and may have
+    no values to ask for.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0
 
 
 def no_autocast(device_type: str):

@@ -157,7 +157,8 @@ def test_what_cannot_be_shown_is_refused(karat, photos, tmp_path, refusal):
     words = ("attention", "--images", photos, "--model", karat)
     assert "3 x 3 patches" in refusal(*words, "--query", 3, 0)
     assert "expected cls" in refusal(*words, "--query", "first")
-    assert "argument --share: 0 is not" in refusal(*words, "--share", 0)
+    for share in (0, "half"):
+        assert f"argument --share: {share} is not above 0" in refusal(*words, "--share", share)
     assert "names block 5" in refusal(*words, "--block", 5)
     other = save(karat_model(patch_size=6), tmp_path / "other")
     assert "grids are equal" in refusal(*words, "--compare", other, "--query", 0, 0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch.autograd import forward_ad
 
 from modeling_karat_vit import KArAtViTConfig, KArAtViTForImageClassification, fused
 from modeling_karat_vit.karat_operator import KArAtOperator, eager_karat_attention
@@ -312,6 +313,18 @@ def test_what_was_worked_out_for_some_inputs_holds_for_others_of_their_kind(basi
     check_against_portable([shifted, two, three])
     check_against_portable([shifted, two, three], reduce=lambda x: x.mean((0, 1, 2)).square())
     check_against_portable([one, two, three], pack=torch.Tensor.contiguous)
+
+
+def test_forward_mode_derivatives_are_those_of_the_reference():
+    operator = make_operator(2, 2, 1, karat_rank=2, grid_size=1)
+    inputs = [torch.randn(2, 1, 5, 16, device=DEVICE) for _ in range(3)]
+    tangents = []
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, x.cos()) for x in inputs]
+        for implementation in ("karat_triton", "eager"):
+            output, _, _ = operator(*duals, 0.25, operator.way(implementation, duals[0]))
+            tangents.append(forward_ad.unpack_dual(output).tangent)
+    torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-4)
 
 
 def make_model(**options) -> KArAtViTForImageClassification:
