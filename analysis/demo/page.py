@@ -131,7 +131,8 @@ def build(viewers: list[Viewer], examples: list[str]) -> gr.Blocks:
             def handler(path, block, head, view, stage, opacity):
                 empty = [value for part in shown for value in part.empty]
                 if path is None:
-                    return ["", *empty]
+                    # A setting that moves while an image is on its way may be told after it: it clears nothing.
+                    return ["", *empty] if event == "image" else gr.skip()
                 chosen = int(block), int(head), view, STAGES[stage], opacity
                 try:
                     values = [value for part in shown for value in part.show(path, *chosen)]

@@ -9,6 +9,7 @@ import io
 import shutil
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from analysis.demo import page
 from analysis.demo.command import load_viewers
-from analysis.demo.viewer import VIEWS, Viewer
+from analysis.demo.viewer import STAGES, VIEWS, Viewer
 from tests.analysis.conftest import SIZES, karat_model, save
 
 
@@ -246,6 +247,14 @@ def test_two_visitors_at_once_see_their_own(visit, viewers, tmp_path):
     expect_picture(visitors[0], "attention-0", viewers[0].draw_attention(paths[0], 1, 1)[0])
     expect_picture(visitors[1], "attention-0", viewers[0].draw_attention(paths[1], 0, 0)[0])
     expect(visitors[1].locator("#head input[type=number]")).to_have_value("0")
+
+
+def test_a_setting_that_is_told_late_clears_nothing(viewers):
+    """It has no image, where one was on its way as it moved, and its answer may come after the image's."""
+    handlers = {each.api_name: each.fn for each in page.build(viewers, []).fns.values()}
+    nothing = None, 0, 0, VIEWS[0], next(iter(STAGES)), 1.0
+    assert handlers["attention"](*nothing) == handlers["overview"](*nothing) == gr.skip()
+    assert handlers["image"](*nothing)[0] == ""
 
 
 def test_an_example(visit, viewers, folder):
