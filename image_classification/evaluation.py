@@ -39,7 +39,8 @@ def evaluate(settings: Settings) -> dict[str, float]:
         raise InputError(f"{target} holds the figures of another evaluation. Choose another --output_dir, or none.")
     config = load_config(checkpoint, "resume_from_checkpoint")
     transfer.check_evaluated(checkpoint, config, teacher)
-    data = as_classes_of(load_images(settings.data, args, train=False), config.label2id)
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    data = as_classes_of(load_images(settings.data, args, train=False), names)
     model = load_trained(checkpoint, settings.model, data.labels)
     if (processor := load_image_processor(checkpoint, "resume_from_checkpoint", fixed_image_size(config))) is None:
         logger.warning(

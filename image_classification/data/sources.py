@@ -187,14 +187,15 @@ def _digits() -> DatasetDict:
     return DatasetDict(train=split["train"], validation=split["test"])
 
 
-def as_classes_of(data: ImageData, label2id: dict[str, int]) -> ImageData:
+def as_classes_of(data: ImageData, names: list[str]) -> ImageData:
     """The data with the labels of a trained model, by the names of its classes, if it knows all of the data's."""
-    names, split = sorted(label2id, key=lambda name: label2id[name]), data.validation
+    split, label_of = data.validation, {name: index for index, name in enumerate(names)}
     if isinstance(split, StreamedSplit) or data.train is not None:
         return data
-    if data.labels == names or not set(data.labels) <= set(names):
+    # Of timm's ImageNet, two classes are called crane.
+    if data.labels == names or not set(data.labels) <= set(names) or len(label_of) < len(names):
         return data
-    labels = [label2id[data.labels[label]] for label in split["label"][:]]
+    labels = [label_of[data.labels[label]] for label in split["label"][:]]
     split = split.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
     notes = data.notes + [f"{len(data.labels)} of the model's {len(names)} classes"] * (len(data.labels) < len(names))
     return replace(data, validation=split, labels=names, notes=notes)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from image_classification import main as script
 from image_classification.data.images import read_image
 from image_classification.models.loading import load_image_processor, load_model
+from tests.backbones import make, save_as_timm
 from tests.images import make_image_folder
 from tests.models import make_model, save_checkpoint
 
@@ -70,6 +71,15 @@ def test_a_class_that_the_model_does_not_know(source, tmp_path, capsys):
     assert script.main(["--eval", "--resume", source, "--data_path", str(images), "--use_cpu"]) == 2
     message = capsys.readouterr().err.strip()
     assert "violet" in message and len(message.splitlines()) == 1
+
+
+def test_classes_of_one_name_are_told_apart_by_nothing(tmp_path, capsys):
+    """As the two cranes of timm's ImageNet."""
+    save_as_timm(make("convit_classifier"), tmp_path / "model", label_names=["red", "red", "blue"])
+    images = make_image_folder(tmp_path / "images", splits=(("validation", 2),), classes=("blue", "red"))
+    assert script.main(["--eval", "--resume", str(tmp_path / "model"), "--data_path", str(images), "--use_cpu"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "knows 3 classes (red, red, blue)" in message and len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("on_hub", [True, False])

@@ -602,12 +602,13 @@ def test_classes_that_are_a_part_of_a_trained_models(tmp_path, splits):
     root = make_image_folder(tmp_path / "data", splits=splits, classes=("green", "blue"))
     found = load(train=False, data_path=str(root))
     assert (found.labels, len(found.validation)) == (["blue", "green"], 4)
-    whole = {"red": 0, "green": 1, "blue": 2, "grey": 3}
+    whole = ["red", "green", "blue", "grey"]
     mapped = as_classes_of(found, whole)
-    assert mapped.labels == list(whole) and any("2 of the model's 4 classes" in note for note in mapped.notes)
+    assert mapped.labels == whole and any("2 of the model's 4 classes" in note for note in mapped.notes)
     for before, after in zip(found.validation, mapped.validation):
         assert before["image"] == after["image"]
         assert found.labels[before["label"]] == mapped.labels[after["label"]]
-    assert as_classes_of(found, {"red": 0, "green": 1}) is found
+    assert as_classes_of(found, ["red", "green"]) is found
+    assert as_classes_of(found, [*whole, "red"]) is found  # Which of the two?
     with pytest.raises(InputError, match="no training split" if splits[0][0] else "holds no data set"):
         load(data_path=str(root))
