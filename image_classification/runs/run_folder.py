@@ -167,7 +167,8 @@ def _given(given: str, token: str | None) -> tuple[Path, dict[Path, str]]:
 def _newest(run: Path) -> tuple[Path | None, dict[Path, str]]:
     checkpoint, damaged = checkpoints.newest(run)
     if checkpoint is None and damaged:
-        raise InputError(f"Every checkpoint of {run} is damaged: {_described(damaged)}. Put back one, or move it away.")
+        hint = "Put back a copy of one of them, or move the folder away to start again."
+        raise InputError(f"Every checkpoint of {run} is damaged: {_described(damaged)}. {hint}")
     return checkpoint, damaged
 
 
@@ -216,7 +217,8 @@ class FolderLock:
             try:
                 lock.acquire()
             except Timeout as error:
-                raise InputError(f"Another process is training in {output_dir}. Wait, or choose another.") from error
+                hint = "Wait for it or stop it, or choose another --output_dir."
+                raise InputError(f"Another process is training in {output_dir}. {hint}") from error
         self._lock = lock
 
     def __exit__(self, *_) -> None:
