@@ -84,7 +84,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path, existed):
             signal.pause()
     os.read(ready, 1)
     with run_folder.FolderLock() as lock:
-        with pytest.raises(InputError, match="Another process is training in .* --output_dir"):
+        with pytest.raises(InputError, match=r"Another process is training in .* --output_dir"):
             lock.take(str(folder))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
