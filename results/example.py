@@ -37,6 +37,7 @@ COMPARED, SHOWN = 100, 10
 # The norm of the distance of the logits over that of the logits: rounding to fp16 moves each weight by up to 2^-11.
 TOLERANCE = 0.01
 
+TITLE = "# The example of `python -m analysis demo`"
 CARD = """\
 ---
 license: apache-2.0
@@ -46,7 +47,7 @@ tags:
 - karat-vit
 ---
 
-# The example of `python -m analysis demo`
+{title}
 
 {model}.
 
@@ -109,8 +110,12 @@ def make(run: str, data: str | None, target: Path, table: Path) -> None:
         table: CSV of the runs.
 
     Raises:
-        InputError: the run is not finished or has no row, or its model in half precision is too large or another one.
+        InputError: the run is not finished or has no row, its model in half precision is too large or another one, or
+            the target holds something else than an example.
     """
+    card = target / "README.md"
+    if target.exists() and not (card.is_file() and TITLE in card.read_text(encoding="utf-8")):
+        raise InputError(f"`--output` {target} is there, and no example to replace: name another.")
     whole = load_checkpoint(run, "RUN")
     row = row_of(whole, table)
     found = find_images([whole], None, COMPARED, data_set=data)
@@ -131,8 +136,9 @@ def make(run: str, data: str | None, target: Path, table: Path) -> None:
             image.save(folder / f"{re.sub(r'[^0-9A-Za-z]+', '_', label)}.png")
         finished = (whole.run or {})["finished"]
         averaged = finished["weights"] == "ema"
-        card = CARD.format(
+        text = CARD.format(
             **row | {"epochs": f"{float(row['epochs']):g}", "accuracy": row["average_last" if averaged else "last"]},
+            title=TITLE,
             model=describe_model(whole.model),
             data=(whole.run or {})["settings"]["data_set"] or "the data of its recipe",
             images=f"{finished['eval_images']:,}",
@@ -140,7 +146,7 @@ def make(run: str, data: str | None, target: Path, table: Path) -> None:
             compared=len(found),
             moved=moved,
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(text, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
             raise InputError(f"{run} in half precision has {size / 1e6:.1f} MB, expected at most {LIMIT / 1e6:.0f}.")

@@ -55,7 +55,7 @@ def made(runs):
 
 
 def test_the_example_is_the_run_in_half_precision_with_its_row(made):
-    made["target"].mkdir()
+    example.make(**made)
     (made["target"] / "old.png").touch()
     example.make(**made)
     files = {path.name for path in made["target"].iterdir()}
@@ -88,6 +88,14 @@ def test_what_is_no_example_is_refused_and_nothing_is_written(made, monkeypatch)
     assert "another model" in refusal()
     made["table"].write_text(made["table"].read_text().replace("hybrid", "other"))
     assert "no row of strong_5/hybrid-2" in refusal()
+
+
+def test_no_other_folder_is_replaced(made):
+    made["target"].mkdir()
+    (made["target"] / "README.md").write_text("My notes.")
+    with pytest.raises(InputError, match="--output"):
+        example.make(**made)
+    assert (made["target"] / "README.md").read_text() == "My notes."
 
 
 def test_a_run_that_is_not_finished_is_refused(made, runs, capsys):
