@@ -172,9 +172,10 @@ def _base(args: ModelArguments) -> ModelArguments:
             f"--finetune {args.finetune}. Leave one out."
         )
     if args.model in presets():
+        trained = args.model if "karat" in args.model else f"{args.model}_karat"
         raise InputError(
             f"`karatize` puts KArAt heads into a pre-trained model, and the preset {args.model} has no weights. Name a "
-            f"checkpoint with --model, or train the preset {args.model.removesuffix('_karat')}_karat from scratch."
+            f"checkpoint with --model, or train the preset {trained} from scratch."
         )
     weights = args.weights or ""
     config = load_config(weights, "model" if args.finetune is None else "finetune")

@@ -98,7 +98,7 @@ def device(value: str) -> bool:
 
 
 def positive(value: int) -> int:
-    """Counts KArAt heads."""
+    """The number of KArAt heads, of which there must be any."""
     if value < 1:
         raise InputError(f"--num_attention {value}: expected the number of KArAt heads, 1 or more.")
     return value
