@@ -39,7 +39,7 @@ test: ## Lint, then run the tests with the pinned and with the lowest Transforme
 	@$(MAKE) --no-print-directory test-pinned
 	@$(MAKE) --no-print-directory test-lowest
 
-test-quick: $(VENV)/.installed-test ## Run the tests that start no processes and compile nothing: 4 minutes on two cores
+test-quick: $(VENV)/.installed-test ## Run the tests that start no processes and compile nothing: 3 minutes on two cores
 	$(pytest) --ignore=tests/system -m "not system" $(ARGS)
 
 test-pinned: $(VENV)/.installed-test ## Run the tests with the versions of constraints.txt; ARGS go to pytest
