@@ -28,7 +28,7 @@ from image_classification.paths import EXAMPLE
 from image_classification.runs import checkpoints
 
 from .page import read
-from .screen import TABLE
+from .screen import TABLE, name_of
 
 
 LIMIT = 13_000_000
@@ -68,7 +68,7 @@ def row_of(checkpoint: Checkpoint, table: Path) -> dict[str, str]:
         raise InputError(f"{checkpoint.source} is no folder of a finished run (run.json).")
     name = "/".join(Path(checkpoint.run["settings"]["output_dir"]).parts[-2:])
     for row in read(table):
-        if f"{row['screen']}/{row['arm']}-{row['seed']}" == name:
+        if name_of(row) == name:
             return row
     raise InputError(f"{table} has no row of {name}, which {checkpoint.source} says that it is.")
 

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from analysis import style
 
+from .screen import log_of
+
 
 def groups(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """The rows of the table by screen and arm: one per seed."""
@@ -22,10 +24,7 @@ def groups(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
 
 def histories(runs: list[dict], logs: Path) -> tuple[np.ndarray, np.ndarray]:
     """The epochs (E,) and the accuracies in percent (seeds, E) of an arm, from the kept logs."""
-    read = [
-        json.loads((logs / f"{run['screen']}-{run['arm']}-{run['seed']}.json").read_text(encoding="utf-8"))
-        for run in runs
-    ]
+    read = [json.loads((logs / log_of(run)).read_text(encoding="utf-8")) for run in runs]
     epochs = min(([row["epoch"] for row in history] for history in read), key=len)
     return np.array(epochs), np.array(
         [[100 * row["eval_accuracy"] for row in history[: len(epochs)]] for history in read]

@@ -27,8 +27,8 @@ from image_classification.flags import Parser
 from image_classification.models.families import OWN
 
 from .example import row_of
-from .page import Tables, read, regenerate
-from .screen import ROOT, TABLE
+from .page import Tables, mean, read, regenerate
+from .screen import ROOT, TABLE, name_of
 
 
 FIGURES, TEXT = ROOT / "results" / "hybrid.csv", ROOT / "results" / "hybrid.md"
@@ -165,17 +165,17 @@ def measure(
         rows += rows_of(checkpoint, of_blocks(checkpoint, pixels, batch_size))
     last = models[0].blocks - 1
     rows += [{"block": last, "part": row.pop("map"), **row} for row in faithfulness.table(faithful)]
-    named = {name: f"{run['screen']}/{run['arm']}-{run['seed']}" for name, run in zip(NAMES, runs)}
+    named = {name: name_of(run) for name, run in zip(NAMES, runs)}
     return [row | {"run": named.get(row["model"], "")} for row in rows]
 
 
 def models(rows: list[dict], table: Path = TABLE) -> list[str]:
     """Lines of the table of the two runs."""
-    runs = {f"{row['screen']}/{row['arm']}-{row['seed']}": row for row in read(table)}
+    runs = {name_of(row): row for row in read(table)}
     lines = ["| model | run | recipe | epochs | last | averaged |", "|" + " --- |" * 6]
     for model, run in dict.fromkeys((row["model"], row["run"]) for row in rows if row["run"]):
         row = runs[run]
-        figures = [f"{float(row[name]):.2f}" if row[name] else "" for name in ("last", "average_last")]
+        figures = [mean([row], name) for name in ("last", "average_last")]
         cells = [model, f"`{run}`", f"`{row['recipe']}`", row["epochs"], *figures]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -83,7 +83,7 @@ def screens(rows: list[dict]) -> list[str]:
         lines += ["", f"`{screen}`: {' '.join(said[1:])}", ""]
         lines += ["| arm | its flags | seed | epochs | last | averaged | images/s |", "|" + " --- |" * 7]
         for row, words in zip(runs, flags):
-            figures = [f"{float(row[name]):.2f}" if row[name] else "" for name in ("last", "average_last")]
+            figures = [mean([row], name) for name in ("last", "average_last")]
             own = f"`{shlex.join(words[common:])}`" if words[common:] else ""
             cells = [f"`{row['arm']}`", own, row["seed"], row["epochs"], *figures]
             lines.append(f"| {' | '.join(cells)} | {float(row['images_per_second']):,.0f} |")

@@ -62,6 +62,16 @@ def read_arms(path: Path) -> list[dict]:
     return runs
 
 
+def name_of(run: dict) -> str:
+    """What a run or its row is called, SCREEN/ARM-SEED, which is its folder, too."""
+    return f"{run['screen']}/{run['arm']}-{run['seed']}"
+
+
+def log_of(run: dict) -> str:
+    """The name of the file in `logs` of a run or its row."""
+    return f"{name_of(run).replace('/', '-')}.json"
+
+
 def row_of(folder: Path) -> dict:
     """
     A row of the table, from what a finished run wrote. `best` is the best evaluation of the raw weights, `last` their
@@ -117,11 +127,11 @@ def main(argv: list[str] | None = None) -> int:
     done = set()
     if args.table.exists():
         with args.table.open(encoding="utf-8") as file:
-            done = {(row["screen"], row["arm"], row["seed"]) for row in csv.DictReader(file)}
+            done = {name_of(row) for row in csv.DictReader(file)}
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     lock, failed = threading.Lock(), []
     for run in read_arms(args.arms):
-        if (run["screen"], run["arm"], str(run["seed"])) not in done:
+        if name_of(run) not in done:
             waiting.put(run)
 
     def work(gpu: str) -> None:
@@ -130,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
                 run = waiting.get_nowait()
             except queue.Empty:
                 return
-            name = f"{run['screen']}/{run['arm']}-{run['seed']}"
+            name = name_of(run)
             folder = args.output / name
             command = [sys.executable, str(ROOT / "run_image_classification.py"), str(ROOT / run["recipe"])]
             command += [*run["flags"], "--data_path", str(args.data), "--seed", str(run["seed"]), "--disable_tqdm"]
@@ -145,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
                     if row:
                         logs = args.table.parent / "logs"
                         logs.mkdir(exist_ok=True)
-                        shutil.copy(folder / "history.json", logs / f"{name.replace('/', '-')}.json")
+                        shutil.copy(folder / "history.json", logs / log_of(run))
                 except (OSError, LookupError) as error:  # A run without evaluations has no figures.
                     status = f"{type(error).__name__}: {error}"
                 if status:
