@@ -49,13 +49,14 @@ class Runs(Table):
         *("ratio_time", "startup_seconds", "seconds", "peak_gib", "error"),
     )
     same = ("benchmark", "model", "mode", "start", "batch", "epochs")
+    ratios = {}  # That of time is of rates, the other way round.
 
     def add(self, **row) -> None:
         softmax, own = (found.get("images_per_second") for found in (self.baseline(row), row))
         if softmax and own:
             row["ratio_time"] = softmax / own
         row["basis"] = BASES[row["model"]] if row["provider"] in WAYS[1:] else ""
-        super(Table, self).add(**row)
+        super().add(**row)
 
 
 def write_images(folder: Path, count: int) -> None:
